@@ -1,0 +1,1 @@
+"""Hydra configuration of mp_lightning: a folder per group, found as ``pkg://mp_lightning.conf``."""
