@@ -1,0 +1,106 @@
+"""From unchecked arrays, as users have them, to an :class:`ImageSet`."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mp_lightning.data.images import ImageSet
+from mp_lightning.data.resize import resize
+from mp_lightning.errors import ConfigurationError, DataError
+
+
+def image_set(
+    name: str,
+    images: np.ndarray | Tensor,
+    labels: np.ndarray | Tensor | Sequence[int],
+    classes: Sequence[str] | None = None,
+    size: int | None = None,
+) -> ImageSet:
+    """Check images and labels and bring them to the form of an :class:`ImageSet`.
+
+    Args:
+        name: what messages call the set.
+        images: (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3; integers 0 to 255, or floats in [0, 1] or
+            [0, 255] (in [0, 1] if none is larger than 1). Grey is repeated to three channels.
+        labels: integers (N,) or (N, 1), 0 to K - 1.
+        classes: the K names; without them K is the largest label plus one, and the names are the numbers.
+        size: resize the shorter side to so many pixels and crop the centre; without it images must be square.
+
+    Raises:
+        DataError: no images, fewer than two classes, a label out of range, shapes that do not fit, values that are
+            not finite or out of range.
+        ConfigurationError: the size is below 1.
+    """
+    if size is not None and size < 1:
+        raise ConfigurationError(f"size={size} for '{name}' is out of range: give at least 1 pixel")
+    pixels = _colour_images(name, _numpy(images))
+    numbers = _labels(name, _numpy(labels), len(pixels))
+    names = _class_names(name, numbers, classes)
+    if size is not None:
+        pixels = resize(pixels, size)
+    height, width = pixels.shape[-2:]
+    if height != width:
+        raise DataError(f"images of '{name}' are {height} x {width}, not square: crop them, or set data.size=32")
+    return ImageSet(name, pixels, torch.from_numpy(numbers), names)
+
+
+def _numpy(values: np.ndarray | Tensor | Sequence[int]) -> np.ndarray:
+    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+
+
+def _colour_images(name: str, images: np.ndarray) -> Tensor:
+    """uint8 (N, 3, H, W), contiguous."""
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.ndim == 4 and images.shape[-1] in (1, 3):
+        images = images.transpose(0, 3, 1, 2)
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise DataError(f"images of '{name}' have shape {images.shape}: give (N, H, W), (N, H, W, 3) or (N, 3, H, W)")
+    if images.size == 0:
+        raise DataError(f"'{name}' holds no images: give at least one of each class")
+    # A copy: the set must not change with the caller's array, which may also be read-only.
+    pixels = torch.from_numpy(np.array(_to_uint8(name, images), order="C"))
+    return pixels.expand(-1, 3, -1, -1).contiguous()
+
+
+def _to_uint8(name: str, images: np.ndarray) -> np.ndarray:
+    if images.dtype == np.uint8:
+        return images
+    if images.dtype.kind not in "iuf":
+        raise DataError(f"images of '{name}' are of type {images.dtype}: give uint8, or floats in [0, 1]")
+    low, high = images.min(), images.max()
+    # NaN wins in min and max, and an infinity is one of the two.
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise DataError(f"images of '{name}' hold values that are not finite (NaN or infinity): remove or repair them")
+    if low < 0 or high > 255:
+        raise DataError(f"images of '{name}' hold values from {low} to {high}: scale them to [0, 1] or [0, 255]")
+    if images.dtype.kind != "f":
+        return images.astype(np.uint8)
+    scale = 255.0 if high <= 1 else 1.0
+    rounded: np.ndarray = np.rint(images.astype(np.float32) * scale).astype(np.uint8)
+    return rounded
+
+
+def _labels(name: str, labels: np.ndarray, count: int) -> np.ndarray:
+    """int64 (N,)."""
+    if labels.ndim == 2 and labels.shape[1] == 1:
+        labels = labels[:, 0]
+    if labels.shape != (count,):
+        raise DataError(f"'{name}' has {count} images but labels of shape {labels.shape}: give one label per image")
+    if labels.dtype.kind not in "iu":
+        raise DataError(f"labels of '{name}' are of type {labels.dtype}: give integers that count from 0")
+    return labels.astype(np.int64)
+
+
+def _class_names(name: str, labels: np.ndarray, classes: Sequence[str] | None) -> tuple[str, ...]:
+    low, high = int(labels.min()), int(labels.max())
+    # Every class needs an image, so without names a label beyond the number of images cannot be a class number.
+    limit = len(labels) if classes is None else len(classes)
+    if low < 0 or high >= limit:
+        culprit = low if low < 0 else high
+        raise DataError(f"label {culprit} of '{name}' is out of range: number the classes from 0 without gaps")
+    if low == high:
+        raise DataError(f"all images of '{name}' have the label {low}: give at least two classes")
+    return tuple(str(number) for number in range(high + 1)) if classes is None else tuple(map(str, classes))

@@ -1,0 +1,86 @@
+"""Images of the user: a numpy archive or a folder of image files."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from mp_lightning.data.arrays import image_set
+from mp_lightning.data.folders import load_folder
+from mp_lightning.data.images import ImageSet
+from mp_lightning.errors import DataError
+
+
+def load_images(path: str | os.PathLike[str], size: int | None = None) -> tuple[ImageSet, ImageSet | None]:
+    """Load a training set and, if there is one, a test set with the same classes.
+
+    Args:
+        path: either an ``.npz`` file with ``x_train``, ``y_train`` and optionally ``x_test``, ``y_test`` and
+            ``classes`` (the names), in the forms that :func:`image_set` takes; or a folder with one folder of image
+            files for each class (``root/cat/1.png``), or with such folders under ``root/train`` and, optionally,
+            ``root/test`` (else ``root/val``).
+        size: resize the shorter side of every image to so many pixels and crop the centre to a square. Needed where
+            images differ in size or are not square.
+
+    Returns:
+        (training set, test set or None).
+
+    Raises:
+        DataError: nothing there, damaged or incomplete files, fewer than two classes, images of unequal size.
+        ConfigurationError: the size is below 1.
+    """
+    path = Path(path)
+    try:
+        if path.is_dir():
+            train, test = load_folder(path, size)
+        elif path.is_file():
+            train, test = _load_archive(path, size)
+        else:
+            raise DataError(f"no images at '{path}': give an .npz file or a folder of image folders")
+    except OSError as error:
+        raise DataError(f"'{path}' cannot be read ({error.strerror}): check its permissions") from error
+    if test is not None and test.images.shape[1:] != train.images.shape[1:]:
+        raise DataError(
+            f"images of '{path}' differ in size, {train.image_size} pixels in train and {test.image_size} in test: "
+            "set data.size=32, or another side in pixels"
+        )
+    return train, test
+
+
+def _load_archive(path: Path, size: int | None) -> tuple[ImageSet, ImageSet | None]:
+    arrays = _read_archive(path)
+    found = ", ".join(sorted(arrays)) or "nothing"
+    wanted = ["x_train", "y_train"]
+    if "x_test" in arrays or "y_test" in arrays:
+        wanted += ["x_test", "y_test"]
+    missing = [key for key in wanted if key not in arrays]
+    if missing:
+        raise DataError(f"'{path}' lacks {' and '.join(missing)} (found: {found}): save the arrays under those names")
+    classes = [str(name) for name in arrays["classes"].ravel()] if "classes" in arrays else None
+    train = image_set(path.stem, arrays["x_train"], arrays["y_train"], classes, size)
+    if "x_test" not in arrays:
+        return train, None
+    return train, image_set(f"{path.stem} (test)", arrays["x_test"], arrays["y_test"], train.classes, size)
+
+
+def _read_archive(path: Path) -> dict[str, np.ndarray]:
+    # Opened here, because numpy leaves open an archive that it cannot read.
+    with path.open("rb") as file:
+        try:
+            archive = np.load(file, allow_pickle=False)
+        # A file that is anything else makes numpy raise whatever its readers of zip, npy and pickle raise.
+        except Exception as error:
+            raise DataError(f"'{path}' is not a readable .npz archive: save it with numpy.savez_compressed") from error
+        if not isinstance(archive, np.lib.npyio.NpzFile):
+            raise DataError(f"'{path}' is a single array, not an .npz archive: save it with numpy.savez_compressed")
+        return {key: _read_member(path, archive, key) for key in archive.files}
+
+
+def _read_member(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
+    try:
+        array = archive[key]
+    except Exception as error:
+        pickled = "allow_pickle" in str(error)
+        fault = "holds Python objects, which are not read" if pickled else "is damaged"
+        raise DataError(f"array '{key}' of '{path}' {fault}: save plain numbers, or text for classes") from error
+    return np.asarray(array)

@@ -1,0 +1,118 @@
+"""A labelled set of images in memory, and ways of cutting a smaller set out of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mp_lightning.data.resize import resize
+from mp_lightning.errors import ConfigurationError, DataError
+
+
+# Compared by identity: == of tensors gives a tensor, not a truth value.
+@dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Square colour images with one label each. Build one from unchecked arrays with :func:`image_set`.
+
+    Attributes:
+        name: what messages and reports call the set.
+        images: uint8 (N, 3, H, W) with H = W, values 0 to 255.
+        labels: int64 (N,), values 0 to K - 1.
+        classes: the K names of the classes. A class may have no image, as can happen in a subset.
+    """
+
+    name: str
+    images: Tensor
+    labels: Tensor
+    classes: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.labels)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, K."""
+        return len(self.classes)
+
+    @property
+    def image_size(self) -> int:
+        """Side of the images in pixels."""
+        return self.images.shape[-1]
+
+    def subset(self, indices: Tensor | Sequence[int], name: str | None = None) -> "ImageSet":
+        """The images at ``indices`` in that order, with the same classes."""
+        index = torch.as_tensor(indices, dtype=torch.int64)
+        return replace(self, name=name or self.name, images=self.images[index], labels=self.labels[index])
+
+    def select_classes(self, classes: Sequence[int], name: str | None = None) -> "ImageSet":
+        """All images of the classes with the given numbers; the k-th of them gets the label k.
+
+        Raises:
+            ConfigurationError: fewer than two classes, one named twice, or one that does not exist.
+        """
+        chosen = [int(number) for number in classes]
+        if len(chosen) < 2 or len(set(chosen)) < len(chosen):
+            raise ConfigurationError(f"classes {chosen} of '{self.name}' are not at least two different ones")
+        unknown = [number for number in chosen if not 0 <= number < self.num_classes]
+        if unknown:
+            raise ConfigurationError(
+                f"'{self.name}' has no class {unknown[0]}: choose among 0 to {self.num_classes - 1}"
+            )
+        relabel = torch.full((self.num_classes,), -1)
+        relabel[chosen] = torch.arange(len(chosen))
+        labels = relabel[self.labels]
+        kept = labels >= 0
+        names = tuple(self.classes[number] for number in chosen)
+        return ImageSet(name or self.name, self.images[kept], labels[kept], names)
+
+    def resized(self, size: int) -> "ImageSet":
+        """The same images, ``size`` pixels a side (bilinear, antialiased).
+
+        Raises:
+            ConfigurationError: the size is below 1.
+        """
+        if size < 1:
+            raise ConfigurationError(f"size={size} for '{self.name}' is out of range: give at least 1 pixel")
+        return replace(self, images=resize(self.images, size))
+
+    def few_per_class(self, n: int, seed: int) -> tuple["ImageSet", "ImageSet"]:
+        """Draw ``n`` images of every class at random.
+
+        Returns:
+            The drawn images and the rest (which is empty when nothing is left), both in the order of this set.
+
+        Raises:
+            ConfigurationError: ``n`` is below 1.
+            DataError: a class has fewer than ``n`` images.
+        """
+        if n < 1:
+            raise ConfigurationError(f"{n} images per class of '{self.name}' is out of range: give at least 1")
+        counts = torch.bincount(self.labels, minlength=self.num_classes)
+        short = int(counts.argmin())
+        if counts[short] < n:
+            raise DataError(
+                f"class '{self.classes[short]}' of '{self.name}' has {int(counts[short])} images, not {n}: "
+                "ask for fewer per class"
+            )
+        order = self._shuffled_by_class(seed)
+        # The place of each image within its class.
+        first = torch.cumsum(counts, 0) - counts
+        drawn = torch.arange(len(self)) - first[self.labels[order]] < n
+        return self.subset(order[drawn].sort().values), self.subset(order[~drawn].sort().values)
+
+    def halves(self, seed: int) -> tuple["ImageSet", "ImageSet"]:
+        """Split at random in two, every class in two equal parts (an odd image goes to either part).
+
+        Returns:
+            Two sets without common images, which differ by at most one in size, and in the size of each class.
+        """
+        order = self._shuffled_by_class(seed)
+        return self.subset(order[::2].sort().values), self.subset(order[1::2].sort().values)
+
+    def _shuffled_by_class(self, seed: int) -> Tensor:
+        """Indices of all images, int64 (N,): class after class, in random order within each."""
+        order = np.random.default_rng(seed % 2**64).permutation(len(self))
+        return torch.from_numpy(order[np.argsort(self.labels.numpy()[order], kind="stable")])
