@@ -1,0 +1,21 @@
+"""Floor 1: what is the perturbation? The mathematics, the net, its noise, its files, and what any perturbation obeys."""
+
+from mp_lightning.perturbation.files import NamedPhi, bundled_names, load_phi, save_phi
+from mp_lightning.perturbation.net import MetaPerturb
+from mp_lightning.perturbation.noise import gaussian_noise
+from mp_lightning.perturbation.phi import Phi, initial_phi
+from mp_lightning.perturbation.protocol import Norms, Perturbation, Statistics
+
+__all__ = [
+    "MetaPerturb",
+    "NamedPhi",
+    "Norms",
+    "Perturbation",
+    "Phi",
+    "Statistics",
+    "bundled_names",
+    "gaussian_noise",
+    "initial_phi",
+    "load_phi",
+    "save_phi",
+]

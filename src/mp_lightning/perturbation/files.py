@@ -1,0 +1,131 @@
+"""phi on disk: a safetensors file and, beside it, a card in JSON that says where the numbers come from.
+
+Nothing is ever unpickled. The card carries the SHA-256 of the file, which is verified when the file is loaded.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+
+from mp_lightning.errors import PhiError
+from mp_lightning.perturbation.phi import SHAPES, Phi
+
+DEFAULT_PHI = "provisional"
+BUNDLED = Path(__file__).parent / "bundled"
+_REMEDY = "give a phi.safetensors written by 'python -m mp_lightning.meta fit'"
+
+
+@dataclass(frozen=True)
+class NamedPhi:
+    """phi with the name it is shown under and its card (empty if there was none)."""
+
+    phi: Phi
+    name: str
+    card: dict[str, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.card['status']})" if self.card.get("status") else self.name
+
+
+def save_phi(path: str | Path, phi: Phi, card: dict[str, Any]) -> dict[str, Any]:
+    """Write ``path`` (.safetensors) and the card beside it (.json); both appear whole or not at all.
+
+    Returns:
+        The card as written, that is with the file's name and SHA-256.
+    """
+    path = Path(path)
+    content = save({key: value.detach().float().cpu().contiguous() for key, value in phi._asdict().items()})
+    card = {**card, "file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+    _write_whole(path, content)
+    _write_whole(path.with_suffix(".json"), (json.dumps(card, indent=2) + "\n").encode())
+    return card
+
+
+def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
+    """phi from a file, from the name of a bundled one, or as it is given.
+
+    Args:
+        source: path of a ``.safetensors`` file, a name of :func:`bundled_names`, a :class:`Phi`, or None for the
+            bundled default.
+
+    Raises:
+        PhiError: the file is missing, truncated, a pickle, holds other names or shapes, or numbers that are not
+            finite, or it is not the file that its card describes.
+    """
+    if isinstance(source, NamedPhi):
+        return source
+    if isinstance(source, Phi):
+        _check(source._asdict(), "the given phi")
+        return NamedPhi(source, "given phi")
+    name = DEFAULT_PHI if source is None else str(source)
+    if name in bundled_names():
+        phi, card = _read(BUNDLED / f"{name}.safetensors")
+        return NamedPhi(phi, name, card)
+    phi, card = _read(Path(name))
+    return NamedPhi(phi, name, card)
+
+
+def bundled_names() -> list[str]:
+    """Names of the phi that come with the package."""
+    return sorted(path.stem for path in BUNDLED.glob("*.safetensors"))
+
+
+def _read(path: Path) -> tuple[Phi, dict[str, Any]]:
+    if not path.is_file():
+        known = ", ".join(bundled_names()) or "none"
+        raise PhiError(f"phi file '{path}' does not exist; {_REMEDY}, or name a bundled phi (there are: {known})")
+    try:
+        content = path.read_bytes()
+        tensors = load(content)
+    except OSError as error:
+        raise PhiError(f"phi file '{path}' cannot be read ({error.strerror}); {_REMEDY}") from error
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise PhiError(f"phi file '{path}' is not a whole safetensors file; {_REMEDY}") from error
+    _check(tensors, f"phi file '{path}'")
+    card = _read_card(path.with_suffix(".json"))
+    expected = card.get("sha256")
+    if expected is not None and hashlib.sha256(content).hexdigest() != expected:
+        raise PhiError(f"phi file '{path}' is not the one its card describes (SHA-256 differs); restore it, or {_REMEDY}")
+    return Phi(**{key: tensors[key].float() for key in SHAPES}), card
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        card = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PhiError(f"phi card '{path}' is not readable JSON; restore it, or delete it to load the file alone") from error
+    if not isinstance(card, dict):
+        raise PhiError(f"phi card '{path}' does not hold a JSON object; restore it, or delete it to load the file alone")
+    return card
+
+
+def _check(tensors: dict[str, torch.Tensor], what: str) -> None:
+    if set(tensors) != set(SHAPES):
+        raise PhiError(f"{what} holds {_list(tensors)} instead of {_list(SHAPES)}; {_REMEDY}")
+    for key, shape in SHAPES.items():
+        value = tensors[key]
+        if tuple(value.shape) != shape or not value.is_floating_point():
+            raise PhiError(
+                f"{what}: '{key}' is {tuple(value.shape)} {value.dtype}, expected {shape} of floating point; {_REMEDY}"
+            )
+        if not bool(torch.isfinite(value).all()):
+            raise PhiError(f"{what}: '{key}' holds numbers that are not finite; {_REMEDY}")
+
+
+def _list(names: Any) -> str:
+    return ", ".join(sorted(names)) or "nothing"
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content)
+    os.replace(partial, path)

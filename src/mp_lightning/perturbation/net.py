@@ -1,0 +1,69 @@
+"""The learned perturbation: 82 numbers, shared by all sites, networks and tasks."""
+
+import torch
+from torch import Tensor, nn
+
+from mp_lightning.perturbation import mathematics
+from mp_lightning.perturbation.phi import FEATURES, SHAPES, Phi
+from mp_lightning.perturbation.precision import KeepsPrecision
+from mp_lightning.perturbation.protocol import Norms, Statistics
+
+
+class MetaPerturb(KeepsPrecision):
+    """The perturbation net g_phi (Section 3 of the paper) as a :class:`~mp_lightning.perturbation.Perturbation`.
+
+    Args:
+        phi: its numbers; they are copied.
+        trainable: hold phi as parameters (meta-training) instead of buffers that no optimizer can see.
+        persistent: whether a frozen phi appears in ``state_dict()``.
+    """
+
+    name = "metaperturb"
+    scale_kernels: Tensor
+
+    def __init__(self, phi: Phi, *, trainable: bool = False, persistent: bool = True) -> None:
+        super().__init__()
+        for key, value in phi._asdict().items():
+            if trainable:
+                self.register_parameter(key, nn.Parameter(value.detach().clone()))
+            else:
+                self.register_buffer(key, value.detach().clone(), persistent=persistent)
+
+    @property
+    def phi(self) -> Phi:
+        """The numbers themselves, not a copy."""
+        return Phi(**{key: getattr(self, key) for key in SHAPES})
+
+    def initial_statistics(self, channels: int) -> Statistics:
+        """Running mean 0 and variance 1 of the pooled responses, both float32 (C, 4)."""
+        return {"mean": torch.zeros(channels, FEATURES), "var": torch.ones(channels, FEATURES)}
+
+    def measure(
+        self, x: Tensor, running: Statistics, synchronize: bool = False
+    ) -> tuple[Statistics, Statistics | None]:
+        """Moments of the batch. A batch of one has no variance: the running one is used and nothing is recorded."""
+        responses = mathematics.pooled_responses(x, self.scale_kernels.to(x.dtype))
+        moments = mathematics.batch_moments(responses, synchronize)
+        if moments is None:
+            return {"mean": responses.mean(dim=0), "var": running["var"].to(x.dtype)}, None
+        used = {"mean": moments.mean, "var": moments.var}
+        return used, {key: value.detach() for key, value in used.items()}
+
+    def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
+        """s * z, (B, C, H, W)."""
+        phi = Phi(*(value.to(x.dtype) for value in self.phi))
+        return self.scale(x, phi, statistics, norms) * self.noise(x, phi, eps)
+
+    def scale(self, x: Tensor, phi: Phi, statistics: Statistics, norms: Norms) -> Tensor:
+        """s, (1, C, 1, 1)."""
+        moments = mathematics.Moments(statistics["mean"].to(x.dtype), statistics["var"].to(x.dtype))
+        return mathematics.scale(moments, phi, x.shape[1] / norms.channels, x.shape[2] / norms.size)
+
+    def noise(self, x: Tensor, phi: Phi, eps: Tensor | None) -> Tensor:
+        """z, or its expectation where no ``eps`` is given, (B, C, H, W)."""
+        alpha = mathematics.noise_location(x, phi)
+        return mathematics.expected_noise(alpha) if eps is None else mathematics.noise(alpha, eps)
+
+    def extra_repr(self) -> str:
+        trainable = any(True for _ in self.parameters())
+        return f"82 numbers, {'trainable' if trainable else 'frozen'}"

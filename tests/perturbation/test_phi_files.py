@@ -1,0 +1,104 @@
+"""phi files: what is written comes back, and what is not a phi gets one clear line."""
+
+import json
+import pickle
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from mp_lightning.errors import PhiError
+from mp_lightning.perturbation import bundled_names, initial_phi, load_phi, save_phi
+
+
+@pytest.fixture
+def saved(tmp_path):
+    path = tmp_path / "phi.safetensors"
+    save_phi(path, initial_phi(3), {"seed": 3})
+    return path
+
+
+def test_round_trip(saved):
+    loaded = load_phi(saved)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.phi, initial_phi(3), strict=True))
+    assert loaded.card["seed"] == 3
+    assert len(loaded.card["sha256"]) == 64
+
+
+def test_card_is_optional(saved):
+    saved.with_suffix(".json").unlink()
+    assert load_phi(saved).card == {}
+
+
+def damage_missing(path):
+    path.unlink()
+
+
+def damage_truncated(path):
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def damage_pickle(path):
+    path.write_bytes(pickle.dumps({"op1_identity": [1.0]}))
+
+
+def damage_empty(path):
+    path.write_bytes(b"")
+
+
+def damage_changed_after_its_card(path):
+    content = path.read_bytes()
+    path.write_bytes(content[:-4] + b"\x00\x00\x80\x3f")
+
+
+def rewrite(path, **changes):
+    path.with_suffix(".json").unlink()
+    save_file({**initial_phi(0)._asdict(), **changes}, path)
+
+
+def damage_shape(path):
+    rewrite(path, op1_all=torch.zeros(5, 5))
+
+
+def damage_not_finite(path):
+    rewrite(path, scale_weight=torch.full((10,), float("nan")))
+
+
+def damage_names(path):
+    rewrite(path, another=torch.zeros(1))
+
+
+def damage_card(path):
+    path.with_suffix(".json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (damage_missing, "does not exist"),
+        (damage_truncated, "not a whole safetensors file"),
+        (damage_pickle, "not a whole safetensors file"),
+        (damage_empty, "not a whole safetensors file"),
+        (damage_changed_after_its_card, "SHA-256 differs"),
+        (damage_shape, "'op1_all' is \\(5, 5\\)"),
+        (damage_not_finite, "'scale_weight' holds numbers that are not finite"),
+        (damage_names, "holds another"),
+        (damage_card, "not readable JSON"),
+    ],
+)
+def test_bad_file_is_named_in_one_line(saved, damage, reason):
+    damage(saved)
+    with pytest.raises(PhiError, match=reason) as caught:
+        load_phi(saved)
+    assert str(saved.with_suffix("")) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_default_is_bundled_trained_and_says_what_it_is():
+    phi = load_phi()
+    assert phi.name in bundled_names()
+    assert phi.card["steps"] > 0
+    assert "provisional" in str(phi)
+    assert "python -m mp_lightning.meta fit" in phi.card["command"]
+    assert json.dumps(phi.card)
+    assert max(value.abs().max() for value in phi.phi) > 0.1  # a random phi stays below 0.05
