@@ -1,0 +1,362 @@
+"""Attach a perturbation to a model and take it away again, in plain PyTorch.
+
+Example::
+
+    attachment = attach(model, total_steps=len(loader) * epochs)
+    for x, y in loader:
+        loss(model(x), y).backward()
+        optimizer.step()
+        attachment.step()
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mp_lightning.errors import ConfigurationError, SiteError
+from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, load_phi
+from mp_lightning.perturbation.precision import KeepsPrecision
+from mp_lightning.sites.calls import ActivationModule, Block
+from mp_lightning.sites.discovery import find_sites
+from mp_lightning.sites.plan import SitePlan
+from mp_lightning.sites.root import Entry, Inference, entry_names
+from mp_lightning.sites.site import Site
+
+RAMP_FRACTION = 0.4  # Section 4 of the paper
+NAME = "_metaperturb"  # the submodule that attach() adds
+
+CLIP = 100.0
+
+
+class Attachment(KeepsPrecision):
+    """A perturbation at the sites of one model: what the sites share. Made by :func:`attach`.
+
+    Attributes:
+        plan: the sites.
+        phi_name: what the perturbation is called in messages.
+        coeff: strength of the perturbation, from 0 to 1 (float32 tensor without dimensions).
+        inference: what wraps the model's forward in evaluation mode, if anything.
+        sampling: draw noise in evaluation mode; otherwise use its expectation.
+        evaluation_buffers: buffers of the model, by name, that inference by expectation uses in place of its own.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        plan: SitePlan,
+        perturbation: Perturbation,
+        *,
+        phi_name: str,
+        channel_norm: int,
+        input_size: int | None,
+        seed: int,
+        clip: float | None,
+        synchronize: bool,
+        persistent: bool,
+    ) -> None:
+        super().__init__()
+        self.plan = plan
+        self.perturbation = perturbation
+        self.phi_name = phi_name
+        self.channel_norm = channel_norm
+        self.seed = seed
+        self.clip = clip
+        self.synchronize = synchronize
+        self.ramp_steps: int | None = None
+        self.shard = _shard()
+        self.sampling = True
+        self.inference: Inference | None = None
+        self.evaluation_buffers: dict[str, Tensor] | None = None
+        self.on_detach: list[Callable[[], None]] = []
+        self.perturbing = False
+        self.depth = 0
+        self.training_forward = model.training  # whether the model's current forward is one of training
+        for name, value in {
+            "coeff": torch.ones(()),
+            "steps": torch.zeros((), dtype=torch.int64),
+            "forwards": torch.zeros((), dtype=torch.int64),
+            "input_size": torch.tensor(float(input_size or 0)),
+        }.items():
+            self.register_buffer(name, value, persistent=persistent)
+        for name in ("evaluations", "bound_hits"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
+        self._input_size_known = input_size is not None
+        self.register_load_state_dict_post_hook(_note_input_size)
+        self.sites = nn.ModuleList(Site(spec, index, self, persistent) for index, spec in enumerate(plan))
+        self.__dict__["_model"] = model
+        self._blocks = _make_blocks(self, model)
+        self._handles = self._register(model)
+
+    coeff: Tensor
+    steps: Tensor
+    forwards: Tensor
+    evaluations: Tensor
+    bound_hits: Tensor
+    input_size: Tensor
+
+    def forward(self, x: Any) -> Any:
+        """The identity: containers such as ``nn.Sequential`` call every submodule, this one included."""
+        return x
+
+    def step(self) -> None:
+        """Count one training batch and move the ramp along: ``coeff = min(1, batches / ramp_steps)``.
+
+        Raises:
+            ConfigurationError: the length of the ramp is not known.
+        """
+        if self.ramp_steps is None:
+            raise ConfigurationError(
+                "the ramp's length is unknown; pass total_steps= (number of training batches) or ramp_steps= to attach()"
+            )
+        self.steps.add_(1)
+        self.update_coeff()
+
+    def ramp_over(self, ramp_steps: int) -> None:
+        """Let the strength grow linearly from 0 to 1 over ``ramp_steps`` training batches (0: full strength at once)."""
+        if ramp_steps < 0:
+            raise ConfigurationError(f"ramp_steps={ramp_steps} is negative; give the number of batches, or 0 for no ramp")
+        self.ramp_steps = ramp_steps
+        self.update_coeff()
+
+    def update_coeff(self) -> None:
+        """Set the strength that follows from the batches counted so far."""
+        ramp = max(self.ramp_steps or 0, 0)
+        self.coeff.copy_((self.steps / ramp).clamp(max=1.0) if ramp else torch.ones(()))
+
+    def begin_forward(self, training: bool, image: Tensor | None) -> None:
+        """Called when a forward of the model begins."""
+        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+            return  # activation checkpointing computes this forward again
+        self.training_forward = training
+        (self.forwards if training else self.evaluations).add_(1)
+        for block in self._blocks:
+            block.calls = 0
+        if not self._input_size_known and image is not None:
+            self.input_size.fill_(float(image.shape[2]))
+            self._input_size_known = True
+
+    def input_height(self, x: Tensor) -> Tensor:
+        """Height of the model's input in pixels, as a tensor without dimensions of the dtype of ``x``."""
+        if not self._input_size_known:
+            raise SiteError(
+                "the height of the model's input is unknown, since its forward got no (B, C, H, W) tensor; "
+                "pass input_size="
+            )
+        return self.input_size.to(x.dtype)
+
+    def detach(self) -> None:
+        """Take the perturbation away; the model is as it was before :func:`attach`."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for undo in self.on_detach:
+            undo()
+        model = self.model
+        if model._modules.get(NAME) is self:
+            del model._modules[NAME]
+
+    @property
+    def model(self) -> nn.Module:
+        """The module that the perturbation is attached to."""
+        model: nn.Module = self.__dict__["_model"]
+        return model
+
+    def entry_modules(self) -> dict[str, nn.Module]:
+        """The modules that may be called as 'the model', by name ('' is the model that was given)."""
+        return {name: self.model.get_submodule(name) for name in entry_names(model, self.plan)}
+
+    def state(self) -> dict[str, Any]:
+        """Everything that a checkpoint needs, as tensors, dicts, lists, strings and numbers only."""
+        state: dict[str, Any] = {
+            "phi_name": self.phi_name,
+            "plan": self.plan.to_dict(),
+            "channel_norm": self.channel_norm,
+            "seed": self.seed,
+            "clip": self.clip,
+            "ramp_steps": self.ramp_steps,
+            "input_size": float(self.input_size),
+            "sites": {site.spec.name: {k: v.detach().clone() for k, v in site.statistics.items()} for site in self.sites},
+            "evaluation_buffers": self.evaluation_buffers,
+            "counters": {name: int(getattr(self, name)) for name in ("steps", "forwards")},
+        }
+        if isinstance(self.perturbation, MetaPerturb):
+            state["phi"] = {key: value.detach().clone() for key, value in self.perturbation.phi._asdict().items()}
+        return state
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` gave.
+
+        Raises:
+            SiteError: it was saved with other sites.
+        """
+        saved, own = SitePlan.from_dict(state["plan"]), self.plan
+        if saved != own:
+            changed = sorted(set(saved.names) ^ set(own.names)) or list(own.names)
+            raise SiteError(
+                f"the checkpoint was made with other sites (they differ in {', '.join(changed[:5])}); attach with the "
+                "checkpoint's plan, or use MetaPerturbCallback.restore(model, checkpoint)"
+            )
+        with torch.no_grad():
+            for site in self.sites:
+                for name, value in state["sites"][site.spec.name].items():
+                    getattr(site, name).copy_(value)
+            if isinstance(self.perturbation, MetaPerturb):
+                for key, value in state["phi"].items():
+                    getattr(self.perturbation, key).copy_(value)
+            for name, value in state["counters"].items():
+                getattr(self, name).fill_(value)
+            self.input_size.fill_(state["input_size"])
+        self._input_size_known = state["input_size"] > 0
+        self.phi_name, self.channel_norm = state["phi_name"], state["channel_norm"]
+        self.seed, self.clip, self.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
+        self.evaluation_buffers = state["evaluation_buffers"]
+        self.update_coeff()
+
+    def _register(self, model: nn.Module) -> list[RemovableHandle]:
+        handles: list[RemovableHandle] = []
+        for name in entry_names(model, self.plan):
+            handles += Entry(self, name).register(model.get_submodule(name))
+        for scope, block in zip(_scopes(self.plan), self._blocks, strict=True):
+            handles += block.register(model.get_submodule(scope))
+        return handles
+
+    def extra_repr(self) -> str:
+        return f"{len(self.plan)} sites, phi={self.phi_name!r}"
+
+
+def attach(
+    model: nn.Module,
+    phi: "str | Path | Phi | NamedPhi | None" = None,
+    *,
+    sites: SitePlan | None = None,
+    perturbation: Perturbation | None = None,
+    total_steps: int | None = None,
+    ramp_steps: int | None = None,
+    input_size: int | None = None,
+    seed: int = 0,
+    clip: float | None = CLIP,
+    synchronize: bool = False,
+    persistent: bool = False,
+) -> Attachment:
+    """Perturb the feature maps of ``model`` at its sites.
+
+    Adds one submodule, ``_metaperturb``, and hooks. Attached twice is attached once: the first attachment is returned.
+
+    Args:
+        model: any module; what its forward computes changes, its parameters and its ``state_dict`` keys do not.
+        phi: a phi file, the name of a bundled one, or None for the bundled default. Never trained.
+        sites: where to perturb; None finds the sites (:func:`find_sites`).
+        perturbation: any other :class:`~mp_lightning.perturbation.Perturbation` in place of phi.
+        total_steps: number of training batches of the run; the strength grows over the first 40 % of them.
+        ramp_steps: number of batches over which it grows, instead. With neither it is at full strength from the start.
+        input_size: height of the network's input in pixels; None takes it from the first forward.
+        seed: seed of the noise.
+        clip: upper bound of a perturbed feature map, in training and in evaluation; None for no bound.
+        synchronize: batch statistics over all processes instead of each on its own.
+        persistent: keep phi and the statistics in the model's ``state_dict``.
+
+    Returns:
+        The attachment; call its ``step()`` after each training batch and ``detach()`` to undo.
+
+    Raises:
+        PhiError: phi cannot be loaded.
+        SiteError: no site was found, or the plan does not fit the model.
+        ConfigurationError: the model is attached already, with another phi.
+    """
+    existing = attachment_of(model)
+    named = None if perturbation is not None else load_phi(phi)
+    if existing is not None:
+        if named is not None and phi is not None and named.name != existing.phi_name:
+            raise ConfigurationError(
+                f"the model is attached already, with phi '{existing.phi_name}'; call detach() before attaching another"
+            )
+        return existing
+    plan = find_sites(model) if sites is None else sites
+    if named is not None:
+        perturbation = MetaPerturb(named.phi, persistent=persistent)
+    assert perturbation is not None
+    attachment = Attachment(
+        model,
+        plan,
+        perturbation,
+        phi_name=perturbation.name if named is None else named.name,
+        channel_norm=_channel_norm(model, plan, sites),
+        input_size=input_size,
+        seed=seed,
+        clip=clip,
+        synchronize=synchronize,
+        persistent=persistent,
+    )
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        attachment.to(parameter.device)
+    attachment.train(model.training)
+    if ramp_steps is None and total_steps is not None:
+        ramp_steps = ramp_length(total_steps)
+    if ramp_steps is not None:
+        attachment.ramp_over(ramp_steps)
+    model.add_module(NAME, attachment)
+    return attachment
+
+
+def ramp_length(total_steps: int) -> int:
+    """The first 40 % of the training batches of a run, over which the strength grows."""
+    return round(RAMP_FRACTION * total_steps)
+
+
+def detach(model: nn.Module) -> None:
+    """Undo :func:`attach`; a model that is not attached stays as it is."""
+    attachment = attachment_of(model)
+    if attachment is not None:
+        attachment.detach()
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """The attachment of a model or of one of its parts, if there is one."""
+    return next((module for module in model.modules() if isinstance(module, Attachment)), None)
+
+
+def _scopes(plan: SitePlan) -> list[str]:
+    return list(dict.fromkeys(spec.scope for spec in plan))
+
+
+def _make_blocks(attachment: Attachment, model: nn.Module) -> list[Block]:
+    blocks = []
+    for scope in _scopes(attachment.plan):
+        by_module: dict[str, dict[int, Site]] = {}
+        functional: dict[int, Site] = {}
+        for site in attachment.sites:
+            assert isinstance(site, Site)
+            if site.spec.scope == scope:
+                calls = functional if site.spec.activation is None else by_module.setdefault(site.spec.activation, {})
+                calls[site.spec.call] = site
+        modules = [ActivationModule(model.get_submodule(name), sites) for name, sites in by_module.items()]
+        blocks.append(Block(attachment, modules, functional))
+    return blocks
+
+
+def _channel_norm(model: nn.Module, plan: SitePlan, given: SitePlan | None) -> int:
+    """The most channels of any site of the *default* plan, so that leaving sites out changes no other site."""
+    if given is None:
+        return plan.channel_norm
+    try:
+        return find_sites(model).channel_norm
+    except SiteError:
+        return plan.channel_norm
+
+
+def _note_input_size(module: nn.Module, incompatible: Any) -> None:
+    assert isinstance(module, Attachment)
+    module._input_size_known = bool(module.input_size > 0)
+
+
+def _shard() -> tuple[int, int]:
+    """(rank, number of processes): where this process's samples stand in the global batch."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1

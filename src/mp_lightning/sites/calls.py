@@ -1,0 +1,124 @@
+"""Which call of which activation is a site: the hooks that find it while the model runs.
+
+Two mechanisms, because models write activations in two ways. An activation *module* gets a forward pre-hook that counts
+its calls within the block. A *functional* activation is seen by a torch function mode that is active while its block
+runs. All hooks are bound methods of plain objects, so that copies and pickles of a model hold hooks of their own.
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils.hooks import RemovableHandle
+
+from mp_lightning.sites.activations import ACTIVATION_FUNCTIONS
+from mp_lightning.sites.site import Site
+
+if TYPE_CHECKING:
+    from mp_lightning.sites.attachment import Attachment
+
+
+class Block:
+    """One block (a module) and the sites reached during its forward.
+
+    Args:
+        module_sites: by activation module, the sites by index of the call within one forward of the block.
+        attachment: what all sites share.
+        functional_sites: the sites by index among all activation calls within one forward of the block.
+    """
+
+    def __init__(
+        self, attachment: "Attachment", module_sites: list["ActivationModule"], functional_sites: dict[int, Site]
+    ) -> None:
+        self._attachment = attachment
+        self.calls = 0  # forwards of this block within the current forward of the model
+        self.training = False
+        self.active = 0
+        self._module_sites = module_sites
+        self._functional_sites = functional_sites
+        self._modes: list[_ActivationMode] = []
+        for activation in module_sites:
+            activation.block = self
+
+    def register(self, module: nn.Module) -> list[RemovableHandle]:
+        """Hook the block's module and its activation modules."""
+        handles = [
+            module.register_forward_pre_hook(self.begin),
+            module.register_forward_hook(self.end, always_call=True),
+        ]
+        return handles + [activation.register() for activation in self._module_sites]
+
+    def begin(self, module: nn.Module, args: Any) -> None:
+        self.training = module.training
+        self.active += 1
+        for activation in self._module_sites:
+            activation.seen = 0
+        if self._functional_sites:
+            mode = _ActivationMode(self)
+            self._modes.append(mode)
+            mode.__enter__()
+
+    def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.active -= 1
+        self.calls += 1
+        if self._functional_sites:
+            self._modes.pop().__exit__(None, None, None)
+
+    def perturb(self, site: Site, x: Tensor) -> Tensor:
+        """The perturbed x. The activation functions that a perturbation uses by itself are not calls of the model."""
+        self._attachment.perturbing = True
+        try:
+            return site(x, self.calls, self.training)
+        finally:
+            self._attachment.perturbing = False
+
+    def functional_site(self, index: int) -> Site | None:
+        return self._functional_sites.get(index)
+
+    @property
+    def perturbing(self) -> bool:
+        return self._attachment.perturbing
+
+
+class ActivationModule:
+    """An activation module of a block, whose inputs at some calls are sites."""
+
+    block: Block
+
+    def __init__(self, module: nn.Module, sites: dict[int, Site]) -> None:
+        self.seen = 0
+        self._module = module
+        self._sites = sites
+
+    def register(self) -> RemovableHandle:
+        return self._module.register_forward_pre_hook(self.before)
+
+    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if not self.block.active:  # the same module serves another block as well
+            return None
+        site = self._sites.get(self.seen)
+        self.seen += 1
+        return None if site is None else (self.block.perturb(site, args[0]), *args[1:])
+
+
+class _ActivationMode(TorchFunctionMode):
+    """Counts activation calls, from functions and from modules alike, and perturbs the input of those that are sites."""
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self._block = block
+        self._seen = 0
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in ACTIVATION_FUNCTIONS and not self._block.perturbing:
+            site = self._block.functional_site(self._seen)
+            self._seen += 1
+            if site is not None and args:
+                args = (self._block.perturb(site, args[0]), *args[1:])
+            elif site is not None:
+                kwargs = {**kwargs, "input": self._block.perturb(site, kwargs["input"])}
+        return func(*args, **kwargs)

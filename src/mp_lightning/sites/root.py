@@ -1,0 +1,85 @@
+"""The forwards of the model: when one begins and ends, and what may be wrapped around it in evaluation."""
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mp_lightning.sites.plan import SitePlan
+
+if TYPE_CHECKING:
+    from mp_lightning.sites.attachment import Attachment
+
+
+class Inference(Protocol):
+    """What happens around one forward of the model in evaluation mode."""
+
+    def begin(self, attachment: "Attachment") -> None:
+        """Called before the forward."""
+        ...
+
+    def finish(
+        self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """Called after the forward of ``module``, also when it raised (then ``output`` is None); returns the output."""
+        ...
+
+
+class Entry:
+    """Counts the forwards of a module that users may call as 'the model'.
+
+    Which one they call is not known beforehand: ``model(x)``, or, in a LightningModule, ``self.net(x)``. So the module
+    that was given and its outermost parts that hold sites are all watched, and the outermost forward in progress counts.
+    """
+
+    def __init__(self, attachment: "Attachment", name: str) -> None:
+        self.name = name
+        self._attachment = attachment
+        self._stack: list[bool] = []  # forwards of this module in progress: does each count as a forward of the model?
+
+    def register(self, module: nn.Module) -> list[RemovableHandle]:
+        return [
+            module.register_forward_pre_hook(self.enter, with_kwargs=True, prepend=True),
+            module.register_forward_hook(self.leave, with_kwargs=True, always_call=True),
+        ]
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        attachment = self._attachment
+        # A forward that is not the class's own is a strategy's detour to training_step, not a forward of the model.
+        own = getattr(module.forward, "__func__", None) is type(module).forward
+        outermost = own and attachment.depth == 0
+        self._stack.append(outermost)
+        if not outermost:
+            return
+        attachment.depth += 1
+        attachment.begin_forward(module.training, first_image((*args, *kwargs.values())))
+        if not module.training and attachment.inference is not None:
+            attachment.inference.begin(attachment)
+
+    def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
+        attachment = self._attachment
+        if not self._stack.pop():
+            return None
+        attachment.depth -= 1
+        if module.training or attachment.inference is None:
+            return None
+        return attachment.inference.finish(attachment, module, args, kwargs, output)
+
+
+def entry_names(model: nn.Module, plan: SitePlan) -> list[str]:
+    """The model itself ('') and its outermost submodules with a forward of their own that hold the sites."""
+    names = {""}
+    for spec in plan:
+        path = spec.scope.split(".") if spec.scope else []
+        for length in range(1, len(path) + 1):
+            name = ".".join(path[:length])
+            if not isinstance(model.get_submodule(name), nn.ModuleList | nn.ModuleDict):
+                names.add(name)
+                break
+    return sorted(names)
+
+
+def first_image(values: tuple[Any, ...]) -> Tensor | None:
+    """The first (B, C, H, W) tensor among a forward's arguments."""
+    return next((value for value in values if isinstance(value, torch.Tensor) and value.dim() == 4), None)

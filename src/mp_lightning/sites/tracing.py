@@ -1,0 +1,109 @@
+"""What a model computes, as torch.fx graphs, without running it."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the model whose forward could be traced as one graph.
+
+    Attributes:
+        prefix: its qualified name in the model ('' is the model itself).
+        module: the part.
+        graph: its operations; modules of torch.nn are single nodes, all others are seen through.
+    """
+
+    prefix: str
+    module: nn.Module
+    graph: fx.Graph
+
+    def qualified(self, name: str) -> str:
+        """The name in the model of a submodule of the region."""
+        return ".".join(part for part in (self.prefix, name) if part)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # torchvision's and others' stochastic depth draws random numbers while it is traced.
+        return type(m).__name__ in ("StochasticDepth", "DropPath") or super().is_leaf_module(m, module_qualified_name)
+
+
+def trace_regions(model: nn.Module) -> tuple[list[Region], list[str]]:
+    """Trace the model, or, where that is impossible, its parts.
+
+    Left out are parts without convolutions, parts whose parameters are all frozen (teachers, perceptual losses) and
+    torchmetrics. A LightningModule is never traced itself: its forward may log.
+
+    Returns:
+        The regions in order of registration, and what could not be traced, for messages.
+    """
+    regions: list[Region] = []
+    failures: list[str] = []
+    _trace(model, "", regions, failures)
+    return regions, failures
+
+
+def _trace(module: nn.Module, prefix: str, regions: list[Region], failures: list[str]) -> None:
+    if not any(isinstance(part, CONVOLUTIONS) for part in module.modules()) or _is_metric(module) or is_frozen(module):
+        return
+    children = list(module.named_children())
+    if _is_traceable(module) and not _holds_other_networks(module):
+        try:
+            with _left_as_it_was(module):
+                regions.append(Region(prefix, module, _Tracer().trace(module, _defaults(module))))
+            return
+        except Exception as error:  # user code that meets a proxy raises anything
+            reason = str(error).strip().split("\n")[0][:100]
+            failures.append(f"'{prefix or type(module).__name__}' ({type(error).__name__}: {reason})")
+    for name, child in children:
+        _trace(child, f"{prefix}.{name}" if prefix else name, regions, failures)
+
+
+def is_frozen(module: nn.Module) -> bool:
+    """Whether the module has parameters and none of them is trained."""
+    parameters = list(module.parameters())
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
+def _is_traceable(module: nn.Module) -> bool:
+    if any(base.__name__ == "LightningModule" for base in type(module).__mro__):
+        return False
+    return not isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _holds_other_networks(module: nn.Module) -> bool:
+    """Whether a part must be left out, so that the parts have to be looked at one by one."""
+    with_convolutions = [c for c in module.children() if any(isinstance(m, CONVOLUTIONS) for m in c.modules())]
+    return any(_is_metric(c) or (is_frozen(c) and not isinstance(c, CONVOLUTIONS)) for c in with_convolutions)
+
+
+def _is_metric(module: nn.Module) -> bool:
+    return any(b.__name__ == "Metric" and b.__module__.startswith("torchmetrics") for b in type(module).__mro__)
+
+
+def _defaults(module: nn.Module) -> dict[str, Any]:
+    """Arguments of forward that have a default keep it, so that ``if mask is not None`` can be decided."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty}
+
+
+@contextmanager
+def _left_as_it_was(module: nn.Module) -> Iterator[None]:
+    """Undo what a traced forward stores on the module: it would be symbols instead of tensors."""
+    saved = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
+    try:
+        yield
+    finally:
+        for part, attributes, buffers in saved:
+            part.__dict__.clear()
+            part.__dict__.update(attributes)
+            part._buffers.clear()
+            part._buffers.update(buffers)

@@ -1,0 +1,232 @@
+"""Sites are found where the paper's rule says, in modules and functions alike, and nowhere else."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from research_nets import PreActivationBlock, ResearchResNet
+from torch import nn
+
+from mp_lightning.backbones import build_backbone
+from mp_lightning.errors import SiteError
+from mp_lightning.sites import attach, find_sites
+from mp_lightning.sites.discovery import PLAIN, PRE_ACTIVATION, RESIDUAL
+
+TORCHVISION = [
+    ("resnet18", 8, 512, RESIDUAL),
+    ("resnet50", 16, 2048, RESIDUAL),
+    ("vgg11_bn", 8, 512, PLAIN),
+    ("mobilenet_v2", 10, 960, PRE_ACTIVATION),
+    ("efficientnet_b0", 9, 1152, PRE_ACTIVATION),
+    ("regnet_y_400mf", 16, 440, RESIDUAL),
+]
+
+
+@pytest.mark.parametrize(("name", "count", "channels", "rule"), TORCHVISION)
+def test_torchvision(name, count, channels, rule):
+    plan = find_sites(torchvision.models.get_model(name, weights=None))
+    assert (len(plan), plan.channel_norm, {site.rule for site in plan}) == (count, channels, {rule})
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "channels"),
+    [("conv4", 4, 32), ("conv6", 6, 32), ("vgg9", 8, 512), ("resnet20", 9, 64), ("resnet44", 21, 64)],
+)
+def test_own_backbones(name, count, channels):
+    plan = find_sites(build_backbone(name, 10))
+    assert (len(plan), plan.channel_norm) == (count, channels)
+
+
+def test_shared_relu_of_a_basic_block_is_taken_at_its_last_call():
+    site = next(iter(find_sites(torchvision.models.resnet18(weights=None))))
+    assert (site.scope, site.activation, site.call) == ("layer1.0", "layer1.0.relu", 1)
+
+
+def test_functional_activations_of_a_research_resnet():
+    plan = find_sites(ResearchResNet())
+    assert [(site.scope, site.activation, site.call) for site in plan] == [
+        ("layers.0", None, 1),
+        ("layers.1", None, 1),
+        ("layers.2", None, 1),
+    ]
+
+
+def test_residual_stream_without_activation_is_not_multiplied():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), PreActivationBlock(8), PreActivationBlock(8), nn.BatchNorm2d(8), nn.ReLU())
+    plan = find_sites(model)
+    assert [(site.scope, site.call, site.rule) for site in plan] == [("1", 1, PRE_ACTIVATION), ("2", 1, PRE_ACTIVATION)]
+
+
+def test_gates_of_squeeze_and_excitation_are_no_sites():
+    names = find_sites(torchvision.models.mobilenet_v3_small(weights=None)).names
+    assert names
+    assert not any("fc" in name or name.endswith(".2.activation") for name in names)
+
+
+class ResidualWithDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norm = nn.GroupNorm(2, 4)
+        self.dropout = nn.Dropout(0.1)
+        self.activation = nn.GELU()
+
+    def forward(self, x):
+        return self.activation(self.dropout(x + self.norm(self.conv(x))))
+
+
+def test_dropout_between_sum_and_activation_and_group_norm():
+    plan = find_sites(nn.Sequential(nn.Conv2d(3, 4, 3), ResidualWithDropout()))
+    assert [(site.name, site.channels, site.rule) for site in plan] == [("1.activation", 4, RESIDUAL)]
+
+
+def test_plain_sequential_with_group_norm():
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.SiLU(), nn.Conv2d(4, 6, 3), nn.ReLU())
+    assert find_sites(model).names == ["2"]  # the second convolution has no norm
+
+
+class Untraceable(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.block = ResidualWithDropout()
+
+    def forward(self, x):
+        x = self.stem(x)
+        return self.block(x) if x.sum() > 0 else x
+
+
+def test_parts_of_a_model_that_cannot_be_traced():
+    """And the stem of a residual network stays no site though it is traced alone."""
+    assert find_sites(Untraceable()).names == ["block.activation"]
+
+
+class CalledTwice(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = ResidualWithDropout()
+
+    def forward(self, x):
+        return self.block(self.block(x))
+
+
+def test_a_block_called_twice_is_one_site():
+    assert find_sites(CalledTwice()).names == ["block.activation"]
+
+
+class LightningModule(nn.Module):
+    """Stands for Lightning's class, which is known by its name; its own forward must not be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = build_backbone("conv4", 10, width=4, image_size=16)
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def forward(self, x):
+        raise AssertionError("the forward of a LightningModule was traced")
+
+
+def test_frozen_teacher_in_a_lightning_module_is_left_alone():
+    plan = find_sites(LightningModule())
+    assert len(plan) == 4
+    assert all(site.scope.startswith("net.") for site in plan)
+
+
+class KeepsFeatures(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.block = ResidualWithDropout()
+        self.features = None
+
+    def forward(self, x, mask=None):
+        self.features = self.block(x)
+        return self.features if mask is None else self.features * mask
+
+
+def test_model_is_left_as_it_was():
+    model = KeepsFeatures()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = torch.random.get_rng_state()
+    find_sites(model)
+    assert model.features is None
+    assert model.training
+    assert not model._forward_hooks
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU()), "it has no 2-d convolution"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "of its activations \\(1\\) none ends a residual block"),
+        (build_backbone("conv4", 10).requires_grad_(False), "all its parameters are frozen"),
+        (torchvision.models.convnext_tiny(weights=None), "no \\(B, C, H, W\\) map"),
+    ],
+)
+def test_no_site_is_one_line_with_what_was_found_and_the_remedy(model, reason):
+    with pytest.raises(SiteError, match=reason) as caught:
+        find_sites(model)
+    assert type(model).__name__ in str(caught.value)
+    assert "sites=" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+class Recorder:
+    """A perturbation that changes nothing and keeps what it is given."""
+
+    name = "recorder"
+
+    def __init__(self):
+        self.seen = []
+
+    def initial_statistics(self, channels):
+        return {}
+
+    def measure(self, x, running, synchronize):
+        return {}, None
+
+    def multiplier(self, x, eps, statistics, norms):
+        self.seen.append(x.detach().clone())
+        return torch.ones(())
+
+
+def relu_inputs(run):
+    """The input of every relu, function or module, in order, caught below all hooks."""
+    caught = []
+    original = torch.relu, torch.relu_
+    catch = lambda f: lambda x: (caught.append(x.detach().clone()), f(x))[1]  # noqa: E731
+    torch.relu, torch.relu_ = catch(original[0]), catch(original[1])
+    try:
+        run()
+    finally:
+        torch.relu, torch.relu_ = original
+    return caught
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        # stem first, then two activations a block, of which the second is the site
+        (lambda: torchvision.models.resnet18(weights=None, num_classes=3), [2 + 2 * i for i in range(8)]),
+        (ResearchResNet, [2, 4, 6]),
+        (lambda: build_backbone("resnet20", 3), [2 + 2 * i for i in range(9)]),
+        (lambda: build_backbone("conv4", 3), [0, 1, 2, 3]),
+    ],
+)
+def test_tensors_at_the_sites_are_the_inputs_of_those_activations(factory, expected):
+    model = factory()
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    recorder = Recorder()
+    attach(model, perturbation=recorder)
+    inputs = relu_inputs(lambda: model(x))
+    assert len(recorder.seen) == len(expected)
+    for seen, index in zip(recorder.seen, expected, strict=True):
+        assert torch.equal(seen, inputs[index])
+
+
+def test_function_relu_is_the_one_that_modules_call():
+    """The counting of functional calls relies on it: one module call is one call of one listed function."""
+    assert len(relu_inputs(lambda: nn.ReLU()(torch.zeros(1)))) == len(relu_inputs(lambda: F.relu(torch.zeros(1)))) == 1
