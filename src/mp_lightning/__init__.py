@@ -1,0 +1,39 @@
+"""mp_lightning: a regularizer that was learned, for any PyTorch Lightning training in one line.
+
+An implementation of MetaPerturb (Ryu et al., NeurIPS 2020, arXiv 2006.07540).
+"""
+
+from importlib.metadata import version
+
+from mp_lightning.callback import MetaPerturbCallback
+from mp_lightning.errors import ConfigurationError, DataError, PhiError, SiteError, UserError
+from mp_lightning.inference import Mean, MonteCarlo, reestimate_batch_norm
+from mp_lightning.mixin import MetaPerturbMixin
+from mp_lightning.perturbation import MetaPerturb, Perturbation, Phi, load_phi
+from mp_lightning.sites import Attachment, SitePlan, SiteSpec, attach, attachment_of, detach, find_sites
+
+__version__ = version("mp_lightning")
+
+__all__ = [
+    "Attachment",
+    "ConfigurationError",
+    "DataError",
+    "Mean",
+    "MetaPerturb",
+    "MetaPerturbCallback",
+    "MetaPerturbMixin",
+    "MonteCarlo",
+    "Perturbation",
+    "Phi",
+    "PhiError",
+    "SiteError",
+    "SitePlan",
+    "SiteSpec",
+    "UserError",
+    "attach",
+    "attachment_of",
+    "detach",
+    "find_sites",
+    "load_phi",
+    "reestimate_batch_norm",
+]

@@ -1,0 +1,116 @@
+"""Monte Carlo inference: several forwards with noise, their probabilities averaged (Section 4 of the paper)."""
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from mp_lightning.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from mp_lightning.sites import Attachment
+
+Output = Literal["logits", "probabilities", "log_probabilities"]
+OUTPUTS: tuple[Output, ...] = ("logits", "probabilities", "log_probabilities")
+_TOLERANCE = 1e-3
+
+
+class MonteCarlo:
+    """Averages the probabilities of ``samples`` noisy forwards of the model.
+
+    The averaged output is of the kind that the model gives: where that is logits, the output is the logarithm of the
+    mean probability, so that softmax, cross-entropy and argmax afterwards are those of the mean.
+
+    Args:
+        samples: number of forwards.
+        output: what the model's (B, K) output holds; None finds out from the numbers, once.
+
+    Attributes:
+        calls: how many forwards of the model were averaged since this object was made.
+    """
+
+    def __init__(self, samples: int, output: Output | None = None) -> None:
+        if samples < 1:
+            raise ConfigurationError(f"samples={samples}: Monte Carlo inference needs at least one sample")
+        if output is not None and output not in OUTPUTS:
+            raise ConfigurationError(f"output={output!r} is unknown; use one of {', '.join(OUTPUTS)}")
+        self.samples = samples
+        self.output: Output | None = output
+        self.calls = 0
+        self._busy = False
+
+    def begin(self, attachment: "Attachment") -> None:
+        """Noise is drawn, not averaged, in each forward."""
+        attachment.sampling = True
+
+    def finish(
+        self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        """The averaged output.
+
+        Raises:
+            ConfigurationError: the output is not a (B, K) tensor of class scores.
+        """
+        if output is None or self._busy:
+            return output
+        self.calls += 1
+        kind = self.output or output_kind(output, type(module).__name__)
+        self.output = kind
+        mean = _probabilities(output, kind)
+        self._busy = True
+        try:
+            for _ in range(1, self.samples):
+                mean = mean + _probabilities(module(*args, **kwargs), kind)
+        finally:
+            self._busy = False
+        mean = mean / self.samples
+        result = mean if kind == "probabilities" else mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
+        return result.to(output.dtype)
+
+
+class MonteCarloOrMean(MonteCarlo):
+    """Monte Carlo inference where the output allows it, the expected noise where it does not."""
+
+    _averages = True
+
+    def begin(self, attachment: "Attachment") -> None:
+        attachment.sampling = self._averages
+
+    def finish(
+        self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        if self._averages and not self._busy and output is not None:
+            try:
+                return super().finish(attachment, module, args, kwargs, output)
+            except ConfigurationError:
+                self._averages = False
+                return module(*args, **kwargs)
+        attachment.sampling = True
+        return output
+
+
+def output_kind(output: Any, model: str) -> Output:
+    """What a model's output holds, judged by the numbers.
+
+    Raises:
+        ConfigurationError: it is not a (B, K) floating-point tensor with K > 1, so that averaging would be a guess.
+    """
+    if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2 or not output.is_floating_point():
+        what = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        raise ConfigurationError(
+            f"{model} gives {what}; Monte Carlo inference averages class probabilities and needs a (B, K) tensor with "
+            "K > 1; use inference='mean'"
+        )
+    values = output.detach().float()
+    if bool((values >= 0).all()) and bool((values.sum(dim=1) - 1).abs().max() < _TOLERANCE):
+        return "probabilities"
+    if bool((values <= 0).all()) and bool(values.logsumexp(dim=1).abs().max() < _TOLERANCE):
+        return "log_probabilities"
+    return "logits"
+
+
+def _probabilities(output: Tensor, kind: Output) -> Tensor:
+    values = output.float()
+    if kind == "logits":
+        return values.softmax(dim=1)
+    return values if kind == "probabilities" else values.exp()

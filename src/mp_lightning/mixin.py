@@ -1,0 +1,55 @@
+"""The perturbation as part of a module, for authors who prefer to declare it."""
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.perturbation import NamedPhi, Phi
+from mp_lightning.sites import Attachment
+
+
+class MetaPerturbMixin:
+    """Makes MetaPerturb part of a LightningModule: phi and the statistics are in its ``state_dict``.
+
+    Call :meth:`perturb` at the end of ``__init__``; the rest (ramp, evaluation, checkpoints) happens by itself, with any
+    Trainer. A checkpoint then loads by ``load_from_checkpoint`` as every other.
+
+    Example::
+
+        class Classifier(MetaPerturbMixin, L.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.net = torchvision.models.resnet18(num_classes=10)
+                self.perturb()
+    """
+
+    _perturb_options: dict[str, Any] | None = None
+
+    def perturb(self, phi: "str | Path | Phi | NamedPhi | None" = None, **options: Any) -> Attachment:
+        """Attach the perturbation.
+
+        Args:
+            phi: as for :class:`~mp_lightning.MetaPerturbCallback`.
+            options: its other arguments, but ``marker``, for which there is no need.
+        """
+        self._perturb_options = {"phi": phi, **options, "marker": False}
+        assert isinstance(self, nn.Module)
+        attachment: Attachment = self._metaperturb_callback().attach(self)
+        return attachment
+
+    def configure_callbacks(self) -> list[Any]:
+        """The module's own callbacks and the one that runs the perturbation."""
+        inherited = getattr(super(), "configure_callbacks", list)()
+        return [*inherited, self._metaperturb_callback()]
+
+    def _metaperturb_callback(self) -> Any:
+        # Here and not at the top: only training by Lightning needs Lightning.
+        from mp_lightning.callback import MetaPerturbCallback
+
+        if self._perturb_options is None:
+            raise ConfigurationError(f"{type(self).__name__} has the mixin but no perturbation; call self.perturb() in __init__")
+        callback = MetaPerturbCallback(**self._perturb_options)
+        callback.persistent = True
+        return callback
