@@ -1,0 +1,55 @@
+"""The joint first-order step of meta-training (Algorithm 1 of the paper), for one task."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def theta_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
+    """One optimizer step on theta, all that ``optimizer`` holds; phi gets no gradient.
+
+    Args:
+        model: a perturbed network in training mode.
+        optimizer: optimizer of theta only.
+        x, y: training batch (B, 3, H, W) and labels (B,).
+
+    Returns:
+        The training loss before the step, without dimensions.
+    """
+    theta = [p for group in optimizer.param_groups for p in group["params"]]
+    loss = F.cross_entropy(model(x), y)
+    for parameter, gradient in zip(theta, torch.autograd.grad(loss, theta), strict=True):
+        parameter.grad = gradient
+    optimizer.step()
+    return loss.detach()
+
+
+def phi_gradient(model: nn.Module, phi: Sequence[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Gradient of the validation loss with respect to phi alone, theta being constant (first order).
+
+    Batch norm is in evaluation mode, the perturbation in training mode: it uses and records the statistics of the batch.
+
+    Returns:
+        The validation loss without dimensions, and one gradient for each tensor of phi.
+    """
+    with batch_norm_in_evaluation(model):
+        loss = F.cross_entropy(model(x), y)
+        gradients = torch.autograd.grad(loss, list(phi))
+    return loss.detach(), list(gradients)
+
+
+@contextmanager
+def batch_norm_in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Batch norm normalizes by its running statistics, and leaves them alone, inside this context."""
+    changed = [m for m in model.modules() if isinstance(m, _BatchNorm) and m.training]
+    for module in changed:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in changed:
+            module.training = True

@@ -1,0 +1,129 @@
+"""Does phi transfer? A small network trained afresh on few images of a target, with and without it."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mp_lightning.data import ImageSet, batch_indices, normalize, standard_augment
+from mp_lightning.inference import MonteCarlo
+from mp_lightning.meta.tasks import Architecture, derived_seed
+from mp_lightning.perturbation import Phi
+from mp_lightning.sites import attach
+
+
+@dataclass(frozen=True)
+class Target:
+    """Images that meta-training has not seen."""
+
+    train: ImageSet
+    test: ImageSet
+    flip: bool
+
+    def __str__(self) -> str:
+        return (
+            f"{self.train.name}: {len(self.train)} training and {len(self.test)} test images of "
+            f"{self.train.num_classes} classes"
+        )
+
+
+@dataclass(frozen=True)
+class TransferSettings:
+    """How the target is trained; ``samples`` is the number of noise samples that are averaged at evaluation."""
+
+    architecture: str
+    steps: int
+    seeds: int
+    batch_size: int
+    lr: float
+    weight_decay: float
+    samples: int
+
+
+@dataclass(frozen=True)
+class ArmResult:
+    """Held-out negative log-likelihood (nats) and accuracy of one arm, one value a seed."""
+
+    arm: str
+    nll: list[float]
+    accuracy: list[float]
+
+    def __str__(self) -> str:
+        return f"{self.arm:<12} NLL {_spread(self.nll, 3)}   accuracy {_spread([100 * a for a in self.accuracy], 1)} %"
+
+
+def compare_transfer(
+    target: Target,
+    arms: dict[str, Phi | None],
+    settings: TransferSettings,
+    seed: int,
+    device: torch.device,
+    on_progress: Callable[[str, int], None],
+) -> list[ArmResult]:
+    """Train every arm with the same seeds: initialisation, batches and augmentation of one seed are shared by all arms.
+
+    Args:
+        target: the images.
+        arms: by name, the phi to train with (None: no perturbation).
+        settings: how to train.
+        seed: seed of the whole comparison.
+        device: where to train.
+        on_progress: called after every step with the arm's name and the number of its seed.
+    """
+    results = []
+    for arm, phi in arms.items():
+        runs = [
+            _train_and_test(target, phi, settings, derived_seed(seed, "transfer", i), device, lambda i=i: on_progress(arm, i))
+            for i in range(settings.seeds)
+        ]
+        results.append(ArmResult(arm, [nll for nll, _ in runs], [accuracy for _, accuracy in runs]))
+    return results
+
+
+def _train_and_test(
+    target: Target,
+    phi: Phi | None,
+    settings: TransferSettings,
+    seed: int,
+    device: torch.device,
+    on_step: Callable[[], None],
+) -> tuple[float, float]:
+    model = Architecture.parse(settings.architecture).build(target.train, derived_seed(seed, "theta")).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
+    attachment = None
+    if phi is not None:
+        attachment = attach(model, phi, total_steps=settings.steps, seed=derived_seed(seed, "noise"))
+    for step in range(settings.steps):
+        chosen = batch_indices(len(target.train), settings.batch_size, step, derived_seed(seed, "batches"))
+        generator = torch.Generator().manual_seed(derived_seed(seed, "augmentation", step))
+        x = standard_augment(target.train.images[chosen], generator, flip=target.flip).to(device)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), target.train.labels[chosen].to(device)).backward()
+        optimizer.step()
+        if attachment is not None:
+            attachment.step()
+        on_step()
+    if attachment is not None:
+        attachment.inference = MonteCarlo(settings.samples, output="logits")
+    return evaluate(model.eval(), target.test, device)
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, images: ImageSet, device: torch.device, batch_size: int = 256) -> tuple[float, float]:
+    """Mean negative log-likelihood (nats) and accuracy over all images."""
+    nll, correct = 0.0, 0
+    for x, y in zip(images.images.split(batch_size), images.labels.split(batch_size), strict=True):
+        logits: Tensor = model(normalize(x).to(device)).float()
+        nll += float(F.cross_entropy(logits, y.to(device), reduction="sum"))
+        correct += int((logits.argmax(dim=1) == y.to(device)).sum())
+    return nll / len(images), correct / len(images)
+
+
+def _spread(values: Sequence[float], digits: int) -> str:
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.{digits}f}"
+    return f"{mean:.{digits}f} +- {statistics.stdev(values):.{digits}f}"
