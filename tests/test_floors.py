@@ -23,6 +23,7 @@ FLOORS = {
     "callback": 3,
     "mixin": 3,
     "schedule": 3,
+    "checkpoints": 3,
     "inference": 3,
     "compare": 4,
     "meta": 5,

@@ -54,7 +54,9 @@ def test_functional_activations_of_a_research_resnet():
 
 
 def test_residual_stream_without_activation_is_not_multiplied():
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), PreActivationBlock(8), PreActivationBlock(8), nn.BatchNorm2d(8), nn.ReLU())
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), PreActivationBlock(8), PreActivationBlock(8), nn.BatchNorm2d(8), nn.ReLU()
+    )
     plan = find_sites(model)
     assert [(site.scope, site.call, site.rule) for site in plan] == [("1", 1, PRE_ACTIVATION), ("2", 1, PRE_ACTIVATION)]
 
@@ -132,6 +134,18 @@ def test_frozen_teacher_in_a_lightning_module_is_left_alone():
     plan = find_sites(LightningModule())
     assert len(plan) == 4
     assert all(site.scope.startswith("net.") for site in plan)
+
+
+def test_layers_that_are_a_lightning_modules_own():
+    class LightningModule(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU()
+
+        def forward(self, x):
+            return self.act(self.norm(self.conv(x)))
+
+    assert find_sites(LightningModule()).names == ["act"]
 
 
 class KeepsFeatures(nn.Module):

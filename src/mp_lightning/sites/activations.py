@@ -13,6 +13,7 @@ ACTIVATION_MODULES: tuple[type[nn.Module], ...] = (
     nn.ELU,
     nn.GELU,
     nn.Hardswish,
+    nn.Hardtanh,  # nn.ReLU6 is a kind of it, and calls its function
     nn.LeakyReLU,
     nn.Mish,
     nn.PReLU,
@@ -27,8 +28,9 @@ ACTIVATION_MODULES: tuple[type[nn.Module], ...] = (
 # above causes exactly one call of a function of this set that is not made by another one.
 ACTIVATION_FUNCTIONS: frozenset[Callable[..., Any]] = frozenset(
     {
-        *(F.celu, F.elu, F.gelu, F.hardswish, F.leaky_relu, F.mish, F.prelu, F.relu, F.relu6, F.rrelu, F.selu, F.silu),
-        *(F.softplus, torch.relu, torch.relu_, torch.prelu, torch.selu, torch.celu, torch.rrelu),
+        *(F.celu, F.elu, F.gelu, F.hardswish, F.hardtanh, F.leaky_relu, F.mish, F.prelu, F.relu, F.relu6, F.rrelu),
+        *(F.celu_, F.elu_, F.hardtanh_, F.leaky_relu_, F.rrelu_, F.selu_),
+        *(F.selu, F.silu, F.softplus, torch.relu, torch.relu_, torch.prelu, torch.selu, torch.celu, torch.rrelu),
         *(Tensor.relu, Tensor.relu_, Tensor.prelu),
     }
 )

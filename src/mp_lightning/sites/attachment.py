@@ -25,7 +25,7 @@ from mp_lightning.sites.calls import ActivationModule, Block
 from mp_lightning.sites.discovery import find_sites
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, entry_names
-from mp_lightning.sites.site import Site
+from mp_lightning.sites.site import Site, in_backward
 
 RAMP_FRACTION = 0.4  # Section 4 of the paper
 NAME = "_metaperturb"  # the submodule that attach() adds
@@ -43,6 +43,7 @@ class Attachment(KeepsPrecision):
         inference: what wraps the model's forward in evaluation mode, if anything.
         sampling: draw noise in evaluation mode; otherwise use its expectation.
         evaluation_buffers: buffers of the model, by name, that inference by expectation uses in place of its own.
+        strays: how many blocks ran in evaluation mode outside of any forward of the model.
     """
 
     def __init__(
@@ -75,6 +76,7 @@ class Attachment(KeepsPrecision):
         self.on_detach: list[Callable[[], None]] = []
         self.perturbing = False
         self.depth = 0
+        self.strays = 0
         self.training_forward = model.training  # whether the model's current forward is one of training
         for name, value in {
             "coeff": torch.ones(()),
@@ -85,11 +87,12 @@ class Attachment(KeepsPrecision):
             self.register_buffer(name, value, persistent=persistent)
         for name in ("evaluations", "bound_hits"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
-        self._input_size_known = input_size is not None
+        self._input_size_known = self._input_size_final = input_size is not None
         self.register_load_state_dict_post_hook(_note_input_size)
         self.sites = nn.ModuleList(Site(spec, index, self, persistent) for index, spec in enumerate(plan))
         self.__dict__["_model"] = model
         self._blocks = _make_blocks(self, model)
+        self._entries = [Entry(self, name) for name in entry_names(model, plan)]
         self._handles = self._register(model)
 
     coeff: Tensor
@@ -111,15 +114,18 @@ class Attachment(KeepsPrecision):
         """
         if self.ramp_steps is None:
             raise ConfigurationError(
-                "the ramp's length is unknown; pass total_steps= (number of training batches) or ramp_steps= to attach()"
+                "the ramp's length is unknown; pass total_steps= (number of training batches) or ramp_steps="
             )
+        self.settle()
         self.steps.add_(1)
         self.update_coeff()
 
     def ramp_over(self, ramp_steps: int) -> None:
-        """Let the strength grow linearly from 0 to 1 over ``ramp_steps`` training batches (0: full strength at once)."""
+        """Let the strength grow from 0 to 1 over ``ramp_steps`` training batches (0: full strength at once)."""
         if ramp_steps < 0:
-            raise ConfigurationError(f"ramp_steps={ramp_steps} is negative; give the number of batches, or 0 for no ramp")
+            raise ConfigurationError(
+                f"ramp_steps={ramp_steps} is negative; give the number of batches, or 0 for no ramp"
+            )
         self.ramp_steps = ramp_steps
         self.update_coeff()
 
@@ -130,32 +136,50 @@ class Attachment(KeepsPrecision):
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        if in_backward():
             return  # activation checkpointing computes this forward again
         self.training_forward = training
+        self.shard = _shard()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:
             block.calls = 0
-        if not self._input_size_known and image is not None:
+        # The first training images decide; images that are evaluated before (a sanity check) may be of another size.
+        if image is not None and (not self._input_size_known or (training and not self._input_size_final)):
             self.input_size.fill_(float(image.shape[2]))
-            self._input_size_known = True
+            self._input_size_known, self._input_size_final = True, training
+
+    def begin_block(self, training: bool) -> None:
+        """Called when the forward of a block begins. Outside of any forward of the model it counts as one by itself."""
+        if self.depth == 0 and not in_backward():
+            self.strays += not training
+            self.begin_forward(training, None)
+
+    def settle(self) -> None:
+        """Forget forwards that never ended, as after a keyboard interrupt. None may be in progress."""
+        for entry in self._entries:
+            entry.abandon()
+        for block in self._blocks:
+            block.abandon()
+        self.depth = 0
+        self.perturbing = False
 
     def input_height(self, x: Tensor) -> Tensor:
         """Height of the model's input in pixels, as a tensor without dimensions of the dtype of ``x``."""
         if not self._input_size_known:
             raise SiteError(
-                "the height of the model's input is unknown, since its forward got no (B, C, H, W) tensor; "
-                "pass input_size="
+                "the height of the model's input is unknown, since its forward was not called with a (B, C, H, W) "
+                "tensor; pass input_size="
             )
         return self.input_size.to(x.dtype)
 
     def detach(self) -> None:
         """Take the perturbation away; the model is as it was before :func:`attach`."""
+        self.settle()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        for undo in self.on_detach:
-            undo()
+        while self.on_detach:
+            self.on_detach.pop()()
         model = self.model
         if model._modules.get(NAME) is self:
             del model._modules[NAME]
@@ -168,7 +192,7 @@ class Attachment(KeepsPrecision):
 
     def entry_modules(self) -> dict[str, nn.Module]:
         """The modules that may be called as 'the model', by name ('' is the model that was given)."""
-        return {name: self.model.get_submodule(name) for name in entry_names(model, self.plan)}
+        return {name: self.model.get_submodule(name) for name in entry_names(self.model, self.plan)}
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint needs, as tensors, dicts, lists, strings and numbers only."""
@@ -180,7 +204,9 @@ class Attachment(KeepsPrecision):
             "clip": self.clip,
             "ramp_steps": self.ramp_steps,
             "input_size": float(self.input_size),
-            "sites": {site.spec.name: {k: v.detach().clone() for k, v in site.statistics.items()} for site in self.sites},
+            "sites": {
+                site.spec.name: {k: v.detach().clone() for k, v in site.statistics.items()} for site in self._sites()
+            },
             "evaluation_buffers": self.evaluation_buffers,
             "counters": {name: int(getattr(self, name)) for name in ("steps", "forwards")},
         }
@@ -201,8 +227,14 @@ class Attachment(KeepsPrecision):
                 f"the checkpoint was made with other sites (they differ in {', '.join(changed[:5])}); attach with the "
                 "checkpoint's plan, or use MetaPerturbCallback.restore(model, checkpoint)"
             )
+        kept, has = set(next(iter(state["sites"].values()))), set(self._sites()[0].statistics)
+        if kept != has or ("phi" in state) != isinstance(self.perturbation, MetaPerturb):
+            raise ConfigurationError(
+                f"the checkpoint was made with perturbation '{state['phi_name']}', not with '{self.phi_name}'; "
+                "attach the same one"
+            )
         with torch.no_grad():
-            for site in self.sites:
+            for site in self._sites():
                 for name, value in state["sites"][site.spec.name].items():
                     getattr(site, name).copy_(value)
             if isinstance(self.perturbation, MetaPerturb):
@@ -211,16 +243,19 @@ class Attachment(KeepsPrecision):
             for name, value in state["counters"].items():
                 getattr(self, name).fill_(value)
             self.input_size.fill_(state["input_size"])
-        self._input_size_known = state["input_size"] > 0
+        self._input_size_known = self._input_size_final = state["input_size"] > 0
         self.phi_name, self.channel_norm = state["phi_name"], state["channel_norm"]
         self.seed, self.clip, self.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
         self.evaluation_buffers = state["evaluation_buffers"]
         self.update_coeff()
 
+    def _sites(self) -> list[Site]:
+        return [site for site in self.sites if isinstance(site, Site)]
+
     def _register(self, model: nn.Module) -> list[RemovableHandle]:
         handles: list[RemovableHandle] = []
-        for name in entry_names(model, self.plan):
-            handles += Entry(self, name).register(model.get_submodule(name))
+        for entry in self._entries:
+            handles += entry.register(model.get_submodule(entry.name))
         for scope, block in zip(_scopes(self.plan), self._blocks, strict=True):
             handles += block.register(model.get_submodule(scope))
         return handles
@@ -266,17 +301,15 @@ def attach(
     Raises:
         PhiError: phi cannot be loaded.
         SiteError: no site was found, or the plan does not fit the model.
-        ConfigurationError: the model is attached already, with another phi.
+        ConfigurationError: the model is attached already, with another phi, perturbation or plan.
     """
     existing = attachment_of(model)
     named = None if perturbation is not None else load_phi(phi)
     if existing is not None:
-        if named is not None and phi is not None and named.name != existing.phi_name:
-            raise ConfigurationError(
-                f"the model is attached already, with phi '{existing.phi_name}'; call detach() before attaching another"
-            )
+        _check_same(existing, None if phi is None else named, perturbation, sites)
         return existing
     plan = find_sites(model) if sites is None else sites
+    _check_fits(plan, model)
     if named is not None:
         perturbation = MetaPerturb(named.phi, persistent=persistent)
     assert perturbation is not None
@@ -321,6 +354,38 @@ def attachment_of(model: nn.Module) -> Attachment | None:
     return next((module for module in model.modules() if isinstance(module, Attachment)), None)
 
 
+def _check_same(
+    existing: Attachment, named: NamedPhi | None, perturbation: Perturbation | None, sites: SitePlan | None
+) -> None:
+    """Refuse to return an attachment that is not the one asked for (None: anything will do)."""
+    other = perturbation is not None and perturbation is not existing.perturbation
+    if named is not None:
+        own = existing.perturbation
+        other = not isinstance(own, MetaPerturb) or any(
+            not torch.equal(value.detach().cpu(), given.detach().to("cpu", value.dtype))
+            for value, given in zip(own.phi, named.phi, strict=True)
+        )
+    if other:
+        raise ConfigurationError(
+            f"the model is attached already, with phi '{existing.phi_name}'; call detach() before attaching another"
+        )
+    if sites is not None and sites != existing.plan:
+        raise ConfigurationError("the model is attached already, at other sites; call detach() before attaching again")
+
+
+def _check_fits(plan: SitePlan, model: nn.Module) -> None:
+    if len(plan) == 0:
+        raise SiteError(f"the plan for {type(model).__name__} holds no site; leave sites= out to find them")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for spec in plan:
+        for name in (spec.scope, spec.activation):
+            if name is not None and name not in modules:
+                raise SiteError(
+                    f"site '{spec.name}' does not fit: {type(model).__name__} has no module '{name}'; "
+                    "give the model that the plan was made for"
+                )
+
+
 def _scopes(plan: SitePlan) -> list[str]:
     return list(dict.fromkeys(spec.scope for spec in plan))
 
@@ -352,7 +417,7 @@ def _channel_norm(model: nn.Module, plan: SitePlan, given: SitePlan | None) -> i
 
 def _note_input_size(module: nn.Module, incompatible: Any) -> None:
     assert isinstance(module, Attachment)
-    module._input_size_known = bool(module.input_size > 0)
+    module._input_size_known = module._input_size_final = bool(module.input_size > 0)
 
 
 def _shard() -> tuple[int, int]:

@@ -8,12 +8,14 @@ runs. All hooks are bound methods of plain objects, so that copies and pickles o
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode
 from torch.utils.hooks import RemovableHandle
 
+from mp_lightning.errors import SiteError
 from mp_lightning.sites.activations import ACTIVATION_FUNCTIONS
-from mp_lightning.sites.site import Site
+from mp_lightning.sites.site import Site, in_backward
 
 if TYPE_CHECKING:
     from mp_lightning.sites.attachment import Attachment
@@ -50,6 +52,7 @@ class Block:
         return handles + [activation.register() for activation in self._module_sites]
 
     def begin(self, module: nn.Module, args: Any) -> None:
+        self._attachment.begin_block(module.training)
         self.training = module.training
         self.active += 1
         for activation in self._module_sites:
@@ -60,16 +63,25 @@ class Block:
             mode.__enter__()
 
     def end(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self.active:  # another pre-hook raised before ours
+            return
         self.active -= 1
         self.calls += 1
         if self._functional_sites:
             self._modes.pop().__exit__(None, None, None)
 
-    def perturb(self, site: Site, x: Tensor) -> Tensor:
+    def abandon(self) -> None:
+        """Forget forwards that will never end."""
+        self.active = 0
+        while self._modes and _get_current_function_mode() is self._modes[-1]:
+            self._modes.pop().__exit__(None, None, None)
+        self._modes.clear()
+
+    def perturb(self, site: Site, x: Tensor, training: bool | None = None) -> Tensor:
         """The perturbed x. The activation functions that a perturbation uses by itself are not calls of the model."""
         self._attachment.perturbing = True
         try:
-            return site(x, self.calls, self.training)
+            return site(x, self.calls, self.training if training is None else training)
         finally:
             self._attachment.perturbing = False
 
@@ -95,20 +107,29 @@ class ActivationModule:
         return self._module.register_forward_pre_hook(self.before)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-        if not self.block.active:  # the same module serves another block as well
-            return None
+        if not self.block.active:
+            return self._replay(args) if in_backward() else None  # None: the same module serves another block as well
         site = self._sites.get(self.seen)
         self.seen += 1
         return None if site is None else (self.block.perturb(site, args[0]), *args[1:])
 
+    def _replay(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A block that checkpoints a part of itself computes that part again without being called."""
+        for site in self._sites.values():
+            past = site.recall(args[0]) if args[0].dim() == 4 else None
+            if past is not None:
+                return (self.block.perturb(site, args[0], past.training), *args[1:])
+        return None
+
 
 class _ActivationMode(TorchFunctionMode):
-    """Counts activation calls, from functions and from modules alike, and perturbs the input of those that are sites."""
+    """Counts activation calls, of functions and modules alike, and perturbs the input of those that are sites."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
         self._block = block
         self._seen = 0
+        self._surroundings = _surroundings()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -117,8 +138,23 @@ class _ActivationMode(TorchFunctionMode):
         if func in ACTIVATION_FUNCTIONS and not self._block.perturbing:
             site = self._block.functional_site(self._seen)
             self._seen += 1
+            if site is not None and self._surroundings != _surroundings():
+                raise SiteError(
+                    f"site '{site.spec.name}' is a functional activation that its block checkpoints by itself, and "
+                    "would be missed when it is computed again; checkpoint the whole block, or make the activation a "
+                    "module"
+                )
             if site is not None and args:
                 args = (self._block.perturb(site, args[0]), *args[1:])
             elif site is not None:
                 kwargs = {**kwargs, "input": self._block.perturb(site, kwargs["input"])}
         return func(*args, **kwargs)
+
+
+def _surroundings() -> Any:
+    """What activation checkpointing changes for the code that runs in it."""
+    if torch.compiler.is_compiling():
+        return None
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    checkpointed = hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
+    return torch.is_grad_enabled(), id(hooks[0]) if checkpointed else None

@@ -12,6 +12,9 @@ if TYPE_CHECKING:
     from mp_lightning.sites.attachment import Attachment
 
 
+_DETOUR = "_ForwardRedirection"  # of Lightning's strategies
+
+
 class Inference(Protocol):
     """What happens around one forward of the model in evaluation mode."""
 
@@ -30,13 +33,14 @@ class Entry:
     """Counts the forwards of a module that users may call as 'the model'.
 
     Which one they call is not known beforehand: ``model(x)``, or, in a LightningModule, ``self.net(x)``. So the module
-    that was given and its outermost parts that hold sites are all watched, and the outermost forward in progress counts.
+    that was given and its outermost parts that hold sites are all watched; the outermost forward in progress counts.
     """
 
     def __init__(self, attachment: "Attachment", name: str) -> None:
         self.name = name
         self._attachment = attachment
-        self._stack: list[bool] = []  # forwards of this module in progress: does each count as a forward of the model?
+        # Forwards of this module in progress: does each count as a forward of the model, and what is wrapped around it?
+        self._stack: list[tuple[bool, Inference | None]] = []
 
     def register(self, module: nn.Module) -> list[RemovableHandle]:
         return [
@@ -46,25 +50,34 @@ class Entry:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         attachment = self._attachment
-        # A forward that is not the class's own is a strategy's detour to training_step, not a forward of the model.
-        own = getattr(module.forward, "__func__", None) is type(module).forward
-        outermost = own and attachment.depth == 0
-        self._stack.append(outermost)
+        # A strategy's detour to training_step is not a forward of the model.
+        detour = _DETOUR in getattr(module.forward, "__qualname__", "")
+        outermost = not detour and attachment.depth == 0
+        inference = attachment.inference if outermost and not module.training else None
+        self._stack.append((outermost, inference))
         if not outermost:
             return
         attachment.depth += 1
         attachment.begin_forward(module.training, first_image((*args, *kwargs.values())))
-        if not module.training and attachment.inference is not None:
-            attachment.inference.begin(attachment)
+        if inference is not None:
+            inference.begin(attachment)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         attachment = self._attachment
-        if not self._stack.pop():
+        if not self._stack:  # another pre-hook raised before ours
+            return None
+        outermost, inference = self._stack.pop()
+        if not outermost:
             return None
         attachment.depth -= 1
-        if module.training or attachment.inference is None:
-            return None
-        return attachment.inference.finish(attachment, module, args, kwargs, output)
+        return None if inference is None else inference.finish(attachment, module, args, kwargs, output)
+
+    def abandon(self) -> None:
+        """Forget forwards that will never end."""
+        while self._stack:
+            _, inference = self._stack.pop()
+            if inference is not None:
+                inference.finish(self._attachment, self._attachment.model, (), {}, None)
 
 
 def entry_names(model: nn.Module, plan: SitePlan) -> list[str]:

@@ -1,7 +1,8 @@
 """One site: the perturbation of one feature map, with the running statistics that belong to this place alone."""
 
 from collections import deque
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -18,13 +19,20 @@ if TYPE_CHECKING:
 MOMENTUM = 0.1
 _EVALUATION = 1 << 31  # training and evaluation draw from different streams
 _CALLS = 1 << 12  # calls of one site within one forward of the model
-_REMEMBERED = 32
+_REMEMBERED = 256  # calls of one site that activation checkpointing may compute again
+_SAME = 0.1  # relative distance below which two inputs are one, up to what a device's kernels may vary
 
 
-class _Call(NamedTuple):
+@dataclass
+class _Call:
+    """A call of a site that draws noise: the key of its noise, and what tells it from other calls."""
+
     forward: Tensor
     stream: int
+    training: bool
+    shape: torch.Size
     fingerprint: Tensor
+    replays: int = 0
 
 
 class Site(KeepsPrecision):
@@ -35,6 +43,8 @@ class Site(KeepsPrecision):
         index: its number in the plan; with the call it selects the noise stream.
         attachment: what all sites of the network share.
     """
+
+    attachment: "Attachment"
 
     def __init__(self, spec: SiteSpec, index: int, attachment: "Attachment", persistent: bool) -> None:
         super().__init__()
@@ -65,8 +75,8 @@ class Site(KeepsPrecision):
         """
         if x.dim() != 4 or x.shape[1] != self.spec.channels:
             raise SiteError(
-                f"site '{self.spec.name}' got a tensor of shape {tuple(x.shape)}, expected (B, {self.spec.channels}, H, W);"
-                " leave it out of the plan"
+                f"site '{self.spec.name}' got a tensor of shape {tuple(x.shape)}, expected "
+                f"(B, {self.spec.channels}, H, W); leave it out of the plan"
             )
         with torch.autocast(x.device.type, enabled=False):
             work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
@@ -75,7 +85,7 @@ class Site(KeepsPrecision):
     def _perturb(self, x: Tensor, call: int, training: bool) -> Tensor:
         shared = self.attachment
         perturbation = shared.perturbation
-        replay = _in_backward()
+        replay = in_backward()
         statistics = self.statistics
         if training:
             statistics, measured = perturbation.measure(x, self.statistics, shared.synchronize)
@@ -83,10 +93,10 @@ class Site(KeepsPrecision):
                 self._record(measured)
         eps = None
         if training or shared.sampling:
-            eps = self._noise(x, call, replay)
+            eps = self._noise(x, call, training, replay)
         norms = Norms(shared.channel_norm, shared.input_height(x))
         multiplier = perturbation.multiplier(x, eps, statistics, norms)
-        y = apply_multiplier(x, multiplier, shared.coeff.to(x.dtype), shared.clip)
+        y = apply_multiplier(x, multiplier, shared.coeff.to(x.dtype, copy=True), shared.clip)
         if not training and shared.clip is not None:
             shared.bound_hits.add_((y.detach() >= shared.clip).sum())
         return y
@@ -99,38 +109,56 @@ class Site(KeepsPrecision):
             buffer = getattr(self, name)
             buffer.copy_(torch.where(finite, buffer.lerp(value.to(buffer.dtype), MOMENTUM), buffer))
 
-    def _noise(self, x: Tensor, call: int, replay: bool) -> Tensor:
+    def _noise(self, x: Tensor, call: int, training: bool, replay: bool) -> Tensor:
         shared = self.attachment
         forward = shared.forwards if shared.training_forward else shared.evaluations
         stream = self.index * _CALLS + call % _CALLS + (0 if shared.training_forward else _EVALUATION)
         if (shared.training_forward or torch.is_grad_enabled()) and not torch.compiler.is_compiling():
             if replay:
-                forward, stream = self._recall(x, forward, stream)
+                past = self.recall(x)
+                if past is None:
+                    raise SiteError(
+                        f"activation checkpointing computes site '{self.spec.name}' again for an input that is not "
+                        f"among its last {_REMEMBERED} calls; checkpoint fewer calls before each backward, or with "
+                        "use_reentrant=False"
+                    )
+                past.replays += 1
+                forward, stream = past.forward, past.stream
             else:
-                self._calls.append(_Call(forward.clone(), stream, _fingerprint(x)))
+                self._calls.append(_Call(forward.clone(), stream, training, x.shape, _fingerprint(x)))
         rank, world = shared.shard
         positions = torch.arange(x.shape[0], device=x.device) * world + rank
         eps = gaussian_noise(x.shape, positions, seed=shared.seed, stream=stream, forward=forward)
         return eps.to(x.dtype)
 
-    def _recall(self, x: Tensor, forward: Tensor, stream: int) -> tuple[Tensor, int]:
-        """The key of the call that is being computed again: the latest one that saw the same numbers."""
-        fingerprint = _fingerprint(x)
-        for past in reversed(self._calls):
-            if past.fingerprint.shape == fingerprint.shape and torch.equal(past.fingerprint, fingerprint):
-                return past.forward, past.stream
-        return forward, stream
+    def recall(self, x: Tensor) -> "_Call | None":
+        """The call that is being computed again: the one that saw the same numbers.
+
+        Of several, as when one batch passes twice before one backward, the one replayed least, the latest first: the
+        order in which a backward needs them.
+        """
+        candidates = [call for call in self._calls if call.shape == x.shape]
+        if not candidates:
+            return None
+        seen = torch.stack([call.fingerprint for call in candidates])
+        now = _fingerprint(x).to(seen.device)
+        distances = ((seen - now).norm(dim=1) / (now.norm() + 1e-30)).tolist()
+        nearest = min(distances)
+        if nearest > _SAME:
+            return None
+        same = [call for call, distance in zip(candidates, distances, strict=True) if distance == nearest]
+        return min(reversed(same), key=lambda call: call.replays)
 
     def extra_repr(self) -> str:
         return f"{self.spec.name}, channels={self.spec.channels}"
 
 
-def _in_backward() -> bool:
+def in_backward() -> bool:
     """Whether autograd is running, that is, activation checkpointing computes a forward again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
 def _fingerprint(x: Tensor) -> Tensor:
-    """A few elements of x, spread over it: enough to tell one call of a site from another."""
-    flat = x.detach().flatten()
-    return flat[:: max(1, flat.numel() // 16)].clone()
+    """A few elements of x, spread over it (at most 32, float32): enough to tell one call of a site from another."""
+    spread = tuple(slice(None, None, -(-size // count)) for size, count in zip(x.shape, (4, 2, 2, 2), strict=True))
+    return x.detach()[spread].float().nan_to_num().flatten().clone()

@@ -1,11 +1,15 @@
 """What a model computes, as torch.fx graphs, without running it."""
 
+import copy
 import inspect
+import random
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
@@ -36,26 +40,32 @@ class _Tracer(fx.Tracer):
         return type(m).__name__ in ("StochasticDepth", "DropPath") or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace_regions(model: nn.Module) -> tuple[list[Region], list[str]]:
+def trace_regions(model: nn.Module, through_lightning: bool = False) -> tuple[list[Region], list[str]]:
     """Trace the model, or, where that is impossible, its parts.
 
     Left out are parts without convolutions, parts whose parameters are all frozen (teachers, perceptual losses) and
-    torchmetrics. A LightningModule is never traced itself: its forward may log.
+    torchmetrics. The forward of a LightningModule, which may do anything, is traced only on demand.
+
+    Args:
+        model: the model.
+        through_lightning: trace a LightningModule's own forward, too.
 
     Returns:
         The regions in order of registration, and what could not be traced, for messages.
     """
     regions: list[Region] = []
     failures: list[str] = []
-    _trace(model, "", regions, failures)
+    _trace(model, "", through_lightning, regions, failures)
     return regions, failures
 
 
-def _trace(module: nn.Module, prefix: str, regions: list[Region], failures: list[str]) -> None:
+def _trace(
+    module: nn.Module, prefix: str, through_lightning: bool, regions: list[Region], failures: list[str]
+) -> None:
     if not any(isinstance(part, CONVOLUTIONS) for part in module.modules()) or _is_metric(module) or is_frozen(module):
         return
     children = list(module.named_children())
-    if _is_traceable(module) and not _holds_other_networks(module):
+    if _is_traceable(module, through_lightning) and not _holds_other_networks(module):
         try:
             with _left_as_it_was(module):
                 regions.append(Region(prefix, module, _Tracer().trace(module, _defaults(module))))
@@ -64,7 +74,7 @@ def _trace(module: nn.Module, prefix: str, regions: list[Region], failures: list
             reason = str(error).strip().split("\n")[0][:100]
             failures.append(f"'{prefix or type(module).__name__}' ({type(error).__name__}: {reason})")
     for name, child in children:
-        _trace(child, f"{prefix}.{name}" if prefix else name, regions, failures)
+        _trace(child, f"{prefix}.{name}" if prefix else name, through_lightning, regions, failures)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -73,8 +83,8 @@ def is_frozen(module: nn.Module) -> bool:
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
-def _is_traceable(module: nn.Module) -> bool:
-    if any(base.__name__ == "LightningModule" for base in type(module).__mro__):
+def _is_traceable(module: nn.Module, through_lightning: bool) -> bool:
+    if not through_lightning and any(base.__name__ == "LightningModule" for base in type(module).__mro__):
         return False
     return not isinstance(module, nn.ModuleList | nn.ModuleDict)
 
@@ -97,11 +107,25 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
 
 @contextmanager
 def _left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Undo what a traced forward stores on the module: it would be symbols instead of tensors."""
+    """Trace the forward of evaluation, without hooks, and undo what it stores on the module or draws.
+
+    In training, code such as ``if self.training and torch.rand(1) < p: return x`` would make the sites a matter of
+    chance. Hooks and attributes of the user would get symbols instead of tensors.
+    """
     saved = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
+    contents = [(v, copy.copy(v)) for _, attributes, _ in saved for v in attributes.values() if type(v) is list]
+    numbers = random.getstate()
     try:
-        yield
+        for part, _, _ in saved:
+            part.__dict__["training"] = False
+            for hooks in ("_forward_hooks", "_forward_pre_hooks"):
+                part.__dict__[hooks] = OrderedDict()
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
+        random.setstate(numbers)
+        for value, content in contents:
+            value[:] = content
         for part, attributes, buffers in saved:
             part.__dict__.clear()
             part.__dict__.update(attributes)

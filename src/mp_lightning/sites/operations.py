@@ -1,0 +1,167 @@
+"""The graph of a region as the rules read it: what each operation is, where it happens, how many channels it gives."""
+
+import operator
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from mp_lightning.sites.activations import ACTIVATION_FUNCTIONS, ACTIVATION_METHODS, ACTIVATION_MODULES
+from mp_lightning.sites.tracing import CONVOLUTIONS, Region
+
+NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
+LAYERS = (*CONVOLUTIONS, *NORMS)
+# What turns a tensor into the weights of a gate.
+_SQUASHING_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d)
+_SQUASHING_FUNCTIONS = {torch.sigmoid, F.sigmoid, F.hardsigmoid, torch.softmax, F.softmax}
+_SQUASHING_METHODS = {"sigmoid", "softmax"}
+_TRANSPARENT_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
+_TRANSPARENT_NAMES = ("StochasticDepth", "DropPath")
+_TRANSPARENT_FUNCTIONS = {F.dropout, F.dropout2d, F.alpha_dropout}
+_TRANSPARENT_METHODS = {"contiguous", "clone"}
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.ZeroPad2d)
+_SAME_CHANNELS = {F.pad, F.max_pool2d, F.avg_pool2d, F.interpolate, F.adaptive_avg_pool2d, torch.mul, operator.mul}
+_GLOBAL_POOLS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
+_CHANNELS = (1, -3)  # the dimension of the channels in (B, C, H, W)
+
+
+class OperationGraph:
+    """The operations of one region, in order of execution."""
+
+    def __init__(self, region: Region) -> None:
+        self._region = region
+        self._nodes = list(region.graph.nodes)
+        self._modules = dict(region.module.named_modules())
+        self._order = {node: index for index, node in enumerate(self._nodes)}
+        self._ancestors: dict[fx.Node, set[fx.Node]] = {}
+        for node in self._nodes:  # in order of execution, so that inputs come first
+            inputs = node.all_input_nodes
+            self._ancestors[node] = set(inputs).union(*(self._ancestors[i] for i in inputs))
+        self.left_out: list[str] = []
+
+    def activations(self) -> list[fx.Node]:
+        return [node for node in self._nodes if self._is_activation(node)]
+
+    def name(self, node: fx.Node) -> str:
+        """A readable name in the model."""
+        return (
+            self._region.qualified(self._scope(node)[1] + f":{node.name}")
+            if node.op != "call_module"
+            else (self._region.qualified(str(node.target)))
+        )
+
+    def _pools(self, node: fx.Node) -> bool:
+        if (node.op, node.target) in (("call_function", torch.mean), ("call_method", "mean")):
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            # The mean over the channels belongs to a normalization.
+            return not (dim in _CHANNELS or (isinstance(dim, list | tuple) and set(dim) <= set(_CHANNELS)))
+        return self._is_module(node, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) or (
+            node.op == "call_function" and node.target in _GLOBAL_POOLS
+        )
+
+    def _squashes(self, node: fx.Node) -> bool:
+        return (
+            self._is_module(node, _SQUASHING_MODULES)
+            or (node.op == "call_function" and node.target in _SQUASHING_FUNCTIONS)
+            or (node.op == "call_method" and node.target in _SQUASHING_METHODS)
+        )
+
+    def _stack(self, node: fx.Node) -> dict[str, str]:
+        """The modules in whose forward the node happens, by the key of that very call: outermost first."""
+        stack = {key: value[0] for key, value in (node.meta.get("nn_module_stack") or {}).items()}
+        if node.op == "call_module" and stack:
+            stack.pop(next(reversed(stack)))  # the module itself
+        return {"": "", **stack}
+
+    def _scope(self, node: fx.Node) -> tuple[str, str]:
+        return list(self._stack(node).items())[-1]
+
+    def _channels(self, node: fx.Node) -> int | None:
+        layer = self._layer(node)
+        if isinstance(layer, CONVOLUTIONS):
+            return layer.out_channels
+        if isinstance(layer, nn.GroupNorm):
+            return layer.num_channels
+        if isinstance(layer, nn.modules.batchnorm._NormBase):
+            return layer.num_features
+        inputs = node.all_input_nodes
+        if node.op == "call_function" and node.target is torch.cat:
+            dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+            parts = [self._channels(n) for n in inputs]
+            if dim not in _CHANNELS:
+                return parts[0]
+            return None if None in parts else sum(part for part in parts if part is not None)
+        if not self._keeps_channels(node):
+            return None
+        return next((channels for n in inputs if (channels := self._channels(n)) is not None), None)
+
+    def _keeps_channels(self, node: fx.Node) -> bool:
+        if node.op == "call_function" and node.target is F.pad:
+            width = node.args[1] if len(node.args) > 1 else node.kwargs.get("pad")
+            return isinstance(width, list | tuple) and len(width) <= 4  # more of them also pad the channels
+        if node.op == "call_module" and self._is_module(node, _POOLS):
+            return True
+        sums = (operator.add, operator.iadd, torch.add)
+        return (
+            self._is_transparent(node)
+            or self._is_activation(node)
+            or (node.op == "call_function" and (node.target in _SAME_CHANNELS or node.target in sums))
+            or (node.op == "call_method" and node.target in ("add", "add_", "mul", "mul_"))
+        )
+
+    def _layer(self, node: fx.Node) -> nn.Module | None:
+        """The module that the node calls, or the convolution or norm, of a user's own class, that it is part of."""
+        if node.op == "call_module":
+            return self._modules[str(node.target)]
+        owner = self._modules.get(self._scope(node)[1])
+        return owner if isinstance(owner, LAYERS) else None
+
+    def _is_layer(self, node: fx.Node, kinds: tuple[type, ...]) -> bool:
+        return isinstance(self._layer(node), kinds)
+
+    def _first_of_layer(self, node: fx.Node) -> fx.Node:
+        """The first operation of the layer's call that the node is part of."""
+        if node.op == "call_module":
+            return node
+        key = self._scope(node)[0]
+        return next(n for n in self._nodes if n.op != "call_module" and self._scope(n)[0] == key and n.all_input_nodes)
+
+    def _source(self, node: fx.Node) -> fx.Node | None:
+        """What the node reads, through dropout and the like."""
+        inputs = node.all_input_nodes
+        if not inputs:
+            return None
+        return self._source(inputs[0]) if self._is_transparent(inputs[0]) else inputs[0]
+
+    def _is_module(self, node: fx.Node, kinds: type | tuple[type, ...]) -> bool:
+        return node.op == "call_module" and isinstance(self._modules[str(node.target)], kinds)
+
+    def _is_activation(self, node: fx.Node) -> bool:
+        return (
+            self._is_module(node, ACTIVATION_MODULES)
+            or (node.op == "call_function" and node.target in ACTIVATION_FUNCTIONS)
+            or (node.op == "call_method" and node.target in ACTIVATION_METHODS)
+        )
+
+    def _is_transparent(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            module = self._modules[str(node.target)]
+            return isinstance(module, _TRANSPARENT_MODULES) or type(module).__name__ in _TRANSPARENT_NAMES
+        return (node.op == "call_function" and node.target in _TRANSPARENT_FUNCTIONS) or (
+            node.op == "call_method" and node.target in _TRANSPARENT_METHODS
+        )
+
+    def _describe(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return self._region.qualified(str(node.target))
+        return "the input" if node.op == "placeholder" else f"{node.name}"
+
+    def _describe_source(self, node: fx.Node) -> str:
+        source = self._source(node)
+        return self._describe(source) if source is not None else "the input"
+
+
+def is_product(node: fx.Node) -> bool:
+    return (node.op == "call_function" and node.target in (operator.mul, operator.imul, torch.mul)) or (
+        node.op == "call_method" and node.target in ("mul", "mul_")
+    )
