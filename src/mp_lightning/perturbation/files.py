@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from mp_lightning.errors import PhiError
 from mp_lightning.perturbation.phi import SHAPES, Phi
 
-DEFAULT_PHI = "provisional"
+DEFAULT_PHI = "tiny-imagenet-0"
 BUNDLED = Path(__file__).parent / "bundled"
 _REMEDY = "give a phi.safetensors written by 'python -m mp_lightning.meta fit'"
 
@@ -92,7 +92,9 @@ def _read(path: Path) -> tuple[Phi, dict[str, Any]]:
     card = _read_card(path.with_suffix(".json"))
     expected = card.get("sha256")
     if expected is not None and hashlib.sha256(content).hexdigest() != expected:
-        raise PhiError(f"phi file '{path}' is not the one its card describes (SHA-256 differs); restore it, or {_REMEDY}")
+        raise PhiError(
+            f"phi file '{path}' is not the one its card describes (SHA-256 differs); restore it, or {_REMEDY}"
+        )
     return Phi(**{key: tensors[key].float() for key in SHAPES}), card
 
 
@@ -102,9 +104,13 @@ def _read_card(path: Path) -> dict[str, Any]:
     try:
         card = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise PhiError(f"phi card '{path}' is not readable JSON; restore it, or delete it to load the file alone") from error
+        raise PhiError(
+            f"phi card '{path}' is not readable JSON; restore it, or delete it to load the file alone"
+        ) from error
     if not isinstance(card, dict):
-        raise PhiError(f"phi card '{path}' does not hold a JSON object; restore it, or delete it to load the file alone")
+        raise PhiError(
+            f"phi card '{path}' does not hold a JSON object; restore it, or delete it to load the file alone"
+        )
     return card
 
 

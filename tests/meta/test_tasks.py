@@ -1,0 +1,186 @@
+"""Tasks: who shares what with whom, and what a batch depends on."""
+
+from itertools import pairwise
+
+import pytest
+import torch
+
+from mp_lightning.data import ImageSet, image_set
+from mp_lightning.errors import ConfigurationError, DataError
+from mp_lightning.meta.tasks import Architecture, Source, Task, derived_seed, make_tasks
+
+
+def numbered_images(classes: int = 4, per_class: int = 6, name: str = "set") -> ImageSet:
+    """Images that all differ: pixel value of an image is its number."""
+    count = classes * per_class
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, 8, 8)
+    return image_set(name, images, torch.arange(classes).repeat_interleave(per_class))
+
+
+def tasks_of(*sources: ImageSet, architectures=("conv4-4", "resnet20-4"), flip=False, seed=0, **options) -> list[Task]:
+    options = {"groups": 1, "train_per_class": None, "valid_per_class": None, **options}
+    return make_tasks([Source(images, flip) for images in sources], list(architectures), seed=seed, **options)
+
+
+def numbers(images: ImageSet) -> set[int]:
+    return set(images.images[:, 0, 0, 0].tolist())
+
+
+def test_two_tasks_of_a_group_swap_their_halves() -> None:
+    a, b = tasks_of(numbered_images())
+    assert (a.name, b.name) == ("set-a", "set-b")
+    assert numbers(a.train).isdisjoint(numbers(a.valid))
+    assert numbers(a.train) | numbers(a.valid) == set(range(24))
+    assert (numbers(a.train), numbers(a.valid)) == (numbers(b.valid), numbers(b.train))
+    assert a.train.classes == a.valid.classes == b.train.classes
+    for half in (a.train, a.valid):
+        assert torch.bincount(half.labels).tolist() == [3, 3, 3, 3]
+
+
+def test_groups_are_consecutive_classes_and_disjoint() -> None:
+    tasks = tasks_of(numbered_images(classes=5, per_class=4), groups=2)
+    assert [task.name for task in tasks] == ["set-0-a", "set-0-b", "set-1-a", "set-1-b"]
+    assert [task.train.classes for task in tasks] == [("0", "1", "2")] * 2 + [("3", "4")] * 2
+    assert numbers(tasks[0].train) | numbers(tasks[0].valid) == set(range(12))
+    assert numbers(tasks[2].train) | numbers(tasks[2].valid) == set(range(12, 20))
+    assert set(tasks[2].train.labels.tolist()) == {0, 1}
+
+
+def test_limits_act_on_each_half() -> None:
+    a, b = tasks_of(numbered_images(), train_per_class=1, valid_per_class=2)
+    for task in (a, b):
+        assert torch.bincount(task.train.labels).tolist() == [1] * 4
+        assert torch.bincount(task.valid.labels).tolist() == [2] * 4
+        assert numbers(task.train).isdisjoint(numbers(task.valid))
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 5])
+def test_architectures_are_dealt_out(count: int) -> None:
+    names = [f"conv4-{width}" for width in range(1, count + 1)]
+    tasks = tasks_of(numbered_images(classes=20, per_class=2), architectures=names, groups=10)
+    dealt = [str(task.architecture) for task in tasks]
+    assert set(dealt) == set(names), "an architecture that no task has"
+    first, second = dealt[::2], dealt[1::2]
+    assert all(a != b for a, b in zip(first, second, strict=True)), "both tasks of a group alike"
+    for half in (first, second):
+        assert all(a != b for a, b in pairwise(half)), "the same half of neighbouring groups alike"
+
+
+def test_one_architecture_serves_all() -> None:
+    assert {str(task.architecture) for task in tasks_of(numbered_images(), architectures=["conv4"])} == {"conv4"}
+
+
+def test_batches_depend_on_the_step_alone() -> None:
+    task, twin = (tasks_of(numbered_images(), flip=True)[0] for _ in range(2))
+    device = torch.device("cpu")
+    in_order = [task.batch("train", step, 4, 0, device) for step in range(5)]
+    for step in (3, 0, 4):
+        x, y = twin.batch("train", step, 4, 0, device)
+        assert torch.equal(x, in_order[step][0]) and torch.equal(y, in_order[step][1])
+    torch.rand(1)
+    assert torch.equal(task.batch("train", 2, 4, 0, device)[0], in_order[2][0])
+    assert x.shape == (4, 3, 8, 8) and x.dtype == torch.float32 and y.dtype == torch.int64
+
+
+def test_batches_leave_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    task = tasks_of(numbered_images(), flip=True)[0]
+    task.batch("train", 0, 4, 0, torch.device("cpu"))
+    task.architecture.build(resized(task.train), 1)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_batches_differ_between_seeds_steps_and_splits() -> None:
+    a, b = tasks_of(numbered_images())
+    device = torch.device("cpu")
+    batches = [
+        a.batch("train", 0, 8, 0, device),
+        a.batch("train", 1, 8, 0, device),
+        a.batch("train", 0, 8, 1, device),
+        a.batch("valid", 0, 8, 0, device),
+        b.batch("train", 0, 8, 0, device),
+    ]
+    for i, (x, _) in enumerate(batches):
+        for other, _ in batches[i + 1 :]:
+            assert not torch.equal(x, other)
+
+
+def test_split_follows_the_seed() -> None:
+    halves = [numbers(tasks_of(numbered_images(), seed=seed)[0].train) for seed in (0, 0, 1)]
+    assert halves[0] == halves[1] != halves[2]
+
+
+def test_derived_seed_is_the_same_in_every_process() -> None:
+    assert derived_seed(3, "set-a", "theta") == 4807587424409711
+    assert derived_seed(3, "set-a", "theta") != derived_seed(3, "set-b", "theta") != derived_seed(4, "set-b", "theta")
+    assert 0 <= derived_seed("x") < 2**63
+
+
+def test_same_seed_builds_the_same_network() -> None:
+    images = numbered_images()
+    first, again, other = (Architecture("conv4", 4).build(resized(images), seed) for seed in (0, 0, 1))
+    assert torch.equal(first.fc.weight, again.fc.weight)
+    assert not torch.equal(first.fc.weight, other.fc.weight)
+
+
+def resized(images: ImageSet) -> ImageSet:
+    return images.resized(16)
+
+
+def test_too_few_classes_are_refused() -> None:
+    with pytest.raises(DataError, match=r"'set' has 5 classes, too few for tasks.groups=3"):
+        tasks_of(numbered_images(classes=5), groups=3)
+
+
+def test_a_class_that_cannot_be_halved_is_refused() -> None:
+    with pytest.raises(DataError, match=r"class '\d' of 'set' has 1 images, too few for two halves"):
+        tasks_of(numbered_images(per_class=1))
+
+
+def test_more_images_than_there_are_cannot_be_asked_for() -> None:
+    with pytest.raises(DataError, match="ask for fewer per class"):
+        tasks_of(numbered_images(), train_per_class=4)
+
+
+def test_two_sources_of_one_name_are_refused() -> None:
+    with pytest.raises(DataError, match="two sources are called 'twin'; give the files"):
+        tasks_of(numbered_images(name="twin"), numbered_images(name="other"), numbered_images(name="twin"))
+
+
+@pytest.mark.parametrize("text", ["conv4-0", "conv4-x", "conv4--4", "conv4-1.5", "conv4-"])
+def test_a_width_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"architecture '{text}'"):
+        Architecture.parse(text)
+
+
+def test_architectures_print_as_they_are_written() -> None:
+    for text in ("conv4", "resnet20-8"):
+        assert str(Architecture.parse(text)) == text
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "message"), [("alexnet", 32, "choose one of .*conv4"), ("conv4", 8, "at least 16 pixels")]
+)
+def test_an_architecture_that_cannot_be_built_is_refused(text: str, size: int, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"architecture '{text}': .*{message}"):
+        Architecture.parse(text).check(size)
+
+
+def test_no_architecture_is_refused() -> None:
+    with pytest.raises(ConfigurationError, match=r"tasks\.architectures is empty"):
+        tasks_of(numbered_images(), architectures=[])
+
+
+def test_description_tells_other_images_apart() -> None:
+    images = numbered_images()
+    a, b = tasks_of(images)
+    changed = tasks_of(images.subset([*range(23), 0]))[0]
+    assert a.description() == tasks_of(images)[0].description()
+    assert len({task.description()["digest"] for task in (a, b, changed)}) == 3
+
+
+def test_classes_limits_every_group() -> None:
+    tasks = tasks_of(numbered_images(classes=6, per_class=2), groups=2, classes=2)
+    assert [task.train.num_classes for task in tasks] == [2] * 4
+    assert numbers(tasks[0].train) | numbers(tasks[0].valid) == {0, 1, 2, 3}
+    assert numbers(tasks[2].train) | numbers(tasks[2].valid) == {6, 7, 8, 9}
