@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
@@ -17,10 +18,14 @@ from torch import nn
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointHooks, attach_state, read_checkpoint
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import INFERENCE_MODES, Mean, MonteCarlo, MonteCarloOrMean, Output, reestimate_batch_norm
+from mp_lightning.inference.undisturbed import undisturbed
 from mp_lightning.perturbation import NamedPhi, Phi, load_phi
 from mp_lightning.schedule import total_training_batches
 from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, ramp_length
+
+# A trainer forgets its training data when it goes on to test, which is when re-estimation may need it.
+_TRAINING_DATA: "WeakKeyDictionary[pl.Trainer, CombinedLoader]" = WeakKeyDictionary()
 
 
 class MetaPerturbCallback(Callback):
@@ -78,6 +83,7 @@ class MetaPerturbCallback(Callback):
         if inference not in INFERENCE_MODES:
             raise ConfigurationError(f"inference={inference!r} is unknown; use one of {', '.join(INFERENCE_MODES)}")
         self.phi = load_phi(phi)  # now, so that a bad file is known before data is prepared
+        self._phi_given = phi is not None
         self.sites = sites
         self.ramp_steps = ramp_steps
         self.inference = inference
@@ -90,45 +96,64 @@ class MetaPerturbCallback(Callback):
         self.sync_statistics = sync_statistics
         self.marker = marker
         self.persistent = False
+        if ramp_steps is not None and ramp_steps < 0:
+            raise ConfigurationError(
+                f"ramp_steps={ramp_steps} is negative; give the number of batches, or 0 for no ramp"
+            )
         for number in (samples, fit_samples):
             MonteCarlo(number, output)  # the same checks, early
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Attach for training. A model that comes only to be evaluated stays plain unless its checkpoint says otherwise."""
-        if stage == "fit":
+        """Attach for training. A model that is only evaluated stays plain unless its checkpoint says otherwise."""
+        if stage != "fit":
+            self._install_hooks(pl_module)
+            return
+        if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
+            rank_zero_warn(
+                "MetaPerturb: this strategy trains copies of the module in processes of their own, and brings back "
+                "their weights alone; bring the module back from a checkpoint with MetaPerturbCallback.restore"
+            )
+        if _makes_layers_late(pl_module) and attachment_of(pl_module) is None:
+            _AfterConfigureModel(self, pl_module).install()
+        else:
             self.attach(pl_module)
-        elif attachment_of(pl_module) is None:
-            self._checkpoint_hooks(pl_module).install()
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        hooks = CheckpointHooks.of(pl_module)
+        if hooks is not None and attachment_of(pl_module) is None:
+            hooks.remove()
 
     def attach(self, module: nn.Module) -> Attachment:
-        """Attach to a module by the settings of this callback, once."""
-        attachment = attachment_of(module)
-        if attachment is None:
-            attachment = attach(
-                module,
-                self.phi,
-                sites=self.sites,
-                input_size=self.input_size,
-                seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
-                clip=self.clip,
-                synchronize=self.sync_statistics,
-                persistent=self.persistent,
-            )
-        if "on_save_checkpoint" not in module.__dict__:
-            hooks = self._checkpoint_hooks(module)
-            hooks.install()
-            attachment.on_detach.append(hooks.remove)
+        """Attach to a module by the settings of this callback, once.
+
+        Raises:
+            SiteError: the module has no site.
+            ConfigurationError: it is attached already, with another phi or at other sites than this callback was given.
+        """
+        attached = attachment_of(module) is not None
+        attachment = attach(
+            module,
+            self.phi if self._phi_given or not attached else None,
+            sites=self.sites,
+            input_size=self.input_size,
+            seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
+            clip=self.clip,
+            synchronize=self.sync_statistics,
+            persistent=self.persistent,
+        )
+        self._install_hooks(module).remove_with(attachment)
         return attachment
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         attachment = self._attached(pl_module)
+        _training_data(trainer)
         total = None if self.ramp_steps is not None else total_training_batches(trainer)
         attachment.ramp_over(ramp_length(total) if total is not None else self.ramp_steps or 0)
         attachment.evaluation_buffers = None
         attachment.inference = None
         of = f" of {total}" if total is not None else ""
         rank_zero_info(
-            f"MetaPerturb: {len(attachment.plan)} sites, phi {self.phi}, strength grows over the first "
+            f"MetaPerturb: {len(attachment.plan)} sites, phi {self._phi_of(attachment)}, strength grows over the first "
             f"{attachment.ramp_steps}{of} training batches"
         )
 
@@ -141,7 +166,14 @@ class MetaPerturbCallback(Callback):
         attachment = self._attached(pl_module)
         if self.inference == "mean":
             self._reestimate(trainer, pl_module, attachment)
-        attachment.inference = self._inference()
+        attachment.inference = self.make_inference()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """An interrupted training leaves a model that can be evaluated."""
+        attachment = attachment_of(pl_module)
+        if attachment is not None:
+            attachment.settle()
+            attachment.inference = self.make_inference()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
@@ -179,26 +211,40 @@ class MetaPerturbCallback(Callback):
         content = read_checkpoint(checkpoint)
         state = content[KEY]
         weights = {name: value for name, value in content["state_dict"].items() if name != MARKER}
-        attachment = attach_state(model, state)
         model.load_state_dict(weights)
-        callback = MetaPerturbCallback(NamedPhi(Phi(**state["phi"]), state["phi_name"]), **state["inference"])
-        callback.attach(model)
-        attachment.inference = callback._inference()
+        attachment = attach_state(model, state)
+        callback = MetaPerturbCallback(**state["inference"])
+        callback._install_hooks(model).remove_with(attachment)
+        attachment.inference = callback.make_inference()
+        if callback.inference == "mean" and attachment.evaluation_buffers is None:
+            rank_zero_warn(
+                f"checkpoint '{checkpoint}' was saved while training went on, when batch norm was not yet re-estimated "
+                "for inference='mean'; call mp_lightning.reestimate_batch_norm, or save one after fit"
+            )
         model.eval()
         return model
 
-    def _checkpoint_hooks(self, module: nn.Module) -> CheckpointHooks:
-        declared = {"inference": self.inference, "samples": self.samples, "output": self.output}
-        return CheckpointHooks(module, declared, self.marker)
-
-    def _inference(self) -> Mean | MonteCarlo:
+    def make_inference(self) -> Mean | MonteCarlo:
+        """The inference that this callback was asked for."""
         return Mean() if self.inference == "mean" else MonteCarlo(self.samples, self.output)
+
+    def _install_hooks(self, module: nn.Module) -> CheckpointHooks:
+        declared = {
+            "inference": self.inference,
+            "samples": self.samples,
+            "output": self.output,
+            "marker": self.marker,
+        }
+        return CheckpointHooks.install(module, declared, self.marker)
+
+    def _phi_of(self, attachment: Attachment) -> str:
+        return str(self.phi) if attachment.phi_name == self.phi.name else attachment.phi_name
 
     def _attached(self, module: nn.Module) -> Attachment:
         attachment = attachment_of(module)
         if attachment is None:
             raise ConfigurationError(
-                f"{type(module).__name__} was detached while it trained; call detach() after fit, or remove the callback"
+                f"{type(module).__name__} was detached while it trained; detach after fit, or remove the callback"
             )
         return attachment
 
@@ -206,29 +252,37 @@ class MetaPerturbCallback(Callback):
         attachment = attachment_of(module)
         if attachment is None:
             rank_zero_warn(
-                f"{type(module).__name__} was never trained with MetaPerturb; it is evaluated as it is, without perturbation"
+                f"{type(module).__name__} was never trained with MetaPerturb; it is evaluated without perturbation"
             )
             return
+        attachment.settle()
         attachment.evaluations.zero_()
         attachment.bound_hits.zero_()
         if trainer.state.fn == "fit":
             kind = MonteCarloOrMean if self.inference == "mean" else MonteCarlo
             attachment.inference = kind(self.fit_samples, self.output)
-            return
-        if self.inference == "mean" and attachment.evaluation_buffers is None:
-            self._reestimate(trainer, module, attachment)
-        attachment.inference = self._inference()
+        else:
+            if self.inference == "mean" and attachment.evaluation_buffers is None:
+                self._reestimate(trainer, module, attachment)
+            attachment.inference = self.make_inference()
+        attachment.strays = 0
+        attachment.sampling = self.inference == "mc"  # where the module calls blocks one by one, see _end_evaluation
 
     def _end_evaluation(self, module: pl.LightningModule) -> None:
         attachment = attachment_of(module)
         if attachment is None:
             return
+        attachment.sampling = True
         inference = attachment.inference
-        if isinstance(inference, MonteCarlo) and inference.calls == 0:
-            names = " or ".join(name or f"{type(module).__name__} itself" for name in attachment.entry_modules())
+        averaged_nothing = type(inference) is MonteCarlo and inference.calls == 0
+        if averaged_nothing or (isinstance(inference, Mean) and attachment.strays):
+            names = " or ".join(
+                f"{type(module).__name__}.forward" if name == "" else f"self.{name}"
+                for name in attachment.entry_modules()
+            )
+            what = "averaged nothing" if averaged_nothing else "did not act"
             raise ConfigurationError(
-                f"Monte Carlo inference averaged nothing: no forward of {names} was seen in this epoch; call one of them "
-                "in the step, or use inference='mean'"
+                f"inference='{self.inference}' {what}: no step of this epoch called {names} as a whole; do so"
             )
         if int(attachment.bound_hits) > 0:
             rank_zero_warn(
@@ -237,21 +291,57 @@ class MetaPerturbCallback(Callback):
             )
 
     def _reestimate(self, trainer: pl.Trainer, module: pl.LightningModule, attachment: Attachment) -> None:
-        loaders = trainer.train_dataloader
-        if loaders is None:
+        data = _training_data(trainer)
+        if data is None:
             rank_zero_warn(
                 "MetaPerturb: batch norm was not re-estimated for inference='mean', since this trainer has no training "
                 "data; evaluate with the trainer that trained, or use inference='mc'"
             )
             return
-        with isolate_rng(), torch.no_grad(), trainer.precision_plugin.train_step_context():
-            reestimate_batch_norm(attachment, _training_forwards(trainer, module, loaders))
+        with (
+            isolate_rng(),
+            undisturbed(module, data.flattened),
+            torch.no_grad(),
+            trainer.precision_plugin.train_step_context(),
+        ):
+            reestimate_batch_norm(attachment, _training_forwards(trainer, module, data))
 
 
-def _training_forwards(trainer: pl.Trainer, module: pl.LightningModule, loaders: Any) -> Iterator[Callable[[], Any]]:
+def _training_data(trainer: pl.Trainer) -> CombinedLoader | None:
+    """The data that this trainer trains or has trained with."""
+    current = trainer.fit_loop._combined_loader
+    if current is not None:
+        # A fresh one, for iterators of its own; the mode says how the batches of several loaders are put together.
+        _TRAINING_DATA[trainer] = CombinedLoader(current.iterables, current._mode)
+    return _TRAINING_DATA.get(trainer)
+
+
+def _makes_layers_late(module: pl.LightningModule) -> bool:
+    """Whether the module has a ``configure_model`` that is not Lightning's own (under either of its names)."""
+    return type(module).configure_model.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+
+
+class _AfterConfigureModel:
+    """Attaches to a module that makes its layers in ``configure_model``, as soon as it has."""
+
+    def __init__(self, callback: MetaPerturbCallback, module: pl.LightningModule) -> None:
+        self._callback = callback
+        self._module = module
+
+    def install(self) -> None:
+        self._module.configure_model = self.configure_model  # type: ignore[method-assign]
+
+    def configure_model(self) -> None:
+        del self._module.configure_model
+        self._module.configure_model()
+        self._callback.attach(self._module)
+
+
+def _training_forwards(
+    trainer: pl.Trainer, module: pl.LightningModule, combined: CombinedLoader
+) -> Iterator[Callable[[], Any]]:
     """The training step on one batch after another."""
     takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    combined = CombinedLoader(loaders)
     limit = trainer.num_training_batches
     for batch, index, _ in iter(combined):
         if index >= limit:

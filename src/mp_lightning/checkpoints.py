@@ -1,12 +1,14 @@
-"""What remains in a checkpoint: phi, the plan, the statistics, and a marker against loading the weights without them."""
+"""What remains in a checkpoint: phi, the plan, the statistics, and a marker against loading weights without them."""
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from mp_lightning.errors import UserError
+from mp_lightning.errors import ConfigurationError, UserError
 from mp_lightning.perturbation import NamedPhi, Phi
 from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of
 
@@ -16,6 +18,9 @@ MARKER = (
     "this checkpoint was trained with MetaPerturb attached and needs it: load it with "
     "mp_lightning.MetaPerturbCallback.restore(model, checkpoint)"
 )
+
+
+_HOOKS = ("on_save_checkpoint", "on_load_checkpoint")
 
 
 class CheckpointError(UserError):
@@ -30,7 +35,7 @@ class CheckpointHooks:
 
     Args:
         module: the LightningModule.
-        inference: the declared inference, kept for :func:`restore`.
+        inference: the declared inference, kept for ``MetaPerturbCallback.restore``.
         marker: whether a plain strict load shall fail.
     """
 
@@ -38,38 +43,75 @@ class CheckpointHooks:
         self._module = module
         self._inference = inference
         self._marker = marker
+        self._replaced: dict[str, Callable[[dict[str, Any]], None]] = {}
 
-    def install(self) -> None:
-        """Take the place of the module's hooks."""
-        self._module.on_save_checkpoint = self.on_save_checkpoint
-        self._module.on_load_checkpoint = self.on_load_checkpoint
+    @classmethod
+    def install(cls, module: nn.Module, inference: dict[str, Any], marker: bool) -> "CheckpointHooks":
+        """Take the place of the module's hooks; where that was done before, only take over the settings."""
+        installed = cls.of(module)
+        if installed is not None:
+            installed._inference, installed._marker = inference, marker
+            return installed
+        hooks = cls(module, inference, marker)
+        for name in _HOOKS:
+            if name in module.__dict__:
+                hooks._replaced[name] = module.__dict__[name]
+            setattr(module, name, getattr(hooks, name))
+        return hooks
+
+    @classmethod
+    def of(cls, module: nn.Module) -> "CheckpointHooks | None":
+        """Those of a module, if there are any."""
+        owner = getattr(module.__dict__.get(_HOOKS[0]), "__self__", None)
+        return owner if isinstance(owner, cls) else None
 
     def remove(self) -> None:
         """Give the place back."""
-        for name in ("on_save_checkpoint", "on_load_checkpoint"):
-            self._module.__dict__.pop(name, None)
+        for name in _HOOKS:
+            if getattr(self._module.__dict__.get(name), "__self__", None) is self:
+                del self._module.__dict__[name]
+                if name in self._replaced:
+                    setattr(self._module, name, self._replaced[name])
+
+    def remove_with(self, attachment: Attachment) -> None:
+        """Give the place back when ``attachment`` is detached."""
+        if self.remove not in attachment.on_detach:
+            attachment.on_detach.append(self.remove)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        type(self._module).on_save_checkpoint(self._module, checkpoint)  # type: ignore[operator]
+        self._own("on_save_checkpoint", checkpoint)
         attachment = attachment_of(self._module)
         if attachment is None:
             return
         checkpoint[KEY] = {**attachment.state(), "inference": self._inference}
         if self._marker and "state_dict" in checkpoint:
-            checkpoint["state_dict"] = {**checkpoint["state_dict"], MARKER: torch.zeros(())}
+            # A copy, but one that keeps the versions of modules, which are an attribute of the dict.
+            checkpoint["state_dict"] = copy.copy(checkpoint["state_dict"])
+            checkpoint["state_dict"][MARKER] = torch.zeros(())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint.get("state_dict", {}).pop(MARKER, None)
         state = checkpoint.get(KEY)
         if state is not None:
-            attach_state(self._module, state)
-        type(self._module).on_load_checkpoint(self._module, checkpoint)  # type: ignore[operator]
+            self.remove_with(attach_state(self._module, state))
+        self._own("on_load_checkpoint", checkpoint)
+
+    def _own(self, name: str, checkpoint: dict[str, Any]) -> None:
+        if name in self._replaced:
+            self._replaced[name](checkpoint)
+        else:
+            getattr(type(self._module), name)(self._module, checkpoint)
 
 
 def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
     """Attach, if need be, what a checkpoint holds, with its phi, plan and statistics."""
     attachment = attachment_of(model)
     if attachment is None:
+        if "phi" not in state:
+            raise ConfigurationError(
+                f"the checkpoint was made with perturbation '{state['phi_name']}', which it does not hold; attach it "
+                "with attach(model, perturbation=...) first"
+            )
         phi = NamedPhi(Phi(**state["phi"]), state["phi_name"])
         attachment = attach(model, phi, sites=SitePlan.from_dict(state["plan"]))
     attachment.load_state(state)
@@ -85,12 +127,14 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
-        raise CheckpointError(f"checkpoint '{path}' does not exist; give the path of a file that a Trainer wrote") from error
+        raise CheckpointError(
+            f"checkpoint '{path}' does not exist; give the path of a file that a Trainer wrote"
+        ) from error
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
         raise CheckpointError(
             f"checkpoint '{path}' cannot be read with weights_only=True; give an undamaged file that a Trainer wrote"
         ) from error
-    if not isinstance(checkpoint, dict) or KEY not in checkpoint:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get(KEY), dict) or "state_dict" not in checkpoint:
         raise CheckpointError(
             f"checkpoint '{path}' was made without MetaPerturb; load it as usual, without MetaPerturbCallback.restore"
         )

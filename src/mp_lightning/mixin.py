@@ -13,8 +13,8 @@ from mp_lightning.sites import Attachment
 class MetaPerturbMixin:
     """Makes MetaPerturb part of a LightningModule: phi and the statistics are in its ``state_dict``.
 
-    Call :meth:`perturb` at the end of ``__init__``; the rest (ramp, evaluation, checkpoints) happens by itself, with any
-    Trainer. A checkpoint then loads by ``load_from_checkpoint`` as every other.
+    Call :meth:`perturb` at the end of ``__init__``; the rest (ramp, evaluation, checkpoints) happens by itself, with
+    any Trainer. A checkpoint then loads by ``load_from_checkpoint`` as every other.
 
     Example::
 
@@ -36,20 +36,24 @@ class MetaPerturbMixin:
         """
         self._perturb_options = {"phi": phi, **options, "marker": False}
         assert isinstance(self, nn.Module)
-        attachment: Attachment = self._metaperturb_callback().attach(self)
+        callback = self._metaperturb_callback()
+        attachment: Attachment = callback.attach(self)
+        attachment.inference = callback.make_inference()
         return attachment
 
     def configure_callbacks(self) -> list[Any]:
         """The module's own callbacks and the one that runs the perturbation."""
-        inherited = getattr(super(), "configure_callbacks", list)()
-        return [*inherited, self._metaperturb_callback()]
+        inherited: Any = getattr(super(), "configure_callbacks", list)()
+        return [*(inherited if isinstance(inherited, list | tuple) else [inherited]), self._metaperturb_callback()]
 
     def _metaperturb_callback(self) -> Any:
         # Here and not at the top: only training by Lightning needs Lightning.
         from mp_lightning.callback import MetaPerturbCallback
 
         if self._perturb_options is None:
-            raise ConfigurationError(f"{type(self).__name__} has the mixin but no perturbation; call self.perturb() in __init__")
+            raise ConfigurationError(
+                f"{type(self).__name__} has the mixin but no perturbation; call self.perturb() in __init__"
+            )
         callback = MetaPerturbCallback(**self._perturb_options)
         callback.persistent = True
         return callback

@@ -5,6 +5,7 @@ from typing import Any
 
 from mp_lightning.errors import ConfigurationError
 
+
 def total_training_batches(trainer: Any) -> int:
     """Number of training batches of the whole run, as a Lightning trainer knows it when training starts.
 

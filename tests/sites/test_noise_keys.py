@@ -303,6 +303,7 @@ def one_and_two_processes(tmp_path_factory):
     return torch.load(folder / "1_0.pt"), [torch.load(folder / f"2_{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_each_sample_gets_its_noise_on_any_process(one_and_two_processes):
     whole, parts = one_and_two_processes
     assert len(whole["eps"]) == 8
@@ -312,6 +313,7 @@ def test_each_sample_gets_its_noise_on_any_process(one_and_two_processes):
     assert not torch.equal(parts[0]["eps"][0], parts[1]["eps"][0])
 
 
+@pytest.mark.slow
 def test_with_synchronized_statistics_two_processes_are_one(one_and_two_processes):
     whole, parts = one_and_two_processes
     for rank, part in enumerate(parts):

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 Output = Literal["logits", "probabilities", "log_probabilities"]
 OUTPUTS: tuple[Output, ...] = ("logits", "probabilities", "log_probabilities")
 _TOLERANCE = 1e-3
+_EVIDENCE = 32  # numbers that a judgement on all outputs needs
 
 
 class MonteCarlo:
@@ -38,10 +39,16 @@ class MonteCarlo:
         self.output: Output | None = output
         self.calls = 0
         self._busy = False
+        self._sampling = True
 
     def begin(self, attachment: "Attachment") -> None:
         """Noise is drawn, not averaged, in each forward."""
-        attachment.sampling = True
+        self._begin(attachment, True)
+
+    def _begin(self, attachment: "Attachment", sampling: bool) -> None:
+        if not self._busy:
+            self._sampling = attachment.sampling
+        attachment.sampling = sampling
 
     def finish(
         self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -51,18 +58,23 @@ class MonteCarlo:
         Raises:
             ConfigurationError: the output is not a (B, K) tensor of class scores.
         """
-        if output is None or self._busy:
+        if self._busy:
+            return output
+        if output is None:
+            attachment.sampling = self._sampling
             return output
         self.calls += 1
-        kind = self.output or output_kind(output, type(module).__name__)
-        self.output = kind
-        mean = _probabilities(output, kind)
         self._busy = True
         try:
+            kind = output_kind(output, type(module).__name__, self.output)
+            if output.numel() >= _EVIDENCE:
+                self.output = kind
+            mean = _probabilities(output, kind)
             for _ in range(1, self.samples):
                 mean = mean + _probabilities(module(*args, **kwargs), kind)
         finally:
             self._busy = False
+            attachment.sampling = self._sampling
         mean = mean / self.samples
         result = mean if kind == "probabilities" else mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
         return result.to(output.dtype)
@@ -74,7 +86,7 @@ class MonteCarloOrMean(MonteCarlo):
     _averages = True
 
     def begin(self, attachment: "Attachment") -> None:
-        attachment.sampling = self._averages
+        self._begin(attachment, self._averages)
 
     def finish(
         self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -85,27 +97,38 @@ class MonteCarloOrMean(MonteCarlo):
             except ConfigurationError:
                 self._averages = False
                 return module(*args, **kwargs)
-        attachment.sampling = True
+        if not self._busy:
+            attachment.sampling = self._sampling
         return output
 
 
-def output_kind(output: Any, model: str) -> Output:
-    """What a model's output holds, judged by the numbers.
+def output_kind(output: Any, model: str, declared: Output | None = None) -> Output:
+    """What a model's output holds: as declared, else judged by the numbers.
 
     Raises:
-        ConfigurationError: it is not a (B, K) floating-point tensor with K > 1, so that averaging would be a guess.
+        ConfigurationError: it is not a (B, K) floating-point tensor with K > 1, or looks like one probability per
+            output, so that averaging would be a guess.
     """
     if not isinstance(output, Tensor) or output.dim() != 2 or output.shape[1] < 2 or not output.is_floating_point():
-        what = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        what = (
+            f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else f"a {type(output).__name__}"
+        )
         raise ConfigurationError(
             f"{model} gives {what}; Monte Carlo inference averages class probabilities and needs a (B, K) tensor with "
             "K > 1; use inference='mean'"
         )
+    if declared is not None:
+        return declared
     values = output.detach().float()
     if bool((values >= 0).all()) and bool((values.sum(dim=1) - 1).abs().max() < _TOLERANCE):
         return "probabilities"
     if bool((values <= 0).all()) and bool(values.logsumexp(dim=1).abs().max() < _TOLERANCE):
         return "log_probabilities"
+    if values.numel() >= _EVIDENCE and bool(((values >= 0) & (values <= 1)).all()):
+        raise ConfigurationError(
+            f"{model} gives numbers from 0 to 1 that do not add up to 1 in each row, such as one probability per label;"
+            " Monte Carlo inference averages class probabilities; use inference='mean', or set output="
+        )
     return "logits"
 
 

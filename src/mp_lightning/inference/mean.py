@@ -7,6 +7,7 @@ takes their place only while a forward in evaluation mode runs.
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,11 @@ BATCHES = 50  # the most training batches that re-estimation looks at
 class Mean:
     """Expected noise instead of samples, with the attachment's ``evaluation_buffers`` in place of the model's own."""
 
+    def __init__(self) -> None:
+        self._sampling = True
+
     def begin(self, attachment: "Attachment") -> None:
+        self._sampling = attachment.sampling
         attachment.sampling = False
         _swap_buffers(attachment)
 
@@ -33,7 +38,7 @@ class Mean:
         self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         _swap_buffers(attachment)
-        attachment.sampling = True
+        attachment.sampling = self._sampling
         return output
 
 
@@ -47,7 +52,7 @@ def _swap_buffers(attachment: "Attachment") -> None:
         owner = attachment.model.get_submodule(path)
         current = owner._buffers[leaf]
         assert current is not None
-        swapped[name], owner._buffers[leaf] = current, copy.to(current.device)
+        swapped[name], owner._buffers[leaf] = current, copy.to(current)
     attachment.evaluation_buffers = swapped
 
 
@@ -60,14 +65,16 @@ class _StopAfterForward(Mean):
         self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
         super().finish(attachment, module, args, kwargs, output)
+        if output is None:  # the forward raised, and that error is the one to see
+            return None
         raise _ForwardDone
 
 
 def reestimate_batch_norm(attachment: "Attachment", forwards: Iterable[Callable[[], Any]]) -> None:
     """Estimate batch norm's statistics under the expected noise, as the plain average over training batches.
 
-    They become the attachment's ``evaluation_buffers`` (empty if the model has no batch norm), which :class:`Mean` uses;
-    the model itself is left as it was.
+    They become the attachment's ``evaluation_buffers`` (empty if the model has no batch norm), which :class:`Mean`
+    uses; the model itself is left as it was.
 
     Args:
         attachment: of the model.
@@ -75,28 +82,32 @@ def reestimate_batch_norm(attachment: "Attachment", forwards: Iterable[Callable[
             training step does: each is ended as soon as the model's forward returns. At most 50 are run.
 
     Raises:
-        ConfigurationError: a function never ran the model.
+        ConfigurationError: there is no function, or one never ran the model.
     """
     norms = {
         name: module
         for name, module in attachment.model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None
     }
-    attachment.evaluation_buffers = {}
+    attachment.evaluation_buffers = None
     if not norms:
+        attachment.evaluation_buffers = {}
         return
     with torch.inference_mode(False), torch.no_grad(), _estimating(attachment, list(norms.values())):
-        for number, forward in enumerate(forwards):
-            if number == BATCHES:
-                break
+        done = 0
+        for forward in islice(forwards, BATCHES):
+            done += 1
             try:
                 forward()
             except _ForwardDone:
                 continue
+            names = " or ".join(f"self.{name}" if name else "self" for name in attachment.entry_modules())
             raise ConfigurationError(
-                "batch norm cannot be re-estimated: a training step did not call the model "
-                f"({' or '.join(name or 'the module itself' for name in attachment.entry_modules())}); use inference='mc'"
+                f"batch norm cannot be re-estimated: a training step did not call the model ({names}); call it there, "
+                "or use inference='mc'"
             )
+        if not done:
+            raise ConfigurationError("batch norm cannot be re-estimated without a training batch; use inference='mc'")
         copies = {
             f"{name}.{leaf}": getattr(module, leaf).detach().clone()
             for name, module in norms.items()
@@ -110,7 +121,7 @@ def reestimate_batch_norm(attachment: "Attachment", forwards: Iterable[Callable[
 def _estimating(attachment: "Attachment", norms: list[_BatchNorm]) -> Iterator[None]:
     """Everything in evaluation mode but batch norm, which takes the plain average over batches; undone on leaving."""
     modes = [(module, module.training) for module in attachment.model.modules()]
-    frozen = [(parameter, parameter.requires_grad) for parameter in attachment.model.parameters()]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in attachment.model.parameters()]
     buffers = [(m, {k: v.clone() for k, v in m._buffers.items() if v is not None}, m.momentum) for m in norms]
     previous = attachment.inference
     attachment.model.eval()
@@ -127,8 +138,9 @@ def _estimating(attachment: "Attachment", norms: list[_BatchNorm]) -> Iterator[N
             module.momentum = momentum
             for name, value in saved.items():
                 getattr(module, name).copy_(value)
-        for parameter, requires_grad in frozen:
+        for parameter, requires_grad, gradient in parameters:
             parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
         for module_, training in modes:
             module_.training = training
 

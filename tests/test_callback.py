@@ -1,0 +1,352 @@
+"""The callback in a user's training."""
+
+import copy
+import logging
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_modules import Classifier, digits, loader, module, trainer
+from mp_lightning import MetaPerturbCallback, attach, attachment_of, detach
+from mp_lightning.backbones import build_backbone
+from mp_lightning.errors import ConfigurationError, PhiError, SiteError
+from mp_lightning.inference import Mean, MonteCarlo, MonteCarloOrMean
+from mp_lightning.perturbation import initial_phi, load_phi
+
+
+class Watch(pl.Callback):
+    """Notes the strength at each training batch, and the inference of each validation."""
+
+    def __init__(self):
+        self.coeff, self.inference = [], []
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        self.coeff.append(float(attachment_of(pl_module).coeff))
+
+    def on_validation_batch_end(self, trainer, pl_module, *args):
+        self.inference.append(attachment_of(pl_module).inference)
+
+
+def messages(caplog):
+    return [record.getMessage() for record in caplog.records if "MetaPerturb" in record.getMessage()]
+
+
+def test_prints_one_line(tmp_path, caplog):
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, [MetaPerturbCallback()], max_epochs=5).fit(module(), loader(2), loader(1))
+    (line,) = messages(caplog)
+    assert "\n" not in line
+    assert "4 sites" in line and str(load_phi()) in line and "first 4 of 10 training batches" in line
+
+
+def test_fit_fit_validate_test_attach_once(tmp_path):
+    model = module()
+    callback = MetaPerturbCallback()
+    trainer(tmp_path, [callback], max_epochs=1).fit(model, loader(2), loader(1))
+    attachment = attachment_of(model)
+    hooks = [len(m._forward_pre_hooks) for m in model.modules()]
+    again = trainer(tmp_path, [callback], max_epochs=1)
+    again.fit(model, loader(2), loader(1))
+    again.validate(model, loader(1), verbose=False)
+    again.test(model, loader(1), verbose=False)
+    again.predict(model, loader(1))
+    assert sum(isinstance(m, type(attachment)) for m in model.modules()) == 1
+    assert attachment_of(model) is attachment  # and it stays
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert int(attachment.forwards) == 4 == int(attachment.steps)
+
+
+def test_detach_after_fit_leaves_a_plain_module(tmp_path):
+    model = module()
+    names = sorted(vars(module()))
+    run = trainer(tmp_path, [MetaPerturbCallback()], max_epochs=1)
+    run.fit(model, loader(2), loader(1))
+    assert "on_save_checkpoint" in vars(model)
+    detach(model)
+    assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert not {"on_save_checkpoint", "on_load_checkpoint", "log", "_metaperturb"} & (set(vars(model)) - set(names))
+    assert list(model.state_dict()) == list(module().state_dict())
+    plain = module()
+    plain.load_state_dict(model.state_dict())
+    x = digits()[0][:8]
+    assert torch.equal(model.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("inference", ["mean", "mc"])
+def test_evaluation_is_repeatable(tmp_path, inference):
+    model = module()
+    run = trainer(tmp_path, [MetaPerturbCallback(inference=inference, samples=3)])
+    run.fit(model, loader(4, shuffle=True), loader(2))
+    first = run.test(model, loader(2, start=400), verbose=False)
+    assert first == run.test(model, loader(2, start=400), verbose=False)
+    predictions = run.predict(model, loader(2, start=400))
+    loss = F.cross_entropy(torch.cat(predictions), digits()[1][400:432])
+    assert float(loss) == pytest.approx(first[0]["test_loss"], rel=1e-5)
+    expected = Mean if inference == "mean" else MonteCarlo
+    assert type(attachment_of(model).inference) is expected
+
+
+def test_validation_in_fit_and_sanity_check(tmp_path):
+    watch = Watch()
+    model = module()
+    run = trainer(tmp_path, [MetaPerturbCallback(fit_samples=3), watch], num_sanity_val_steps=1)
+    run.fit(model, loader(4), loader(2))
+    assert len(watch.inference) == 1 + 2 * 2
+    assert {type(i) for i in watch.inference} == {MonteCarloOrMean}
+    assert watch.inference[0].samples == 3 and watch.inference[0].calls == 1
+    # The sanity check counts no training forward and records nothing.
+    assert int(attachment_of(model).forwards) == 8
+
+
+def test_sanity_check_changes_nothing(tmp_path):
+    results = []
+    for steps in (0, 2):
+        model = module()
+        callback = MetaPerturbCallback()
+        trainer(tmp_path, [callback], num_sanity_val_steps=steps).fit(model, loader(4), loader(2))
+        results.append({**model.state_dict(), **dict(attachment_of(model).sites.named_buffers())})
+    for name, value in results[0].items():
+        assert torch.equal(value, results[1][name]), name
+
+
+def test_fast_dev_run(tmp_path):
+    model = module()
+    run = trainer(tmp_path, [MetaPerturbCallback()], fast_dev_run=True)
+    run.fit(model, loader(4), loader(2))
+    assert int(attachment_of(model).steps) == 1
+    run.test(model, loader(2), verbose=False)
+
+
+@pytest.mark.parametrize(
+    ("options", "batches", "ramp"),
+    [
+        ({"max_epochs": 5}, 10, 4),
+        ({"max_epochs": -1, "max_steps": 5}, 5, 2),
+        ({"max_epochs": 50, "max_steps": 5}, 5, 2),
+        ({"max_epochs": 5, "max_steps": 100}, 10, 4),
+        ({"max_epochs": -1, "max_steps": 5, "accumulate_grad_batches": 2}, 10, 4),
+        ({"max_epochs": 5, "accumulate_grad_batches": 2}, 10, 4),
+        ({"max_epochs": 10, "limit_train_batches": 1}, 10, 4),
+    ],
+)
+def test_ramp_over_40_percent_of_the_batches(tmp_path, options, batches, ramp):
+    watch = Watch()
+    trainer(tmp_path, [MetaPerturbCallback(), watch], **options).fit(module(), loader(2))
+    assert watch.coeff == pytest.approx([min(1, batch / ramp) for batch in range(batches)])
+
+
+class Endless(IterableDataset):
+    """Data without a length."""
+
+    def __init__(self, batches=3):
+        self.batches = batches
+
+    def __iter__(self):
+        x, y = digits()
+        return iter([(x[i : i + 8], y[i : i + 8]) for i in range(self.batches)])
+
+
+@pytest.mark.parametrize("options", [{"max_epochs": 1}, {"max_epochs": -1, "max_time": "00:00:00:10"}])
+def test_without_a_horizon_ramp_steps_is_asked_for(tmp_path, options):
+    data = DataLoader(Endless(), batch_size=None)
+    with pytest.raises(ConfigurationError, match="ramp_steps="):
+        trainer(tmp_path, [MetaPerturbCallback()], **options).fit(module(), data)
+    if options == {"max_epochs": 1}:
+        watch = Watch()
+        trainer(tmp_path, [MetaPerturbCallback(ramp_steps=2), watch], **options).fit(module(), data)
+        assert watch.coeff == [0, 0.5, 1]
+
+
+def test_max_time_alone_with_data_of_known_length(tmp_path):
+    with pytest.raises(ConfigurationError, match="max_time"):
+        options = {"max_epochs": -1, "max_time": "00:00:00:10"}
+        trainer(tmp_path, [MetaPerturbCallback()], **options).fit(module(), loader(2))
+
+
+def test_max_steps_gives_endless_data_a_horizon(tmp_path):
+    watch = Watch()
+    data = DataLoader(Endless(5), batch_size=None)
+    trainer(tmp_path, [MetaPerturbCallback(), watch], max_epochs=-1, max_steps=5).fit(module(), data)
+    assert watch.coeff == [0, 0.5, 1, 1, 1]
+
+
+def test_phi_is_frozen(tmp_path):
+    model = module()
+    run = trainer(tmp_path, [MetaPerturbCallback()])
+    run.fit(model, loader(4))
+    attachment = attachment_of(model)
+    held = {id(p) for o in run.optimizers for group in o.param_groups for p in group["params"]}
+    assert held == {id(p) for p in module().parameters()} or held == {id(p) for p in model.net.parameters()}
+    assert not held & {id(value) for value in attachment.buffers()}
+    for value, original in zip(attachment.perturbation.phi, load_phi().phi, strict=True):
+        assert torch.equal(value, original)
+    assert not torch.equal(model.net.fc.weight, module().net.fc.weight)
+
+
+def test_a_run_follows_from_its_seed(tmp_path):
+    weights = []
+    for seed in (0, 0, 1):
+        model = module()
+        trainer(tmp_path, [MetaPerturbCallback(seed=seed)]).fit(model, loader(4))
+        weights.append(model.net.fc.weight.detach())
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def test_training_draws_nothing_from_the_global_generator(tmp_path):
+    """Dropout drops the same with and without the callback, whose own noise is at strength zero here."""
+    weights = []
+    for callbacks in ([], [MetaPerturbCallback(ramp_steps=10**9, clip=None)]):
+        model = module(dropout=0.2)
+        torch.manual_seed(1)
+        trainer(tmp_path, callbacks, max_epochs=1).fit(model, loader(4, shuffle=True))
+        weights.append(model.net.fc.weight.detach())
+    assert torch.allclose(*weights, atol=1e-5)
+
+
+def test_pytorch_lightning_trainer(tmp_path):
+    pytorch_lightning = pytest.importorskip("pytorch_lightning")
+
+    class Other(pytorch_lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = build_backbone("conv4", 10, width=8, image_size=16)
+
+        def forward(self, x):
+            return self.net(x)
+
+        training_step, _evaluate = Classifier.training_step, Classifier._evaluate
+        validation_step, test_step = Classifier.validation_step, Classifier.test_step
+        configure_optimizers = Classifier.configure_optimizers
+
+    model = module(Other)
+    watch = Watch()
+    run = trainer(tmp_path, [MetaPerturbCallback(), watch], cls=pytorch_lightning.Trainer)
+    run.fit(model, loader(4), loader(2))
+    assert int(attachment_of(model).forwards) == 8 and len(watch.coeff) == 8
+    assert attachment_of(model).evaluation_buffers
+    assert run.test(model, loader(2), verbose=False) == run.test(model, loader(2), verbose=False)
+    run.save_checkpoint(tmp_path / "other.ckpt")
+    restored = MetaPerturbCallback.restore(module(Other, seed=1), tmp_path / "other.ckpt")
+    x = digits()[0][:8]
+    assert torch.equal(restored(x), model.eval()(x))
+
+
+def test_evaluation_without_training_is_plain(tmp_path, recwarn):
+    model = module()
+    attributes = sorted(vars(model))
+    plain = trainer(tmp_path).test(module(), loader(2), verbose=False)
+    assert trainer(tmp_path, [MetaPerturbCallback()]).test(model, loader(2), verbose=False) == plain
+    assert attachment_of(model) is None
+    assert any("never trained with MetaPerturb" in str(w.message) for w in recwarn)
+    assert "on_save_checkpoint" in attributes or "on_save_checkpoint" not in vars(model)
+
+
+def test_a_model_that_is_attached_with_another_phi_is_refused(tmp_path):
+    model = module()
+    attach(model, initial_phi(0))
+    with pytest.raises(ConfigurationError, match="attached already"):
+        trainer(tmp_path, [MetaPerturbCallback(initial_phi(1))]).fit(model, loader(2))
+    trainer(tmp_path, [MetaPerturbCallback()], max_epochs=1).fit(model, loader(2))  # whatever it is
+    assert torch.equal(attachment_of(model).perturbation.op1_all, initial_phi(0).op1_all)
+
+
+class Late(Classifier):
+    """Makes its layers where large models are made."""
+
+    def __init__(self):
+        pl.LightningModule.__init__(self)
+        self.net, self.dropout = None, 0.0
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = build_backbone("conv4", 10, width=8, image_size=16)
+
+
+def test_a_model_made_in_configure_model(tmp_path):
+    model = Late()
+    run = trainer(tmp_path, [MetaPerturbCallback()])
+    run.fit(model, loader(2), loader(1))
+    assert int(attachment_of(model).forwards) == 4
+    assert "configure_model" not in vars(model)
+    run.fit_loop.max_epochs = 4
+    run.fit(model, loader(2), loader(1))
+    assert int(attachment_of(model).forwards) == 8
+
+
+def test_a_model_without_sites_is_refused(tmp_path):
+    class Linear(Classifier):
+        def __init__(self):
+            pl.LightningModule.__init__(self)
+            self.dropout = 0.0
+            self.net = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(3 * 256, 10))
+
+    with pytest.raises(SiteError, match="no site"):
+        trainer(tmp_path, [MetaPerturbCallback()]).fit(Linear(), loader(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "culprit"),
+    [
+        ({"phi": "absent.safetensors"}, PhiError, "absent.safetensors"),
+        ({"inference": "median"}, ConfigurationError, "median"),
+        ({"samples": 0}, ConfigurationError, "samples=0"),
+        ({"fit_samples": -1}, ConfigurationError, "samples=-1"),
+        ({"output": "scores"}, ConfigurationError, "scores"),
+        ({"ramp_steps": -1}, ConfigurationError, "ramp_steps=-1"),
+    ],
+)
+def test_bad_options_are_refused_at_once(options, error, culprit):
+    with pytest.raises(error, match=culprit):
+        MetaPerturbCallback(**options)
+
+
+def test_an_interrupted_training_leaves_a_model_that_can_be_evaluated(tmp_path):
+    class Interrupted(Classifier):
+        def training_step(self, batch, batch_idx):
+            if batch_idx == 1:
+                handle = self.net.conv_layers[1].register_forward_pre_hook(self.stop)
+                try:
+                    self(batch[0])
+                finally:
+                    handle.remove()
+            return super().training_step(batch, batch_idx)
+
+        def stop(self, module, args):
+            raise KeyboardInterrupt
+
+    model = module(Interrupted)
+    run = trainer(tmp_path, [MetaPerturbCallback()])
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        run.fit(model, loader(4))
+    x = digits()[0][:8]
+    model.eval()
+    assert torch.equal(model(x), model(x))  # expected noise, not one sample
+    assert int(attachment_of(model).evaluations) == 2
+
+
+def test_many_statistics_survive_a_second_fit(tmp_path):
+    """A second fit goes on where the first ended: the noise does not start anew, the strength neither."""
+    model = module()
+    callback, watch = MetaPerturbCallback(), Watch()
+    trainer(tmp_path, [callback], max_epochs=1).fit(model, loader(4))
+    before = copy.deepcopy(attachment_of(model).sites.state_dict())
+    first = {name: value.clone() for name, value in attachment_of(model).sites.named_buffers()}
+    trainer(tmp_path, [callback, watch], max_epochs=1).fit(model, loader(4))
+    assert before == {} or before.keys() == attachment_of(model).sites.state_dict().keys()
+    assert watch.coeff[0] == 1 and int(attachment_of(model).forwards) == 8
+    for name, value in attachment_of(model).sites.named_buffers():
+        assert not torch.equal(value, first[name])
+
+
+@pytest.mark.slow
+def test_a_strategy_that_trains_a_copy_says_so(tmp_path, capfd):
+    """Under ddp_spawn only the weights come back to this process, and they need the perturbation."""
+    model = module()
+    run = trainer(tmp_path, [MetaPerturbCallback()], strategy="ddp_spawn", max_epochs=1)
+    run.fit(model, loader(2))
+    assert "MetaPerturbCallback.restore" in capfd.readouterr().err
+    assert attachment_of(model) is None
