@@ -13,7 +13,7 @@ from lightning_modules import Classifier, digits, loader, module, trainer
 from mp_lightning import MetaPerturbCallback, attach, attachment_of, detach
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError, PhiError, SiteError
-from mp_lightning.inference import Mean, MonteCarlo, MonteCarloOrMean
+from mp_lightning.inference import Mean, MonteCarlo, OutputAverage
 from mp_lightning.perturbation import initial_phi, load_phi
 
 
@@ -95,7 +95,7 @@ def test_validation_in_fit_and_sanity_check(tmp_path):
     run = trainer(tmp_path, [MetaPerturbCallback(fit_samples=3), watch], num_sanity_val_steps=1)
     run.fit(model, loader(4), loader(2))
     assert len(watch.inference) == 1 + 2 * 2
-    assert {type(i) for i in watch.inference} == {MonteCarloOrMean}
+    assert {type(i) for i in watch.inference} == {OutputAverage}
     assert watch.inference[0].samples == 3 and watch.inference[0].calls == 1
     # The sanity check counts no training forward and records nothing.
     assert int(attachment_of(model).forwards) == 8

@@ -10,7 +10,7 @@ from lightning_modules import Classifier, digits, loader, module, trainer
 from mp_lightning import MetaPerturbCallback, MonteCarlo, attach, attachment_of
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.inference import MonteCarloOrMean
+from mp_lightning.inference import OutputAverage
 from mp_lightning.inference.mc import output_kind
 
 HEADS = {
@@ -132,9 +132,23 @@ def test_needs_a_sample(samples):
         MonteCarlo(samples)
 
 
-def test_or_mean_falls_back_and_leaves_no_trace():
+def test_outputs_of_unknown_meaning_are_averaged_as_they_are():
+    """A map as a dense regression gives it, which has no class probabilities."""
+    model, attachment = attached(lambda logits: 100 * logits[:, :, None, None])
+    attachment.inference = OutputAverage(3)
+    x = digits()[0][:4]
+    with torch.no_grad():
+        averaged = model(x)
+        attachment.inference = None
+        attachment.evaluations.zero_()
+        by_hand = torch.stack([model(x) for _ in range(3)]).mean(0)
+    torch.testing.assert_close(averaged, by_hand)
+    assert averaged.shape == (4, 10, 1, 1)
+
+
+def test_outputs_that_are_no_tensor_fall_back_to_the_expected_noise():
     model, attachment = attached(lambda logits: {"logits": logits})
-    attachment.inference = MonteCarloOrMean(3)
+    attachment.inference = OutputAverage(3)
     x = digits()[0][:4]
     with torch.no_grad():
         first, second = model(x)["logits"], model(x)["logits"]

@@ -80,8 +80,12 @@ class MonteCarlo:
         return result.to(output.dtype)
 
 
-class MonteCarloOrMean(MonteCarlo):
-    """Monte Carlo inference where the output allows it, the expected noise where it does not."""
+class OutputAverage(MonteCarlo):
+    """Averages the outputs of noisy forwards as they are, whatever they mean; without tensors, the expected noise.
+
+    For the validation epochs of a run of which nothing was said about its outputs: they may be logits as well as
+    regression targets, boxes or images.
+    """
 
     _averages = True
 
@@ -91,15 +95,24 @@ class MonteCarloOrMean(MonteCarlo):
     def finish(
         self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> Any:
-        if self._averages and not self._busy and output is not None:
-            try:
-                return super().finish(attachment, module, args, kwargs, output)
-            except ConfigurationError:
-                self._averages = False
-                return module(*args, **kwargs)
-        if not self._busy:
+        if self._busy:
+            return output
+        if output is None or not self._averages:
             attachment.sampling = self._sampling
-        return output
+            return output
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            self._averages = False
+            return module(*args, **kwargs)  # once more, with the expected noise
+        self.calls += 1
+        self._busy = True
+        try:
+            total = output.float()
+            for _ in range(1, self.samples):
+                total = total + module(*args, **kwargs).float()
+        finally:
+            self._busy = False
+            attachment.sampling = self._sampling
+        return (total / self.samples).to(output.dtype)
 
 
 def output_kind(output: Any, model: str, declared: Output | None = None) -> Output:

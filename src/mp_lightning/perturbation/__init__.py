@@ -1,4 +1,4 @@
-"""Floor 1: what is the perturbation? The mathematics, the net, its noise, its files, and what any perturbation obeys."""
+"""Floor 1: what is the perturbation? The mathematics, the net, its noise, its files, and what each one obeys."""
 
 from mp_lightning.perturbation.files import NamedPhi, bundled_names, load_phi, save_phi
 from mp_lightning.perturbation.net import MetaPerturb

@@ -59,9 +59,7 @@ def trace_regions(model: nn.Module, through_lightning: bool = False) -> tuple[li
     return regions, failures
 
 
-def _trace(
-    module: nn.Module, prefix: str, through_lightning: bool, regions: list[Region], failures: list[str]
-) -> None:
+def _trace(module: nn.Module, prefix: str, through_lightning: bool, regions: list[Region], failures: list[str]) -> None:
     if not any(isinstance(part, CONVOLUTIONS) for part in module.modules()) or _is_metric(module) or is_frozen(module):
         return
     children = list(module.named_children())

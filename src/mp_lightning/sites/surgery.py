@@ -1,0 +1,149 @@
+"""Attach a perturbation to a model and take it away again, in plain PyTorch.
+
+Example::
+
+    attachment = attach(model, total_steps=len(loader) * epochs)
+    for x, y in loader:
+        loss(model(x), y).backward()
+        optimizer.step()
+        attachment.step()
+"""
+
+from pathlib import Path
+
+import torch
+import torch.distributed
+from torch import nn
+
+from mp_lightning.errors import ConfigurationError, SiteError
+from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, load_phi
+from mp_lightning.sites.attachment import CLIP, NAME, Attachment, ramp_length
+from mp_lightning.sites.discovery import find_sites
+from mp_lightning.sites.plan import SitePlan
+
+
+def attach(
+    model: nn.Module,
+    phi: "str | Path | Phi | NamedPhi | None" = None,
+    *,
+    sites: SitePlan | None = None,
+    perturbation: Perturbation | None = None,
+    total_steps: int | None = None,
+    ramp_steps: int | None = None,
+    input_size: int | None = None,
+    seed: int = 0,
+    clip: float | None = CLIP,
+    synchronize: bool = False,
+    persistent: bool = False,
+) -> Attachment:
+    """Perturb the feature maps of ``model`` at its sites.
+
+    Adds one submodule, ``_metaperturb``, and hooks. Attached twice is attached once: the first attachment is returned.
+
+    Args:
+        model: any module; what its forward computes changes, its parameters and its ``state_dict`` keys do not.
+        phi: a phi file, the name of a bundled one, or None for the bundled default. Never trained.
+        sites: where to perturb; None finds the sites (:func:`find_sites`).
+        perturbation: any other :class:`~mp_lightning.perturbation.Perturbation` in place of phi.
+        total_steps: number of training batches of the run; the strength grows over the first 40 % of them.
+        ramp_steps: number of batches over which it grows, instead. With neither it is at full strength from the start.
+        input_size: height of the network's input in pixels; None takes it from the first forward.
+        seed: seed of the noise.
+        clip: upper bound of a perturbed feature map, in training and in evaluation; None for no bound.
+        synchronize: batch statistics over all processes instead of each on its own.
+        persistent: keep phi and the statistics in the model's ``state_dict``.
+
+    Returns:
+        The attachment; call its ``step()`` after each training batch and ``detach()`` to undo.
+
+    Raises:
+        PhiError: phi cannot be loaded.
+        SiteError: no site was found, or the plan does not fit the model.
+        ConfigurationError: the model is attached already, with another phi, perturbation or plan.
+    """
+    existing = attachment_of(model)
+    named = None if perturbation is not None else load_phi(phi)
+    if existing is not None:
+        _check_same(existing, None if phi is None else named, perturbation, sites)
+        return existing
+    plan = find_sites(model) if sites is None else sites
+    _check_fits(plan, model)
+    if named is not None:
+        perturbation = MetaPerturb(named.phi, persistent=persistent)
+    assert perturbation is not None
+    attachment = Attachment(
+        model,
+        plan,
+        perturbation,
+        phi_name=perturbation.name if named is None else named.name,
+        channel_norm=_channel_norm(model, plan, sites),
+        input_size=input_size,
+        seed=seed,
+        clip=clip,
+        synchronize=synchronize,
+        persistent=persistent,
+    )
+    parameter = next(model.parameters(), None)
+    if parameter is not None:
+        attachment.to(parameter.device)
+    attachment.train(model.training)
+    if ramp_steps is None and total_steps is not None:
+        ramp_steps = ramp_length(total_steps)
+    if ramp_steps is not None:
+        attachment.ramp_over(ramp_steps)
+    model.add_module(NAME, attachment)
+    return attachment
+
+
+def detach(model: nn.Module) -> None:
+    """Undo :func:`attach`; a model that is not attached stays as it is."""
+    attachment = attachment_of(model)
+    if attachment is not None:
+        attachment.detach()
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """The attachment of a model or of one of its parts, if there is one."""
+    return next((module for module in model.modules() if isinstance(module, Attachment)), None)
+
+
+def _check_same(
+    existing: Attachment, named: NamedPhi | None, perturbation: Perturbation | None, sites: SitePlan | None
+) -> None:
+    """Refuse to return an attachment that is not the one asked for (None: anything will do)."""
+    other = perturbation is not None and perturbation is not existing.perturbation
+    if named is not None:
+        own = existing.perturbation
+        other = not isinstance(own, MetaPerturb) or any(
+            not torch.equal(value.detach().cpu(), given.detach().to("cpu", value.dtype))
+            for value, given in zip(own.phi, named.phi, strict=True)
+        )
+    if other:
+        raise ConfigurationError(
+            f"the model is attached already, with phi '{existing.phi_name}'; call detach() before attaching another"
+        )
+    if sites is not None and sites != existing.plan:
+        raise ConfigurationError("the model is attached already, at other sites; call detach() before attaching again")
+
+
+def _check_fits(plan: SitePlan, model: nn.Module) -> None:
+    if len(plan) == 0:
+        raise SiteError(f"the plan for {type(model).__name__} holds no site; leave sites= out to find them")
+    modules = dict(model.named_modules(remove_duplicate=False))
+    for spec in plan:
+        for name in (spec.scope, spec.activation):
+            if name is not None and name not in modules:
+                raise SiteError(
+                    f"site '{spec.name}' does not fit: {type(model).__name__} has no module '{name}'; "
+                    "give the model that the plan was made for"
+                )
+
+
+def _channel_norm(model: nn.Module, plan: SitePlan, given: SitePlan | None) -> int:
+    """The most channels of any site of the *default* plan, so that leaving sites out changes no other site."""
+    if given is None:
+        return plan.channel_norm
+    try:
+        return find_sites(model).channel_norm
+    except SiteError:
+        return plan.channel_norm
