@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.environment import describe
 from mp_lightning import MetaPerturbCallback, MonteCarlo, attachment_of
-from mp_lightning.backbones import build_backbone
 from mp_lightning.data import ImageSet, batch_indices, load_images, standard_augment
+from mp_lightning.meta.tasks import Architecture
 from mp_lightning.meta.transfer import evaluate
 
 COLUMNS = ["mode", "seed", "accuracy", "nll", "seconds"]
@@ -44,7 +44,7 @@ class Classifier(L.LightningModule):
 
 def train(arguments: argparse.Namespace, images: ImageSet, seed: int) -> Classifier:
     L.seed_everything(seed, verbose=False)
-    net = build_backbone(arguments.backbone, images.num_classes, image_size=images.image_size)
+    net = Architecture.parse(arguments.backbone).build(images, seed)
     module = Classifier(net, images, arguments.batch_size, seed)
     trainer = L.Trainer(
         max_epochs=1,
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="npz or image folder with training and test images")
     parser.add_argument("--out", type=Path, required=True, help="table, continued if it exists")
     parser.add_argument("--phi", default=None, help="phi file or name; default: the bundled one")
-    parser.add_argument("--backbone", default="conv4")
+    parser.add_argument("--backbone", default="conv4-16", help="a reference network, with its width")
     parser.add_argument("--per-class", type=int, default=50)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=64)

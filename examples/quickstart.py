@@ -15,14 +15,13 @@ class Classifier(L.LightningModule):
         super().__init__()
         self.net = torchvision.models.resnet18(num_classes=10)
 
-    def training_step(self, batch, batch_idx):
-        x, y = batch
-        return cross_entropy(self.net(x), y)
+    def training_step(self, batch):
+        return cross_entropy(self.net(batch[0]), batch[1])
 
     def test_step(self, batch, batch_idx):
         x, y = batch
-        logits = self.net(x)
-        self.log_dict({"nll": cross_entropy(logits, y), "accuracy": (logits.argmax(1) == y).float().mean()})
+        out = self.net(x)
+        self.log_dict({"nll": cross_entropy(out, y), "accuracy": (out.argmax(1) == y).float().mean()})
 
     def configure_optimizers(self):
         return torch.optim.Adam(self.parameters(), lr=1e-3)
@@ -34,7 +33,7 @@ test = DataLoader(TensorDataset(normalize(rest.images), rest.labels), batch_size
 
 for callbacks in ([], [MetaPerturbCallback()]):
     L.seed_everything(0)
-    trainer = L.Trainer(max_epochs=30, callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
     module = Classifier()
+    trainer = L.Trainer(max_epochs=30, callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
     trainer.fit(module, train)
     trainer.test(module, test)
