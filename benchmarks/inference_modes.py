@@ -2,8 +2,8 @@
 
     python -m benchmarks.inference_modes --data imagenette.npz --out benchmarks/results/inference_modes.csv
 
-Each seed trains one network with MetaPerturbCallback on few labels and evaluates it in all three ways. Rows are appended
-to the table as they are measured; the same command continues where an interrupted one stopped.
+Each seed trains one network with MetaPerturbCallback on few labels and evaluates it in all three ways. Rows are
+appended to the table as they are measured; the same command continues where an interrupted one stopped.
 """
 
 import argparse

@@ -15,7 +15,9 @@ def load_golden(name: str) -> dict[str, np.ndarray]:
     """A golden file by name; skips the test where the files are absent."""
     path = SHARED / "golden" / name
     if not path.is_file():
-        pytest.skip(f"golden file {name} is not here: the files lie in ../shared/golden and are not part of the project")
+        pytest.skip(
+            f"golden file {name} is not here: the files lie in ../shared/golden and are not part of the project"
+        )
     with np.load(path) as content:
         return {key: content[key] for key in content.files}
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointHooks, attach_state, read_checkpoint
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.inference import INFERENCE_MODES, Mean, MonteCarlo, OutputAverage, Output, reestimate_batch_norm
+from mp_lightning.inference import INFERENCE_MODES, Mean, MonteCarlo, Output, OutputAverage, reestimate_batch_norm
 from mp_lightning.inference.undisturbed import undisturbed
 from mp_lightning.perturbation import NamedPhi, Phi, load_phi
 from mp_lightning.schedule import total_training_batches
@@ -54,8 +54,8 @@ class MetaPerturbCallback(Callback):
             training batches when training ends. 'mc' averages the class probabilities of several noisy forwards, as
             published; it needs a model that gives a (B, K) tensor.
         samples: number of forwards of 'mc'.
-        fit_samples: number of noisy forwards averaged in the validation epochs of ``fit``, in both modes; with 'mean' it
-            is their outputs that are averaged, as they are, unless ``output`` says what they hold.
+        fit_samples: number of noisy forwards averaged in the validation epochs of ``fit``, in both modes; with 'mean'
+            their outputs are averaged as they are, unless ``output`` says what they hold.
         output: what the model's (B, K) output holds ('logits', 'probabilities', 'log_probabilities'); None finds out.
         input_size: height of the network's input in pixels; None takes it from the first batch.
         seed: seed of the noise; None takes the one of ``seed_everything``, else 0.

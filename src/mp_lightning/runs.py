@@ -1,4 +1,4 @@
-"""Run folders: a name that follows from the configuration, and what is found there when the same command comes again."""
+"""Run folders: a name that follows from the configuration, and what the same command finds there later."""
 
 import hashlib
 import json
@@ -8,13 +8,23 @@ from typing import Any
 
 from mp_lightning.errors import UserError
 
+try:
+    import fcntl
+except ImportError:  # not on Windows, where two processes in one folder are not noticed
+    fcntl = None  # type: ignore[assignment]
+
 REPORT = "report.json"
+SETTINGS = "settings.json"
 LAST_CHECKPOINT = "last.ckpt"
-_NOT_IN_NAME = {
+_LOCK = ".lock"
+_NOT_RELEVANT: dict[str, set[str] | None] = {
     "run": None,
     "hydra": None,
     "command": None,
-    "trainer": {"accelerator", "devices", "strategy", "enable_progress_bar"},
+    "trainer": {
+        *("accelerator", "devices", "num_nodes", "strategy", "default_root_dir"),
+        *("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "log_every_n_steps", "profiler"),
+    },
 }
 
 
@@ -22,16 +32,39 @@ class RunFolderError(UserError):
     """A run folder cannot be used."""
 
 
-def run_name(config: dict[str, Any]) -> str:
-    """A name for the run of this configuration; devices and what is shown on the screen do not change it."""
+def relevant_settings(config: dict[str, Any]) -> dict[str, Any]:
+    """What decides the result of a run: all but devices and what is shown on the screen; plain JSON values."""
     relevant: dict[str, Any] = {}
     for key, value in config.items():
-        left_out = _NOT_IN_NAME.get(key, set())
+        left_out = _NOT_RELEVANT.get(key, set())
         if left_out is None:
             continue
         relevant[key] = {k: v for k, v in value.items() if k not in left_out} if isinstance(value, dict) else value
-    digest = hashlib.sha256(json.dumps(relevant, sort_keys=True, default=str).encode()).hexdigest()[:8]
+    plain: dict[str, Any] = json.loads(json.dumps(relevant, sort_keys=True, default=str))
+    return plain
+
+
+def run_name(config: dict[str, Any]) -> str:
+    """A name for the run of this configuration, which the relevant settings alone decide."""
+    digest = hashlib.sha256(json.dumps(relevant_settings(config), sort_keys=True).encode()).hexdigest()[:8]
     return f"seed{config.get('seed', 0)}-{digest}"
+
+
+def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
+    """Where two nested dictionaries of settings differ, such as ``meta.lr=0.003, not 0.001``."""
+    found: list[str] = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            found += differences(old, new, f"{prefix}{key}.")
+        elif old != new:
+            found.append(f"{prefix}{key}={_short(old)}, not {_short(new)}")
+    return found
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value) if isinstance(value, list | dict | None) else str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 class RunFolder:
@@ -39,25 +72,23 @@ class RunFolder:
 
     Args:
         path: the folder; it is made if it is absent.
+        settings: the run's :func:`relevant_settings`; a folder keeps those of its run.
         fresh: move what an earlier run left into a subfolder ``previous-K`` and start anew.
 
     Raises:
-        RunFolderError: the folder cannot be written.
+        RunFolderError: the folder cannot be written, another process works in it, or it holds a run of other settings.
     """
 
-    def __init__(self, path: Path, fresh: bool = False) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], fresh: bool = False) -> None:
         self.path = path
         try:
             path.mkdir(parents=True, exist_ok=True)
+            self._lock()
             if fresh:
                 self._set_aside()
-            probe = path / ".writable"
-            probe.touch()
-            probe.unlink()
+            self._claim(settings)
         except OSError as error:
-            raise RunFolderError(
-                f"run folder '{path}' cannot be written ({error.strerror}); choose another with hydra.run.dir="
-            ) from error
+            raise unusable(path, error) from error
 
     def checkpoint(self) -> Path | None:
         """The last checkpoint, if there is one."""
@@ -79,16 +110,60 @@ class RunFolder:
 
     def finish(self, report: dict[str, Any]) -> None:
         """Mark the run as finished, with its report."""
-        partial = self.path / f"{REPORT}.partial"
-        partial.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, self.path / REPORT)
+        _write_whole(self.path / REPORT, report)
+
+    def _lock(self) -> None:
+        """Keep other processes out of the folder until this one ends, however it ends."""
+        self._locked = (self.path / _LOCK).open("w")
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise RunFolderError(
+                f"another process works in run folder '{self.path}'; wait for it, or choose another with hydra.run.dir="
+            ) from error
+        except OSError:  # a file system without locks
+            pass
+
+    def _claim(self, settings: dict[str, Any]) -> None:
+        path = self.path / SETTINGS
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            before = None
+        if not isinstance(before, dict):
+            _write_whole(path, settings)
+            return
+        different = differences(before, settings)
+        if different:
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise RunFolderError(
+                f"run folder '{self.path}' holds a run with {'; '.join(different[:3])}{more}: set it back, choose "
+                "another folder with hydra.run.dir=, or start anew with run.fresh=true"
+            )
 
     def _set_aside(self) -> None:
-        old = [p for p in self.path.iterdir() if p.name != ".hydra" and not p.name.startswith("previous-")]
+        kept = (".hydra", _LOCK)
+        old = [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith("previous-")]
         if not old:
             return
-        number = 1 + len(list(self.path.glob("previous-*")))
+        numbers = [p.name.removeprefix("previous-") for p in self.path.glob("previous-*")]
+        number = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
         aside = self.path / f"previous-{number}"
         aside.mkdir()
         for entry in old:
             entry.rename(aside / entry.name)
+
+
+def unusable(path: Path, error: OSError) -> RunFolderError:
+    """The error for a folder that the system does not let us write."""
+    return RunFolderError(
+        f"run folder '{path}' cannot be written ({error.strerror}); choose another with hydra.run.dir="
+    )
+
+
+def _write_whole(path: Path, content: dict[str, Any]) -> None:
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(partial, path)

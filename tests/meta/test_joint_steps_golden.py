@@ -2,8 +2,8 @@
 
 import numpy as np
 import torch
-from conftest import assert_close_to_golden, golden_phi
 
+from conftest import assert_close_to_golden, golden_phi
 from mp_lightning.backbones import build_backbone
 from mp_lightning.meta.step import phi_gradient, theta_step
 from mp_lightning.perturbation import MetaPerturb, Phi
@@ -33,7 +33,9 @@ class JointRun:
         for task in TASKS:
             model = build_backbone("conv4", 5, width=8, image_size=16)
             prefix = f"task{task}.init."
-            model.load_state_dict({k.removeprefix(prefix): torch.tensor(v) for k, v in z.items() if k.startswith(prefix)})
+            model.load_state_dict(
+                {k.removeprefix(prefix): torch.tensor(v) for k, v in z.items() if k.startswith(prefix)}
+            )
             attach(model, perturbation=self.net)
             theta = [p for name, p in model.named_parameters() if not name.startswith(NAME)]
             self.models.append(model.train())
@@ -43,7 +45,10 @@ class JointRun:
         """Losses of both tasks and the mean gradient of phi at one step, after the steps on theta."""
         losses, gradients = [], []
         for task in TASKS:
-            batch = {k: torch.tensor(self.z[f"step{step}.task{task}.{k}"]) for k in ("train.x", "train.y", "valid.x", "valid.y")}
+            batch = {
+                k: torch.tensor(self.z[f"step{step}.task{task}.{k}"])
+                for k in ("train.x", "train.y", "valid.x", "valid.y")
+            }
             train = theta_step(self.models[task], self.thetas[task], batch["train.x"], batch["train.y"])
             valid, gradient = phi_gradient(self.models[task], self.phi, batch["valid.x"], batch["valid.y"])
             losses.append((float(train), float(valid)))
@@ -80,7 +85,9 @@ def test_golden_joint_steps(golden):
         losses, gradients = run.gradients(step)
         for task in TASKS:
             for value, name in zip(losses[task], ("train_loss", "valid_loss"), strict=True):
-                np.testing.assert_allclose(value, z[f"step{step}.task{task}.{name}"], rtol=1e-5, err_msg=f"{step} {task}")
+                np.testing.assert_allclose(
+                    value, z[f"step{step}.task{task}.{name}"], rtol=1e-5, err_msg=f"{step} {task}"
+                )
         for parameter, gradient in zip(run.phi, gradients, strict=True):
             parameter.grad = gradient
         run.optimizer.step()
@@ -89,4 +96,6 @@ def test_golden_joint_steps(golden):
     for task in TASKS:
         assert_close_to_golden(run.models[task].fc.weight.detach(), z[f"task{task}.final.fc.weight"], "head")
         for index, site in enumerate(run.models[task].get_submodule(NAME).sites):
-            assert_close_to_golden(site.mean, z[f"task{task}.final.running_mean.{index}"], f"running mean of site {index}")
+            assert_close_to_golden(
+                site.mean, z[f"task{task}.final.running_mean.{index}"], f"running mean of site {index}"
+            )

@@ -46,6 +46,13 @@ def test_groups_are_consecutive_classes_and_disjoint() -> None:
     assert set(tasks[2].train.labels.tolist()) == {0, 1}
 
 
+def test_classes_limits_each_group() -> None:
+    tasks = tasks_of(numbered_images(classes=6, per_class=4), groups=2, classes=2)
+    assert [task.train.classes for task in tasks] == [("0", "1")] * 2 + [("3", "4")] * 2
+    with pytest.raises(ConfigurationError, match=r"tasks\.classes=1 is too few"):
+        tasks_of(numbered_images(), classes=1)
+
+
 def test_limits_act_on_each_half() -> None:
     a, b = tasks_of(numbered_images(), train_per_class=1, valid_per_class=2)
     for task in (a, b):

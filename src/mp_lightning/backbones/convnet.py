@@ -52,7 +52,7 @@ class ConvNet(nn.Module):
         if image_size < shrink:
             raise ConfigurationError(
                 f"images of {image_size} pixels are too small for a network that halves them {len(set(pool_after))} "
-                f"times: enlarge them to at least {shrink} pixels (data.size={shrink} or more)"
+                f"times: enlarge them to at least {shrink} pixels (image_size={shrink} or more)"
             )
         layers: list[nn.Module] = []
         channels = in_channels

@@ -1,186 +1,198 @@
 """``fit``: meta-train phi, write it with its card and a picture, and judge it on images it has not seen."""
 
-import platform
-import shlex
-import sys
-from dataclasses import asdict
-from datetime import UTC, datetime
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import Progress
-from torch.utils.data import DataLoader
+from rich.markup import escape
 
-from mp_lightning.cli.options import check, settings
+from mp_lightning.cli.card import make_card
+from mp_lightning.cli.options import check, check_keys, plain_section, settings
+from mp_lightning.cli.training import device_options, meta_train
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.meta.checkpoint import KeepCheckpoint
 from mp_lightning.meta.history import History
 from mp_lightning.meta.module import JointMetaTraining, MetaSettings
 from mp_lightning.meta.picture import draw_training
+from mp_lightning.meta.progress import progress_display
 from mp_lightning.meta.sources import Source, built_in, from_files
-from mp_lightning.meta.tasks import Task, make_tasks
+from mp_lightning.meta.tasks import Architecture, Task, make_tasks
 from mp_lightning.meta.transfer import ArmResult, Target, TransferSettings, compare_transfer
-from mp_lightning.perturbation import initial_phi, save_phi
-from mp_lightning.runs import RunFolder, RunFolderError
+from mp_lightning.perturbation import Phi, initial_phi, save_phi
+from mp_lightning.runs import RunFolder, relevant_settings
 
-CHECKPOINTS = 20  # a run
+PHI = "phi.safetensors"
+_SMALLEST_IMAGES = 8
+_MOST_SEED = 2**63 - 1
+_TOP_LEVEL = ("meta", "tasks", "evaluation", "trainer", "run", "command", "seed", "data", "image_size", "flip")
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """Everything that ``fit`` reads from its configuration, checked."""
+
+    seed: int
+    fresh: bool
+    data: list[str] | None
+    image_size: int
+    flip: bool
+    evaluation_data: str | None
+    evaluation_per_class: int
+    architectures: list[str]
+    groups: int
+    classes: int | None
+    train_per_class: int | None
+    valid_per_class: int | None
+    meta: MetaSettings
+    transfer: TransferSettings
+    trainer: dict[str, Any]
+    relevant: dict[str, Any]
+
+
+def read(config: DictConfig) -> FitSettings:
+    """The settings of a configuration.
+
+    Raises:
+        ConfigurationError: a key is unknown or missing, or a value of the wrong kind; the message names it.
+    """
+    check_keys([str(key) for key in config if key != "hydra"], _TOP_LEVEL)
+    tasks, evaluation, folder = (plain_section(config, name) for name in ("tasks", "evaluation", "run"))
+    check_keys(tasks, ("groups", "classes", "architectures", "train_per_class", "valid_per_class"), "tasks.")
+    check_keys(folder, ("fresh",), "run.")
+    image_size = check(config.image_size, int, "image_size")
+    if image_size < _SMALLEST_IMAGES:
+        raise ConfigurationError(f"image_size={image_size} is too small; give at least {_SMALLEST_IMAGES} pixels")
+    architectures = tasks.get("architectures")
+    if not isinstance(architectures, list) or not architectures:
+        raise ConfigurationError(
+            f"tasks.architectures={architectures} is not a list of networks; write for example [conv4-16,resnet20-8]"
+        )
+    evaluation_data = check(evaluation.pop("data", None), str | None, "evaluation.data")
+    per_class = check(evaluation.pop("train_per_class", None), int, "evaluation.train_per_class")
+    transfer = settings(TransferSettings, evaluation, "evaluation")
+    for text in (*architectures, transfer.architecture):
+        Architecture.parse(text).check(image_size)
+    whole = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    assert isinstance(whole, dict)
+    return FitSettings(
+        seed=_seed(config.seed),
+        fresh=check(folder.get("fresh"), bool, "run.fresh"),
+        data=_paths(config.data),
+        image_size=image_size,
+        flip=check(config.flip, bool, "flip"),
+        evaluation_data=evaluation_data,
+        evaluation_per_class=per_class,
+        architectures=[str(text) for text in architectures],
+        groups=check(tasks.get("groups"), int, "tasks.groups"),
+        classes=check(tasks.get("classes"), int | None, "tasks.classes"),
+        train_per_class=check(tasks.get("train_per_class"), int | None, "tasks.train_per_class"),
+        valid_per_class=check(tasks.get("valid_per_class"), int | None, "tasks.valid_per_class"),
+        meta=settings(MetaSettings, plain_section(config, "meta"), "meta"),
+        transfer=transfer,
+        trainer=device_options(plain_section(config, "trainer")),
+        relevant=relevant_settings({str(key): value for key, value in whole.items()}),
+    )
 
 
 def run(config: DictConfig, path: Path) -> float:
     """Meta-train in the run folder ``path``; returns the held-out NLL (nats) with the final phi."""
-    console = Console()
-    seed = _seed(config)
-    meta = settings(MetaSettings, config.meta, "meta")
-    transfer = settings(TransferSettings, config.evaluation, "evaluation")
-    folder = RunFolder(path, fresh=check(config.run.fresh, bool, "run.fresh"))
+    given = read(config)
+    console = Console(highlight=False, soft_wrap=True)
+    folder = RunFolder(path, given.relevant, fresh=given.fresh)
     report = folder.report()
-    if report is not None:
-        console.print(f"This run is finished; run.fresh=true starts it anew. It left in [bold]{path}[/bold]:", soft_wrap=True)
-        _print_report(console, report)
+    if report is not None and (path / PHI).is_file():
+        console.print(f"This run is finished; run.fresh=true starts it anew. It left in {_bold(path)}:")
+        _print_report(console, report, path)
         return float(report["nll"])
-    sources, target = _images(config, seed)
+    sources, target = _images(given)
     tasks = make_tasks(
         sources,
-        OmegaConf.to_container(config.tasks.architectures),  # type: ignore[arg-type]
-        groups=check(config.tasks.groups, int, "tasks.groups"),
-        train_per_class=check(config.tasks.train_per_class, int | None, "tasks.train_per_class"),
-        valid_per_class=check(config.tasks.valid_per_class, int | None, "tasks.valid_per_class"),
-        seed=seed,
+        given.architectures,
+        groups=given.groups,
+        classes=given.classes,
+        train_per_class=given.train_per_class,
+        valid_per_class=given.valid_per_class,
+        seed=given.seed,
     )
-    _announce(console, tasks, meta, folder)
     history = History(path / "metrics.csv")
-    module = JointMetaTraining(tasks, meta, seed, history)
-    _train(module, config, folder)
-    draw_training(history, path / "training.png")
+    module = JointMetaTraining(tasks, given.meta, given.seed, history)
+    _announce(console, tasks, given.meta, folder)
+    device = meta_train(module, given.trainer, folder, console)
+    draw_training(history, path / "training.png", {task.name: str(task.architecture) for task in tasks})
     final = module.perturbation.phi
-    arms = {"final phi": final, "initial phi": initial_phi(seed), "no phi": None}
-    with Progress(console=console, disable=not config.trainer.enable_progress_bar, transient=True) as progress:
-        bar = progress.add_task("held-out images", total=len(arms) * transfer.seeds * transfer.steps)
-
-        def advance(arm: str, number: int) -> None:
-            progress.update(bar, advance=1, description=f"held-out images: {arm}, seed {number + 1} of {transfer.seeds}")
-
-        results = compare_transfer(target, arms, transfer, seed, module.device, advance)
-    save_phi(path / "phi.safetensors", final, _card(config, tasks, target, results, transfer))
-    report = _report(path, target, results)
+    results = _judge(console, given, target, final, device)
+    save_phi(path / PHI, final, make_card(given.seed, module, target, results, given.transfer))
+    report = {
+        "nll": sum(results[0].nll) / len(results[0].nll),
+        "target": str(target),
+        "results": [str(result) for result in results],
+    }
     folder.finish(report)
-    console.print(f"Written to [bold]{path}[/bold]: phi.safetensors, phi.json, metrics.csv, training.png", soft_wrap=True)
-    _print_report(console, report)
+    console.print(f"Written to {_bold(path)}: {PHI}, phi.json, metrics.csv, training.png")
+    _print_report(console, report, path)
     return float(report["nll"])
 
 
-def _seed(config: DictConfig) -> int:
-    seed = config.seed
-    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
-        raise ConfigurationError(f"seed={seed} is not a whole number from 0")
+def _seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MOST_SEED:
+        raise ConfigurationError(f"seed={seed} cannot be used; give a whole number from 0 to 2**63 - 1")
     return seed
 
 
-def _images(config: DictConfig, seed: int) -> tuple[list[Source], Target]:
-    size = check(config.image_size, int, "image_size")
-    per_class = check(config.evaluation.train_per_class, int, "evaluation.train_per_class")
-    if config.data is None and config.evaluation.data is None:
-        return built_in(size, seed, per_class)
-    data = OmegaConf.to_container(config.data) if OmegaConf.is_config(config.data) else [config.data]
-    if not isinstance(data, list) or not data or not all(isinstance(path, str) for path in data):
-        raise ConfigurationError(f"data={config.data} is not a path or a list of paths, such as data=[a.npz,b.npz]")
-    flip = check(config.flip, bool, "flip")
-    return from_files(data, check(config.evaluation.data, str | None, "evaluation.data"), size, seed, per_class, flip)
+def _paths(data: Any) -> list[str] | None:
+    if data is None:
+        return None
+    paths = OmegaConf.to_container(data) if OmegaConf.is_config(data) else [data]
+    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ConfigurationError(f"data={data} is not a path or a list of paths; write for example data=[a.npz,b.npz]")
+    return paths
+
+
+def _images(given: FitSettings) -> tuple[list[Source], Target]:
+    if given.data is None:
+        return built_in(given.image_size, given.seed, given.evaluation_per_class, given.evaluation_data, given.flip)
+    return from_files(
+        given.data, given.evaluation_data, given.image_size, given.seed, given.evaluation_per_class, given.flip
+    )
 
 
 def _announce(console: Console, tasks: list[Task], meta: MetaSettings, folder: RunFolder) -> None:
     console.print(f"Meta-training phi (82 numbers) over {len(tasks)} tasks, {meta.steps} joint steps:")
     for task in tasks:
         console.print(
-            f"  {task.name:<18} {str(task.architecture):<12} {task.train.num_classes} classes, "
-            f"{len(task.train)} + {len(task.valid)} images",
-            highlight=False,
+            f"  {task.name:<18} {task.architecture!s:<12} {task.train.num_classes} classes, "
+            f"{len(task.train)} + {len(task.valid)} images"
         )
     if folder.checkpoint() is not None:
         console.print("Continuing from the last checkpoint of this run (run.fresh=true starts anew).")
 
 
-def _train(module: JointMetaTraining, config: DictConfig, folder: RunFolder) -> None:
-    options: dict[str, Any] = OmegaConf.to_container(config.trainer, resolve=True)  # type: ignore[assignment]
-    if options.get("devices") not in (1, "1", "auto"):
-        raise ConfigurationError(f"trainer.devices={options.get('devices')}: fit runs on one device; use trainer.devices=1")
-    steps = module.settings.steps
-    callbacks: list[L.Callback] = [KeepCheckpoint(folder.checkpoints, every=max(1, steps // CHECKPOINTS))]
-    if options.get("enable_progress_bar"):
-        callbacks.append(TQDMProgressBar())
-    try:
-        trainer = L.Trainer(
-            **{"default_root_dir": folder.path, "logger": False, **options},
-            max_steps=steps,
-            max_epochs=1,
-            callbacks=callbacks,
-        )
-    except (TypeError, ValueError) as error:
-        message = str(error).replace("Trainer.__init__() got an unexpected", "unknown")
-        raise ConfigurationError(f"trainer: {message}; these are the arguments of lightning.pytorch.Trainer") from error
-    checkpoint = folder.checkpoint()
-    loader: DataLoader[Any] = DataLoader(range(steps), batch_size=None)  # type: ignore[arg-type]
-    trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
-    if module.meta_step < steps:
-        raise RunFolderError(f"stopped after {module.meta_step} of {steps} meta-steps; the same command continues")
+def _judge(console: Console, given: FitSettings, target: Target, final: Phi, device: torch.device) -> list[ArmResult]:
+    transfer = given.transfer
+    arms = {"final phi": final, "initial phi": initial_phi(given.seed), "no phi": None}
+    enabled = bool(given.trainer.get("enable_progress_bar"))
+    with progress_display(console, enabled=enabled, transient=True) as progress:
+        bar = progress.add_task("held-out images", total=len(arms) * transfer.seeds * transfer.steps)
+
+        def advance(arm: str, number: int, step: int | None) -> None:
+            doing = "testing" if step is None else "training"
+            progress.update(
+                bar, advance=step is not None, description=f"{doing} with {arm}, seed {number + 1}/{transfer.seeds}"
+            )
+
+        return compare_transfer(target, arms, transfer, given.seed, device, advance)
 
 
-def _card(
-    config: DictConfig, tasks: list[Task], target: Target, results: list[ArmResult], transfer: TransferSettings
-) -> dict[str, Any]:
-    return {
-        "kind": "MetaPerturb phi, 82 numbers (arXiv 2006.07540)",
-        "sources": sorted({f"{task.name.rpartition('-')[0]} ({task.train.num_classes} classes)" for task in tasks}),
-        "architectures": sorted({str(task.architecture) for task in tasks}),
-        "tasks": [
-            {
-                "name": task.name,
-                "architecture": str(task.architecture),
-                "classes": task.train.num_classes,
-                "image_size": task.train.image_size,
-                "training_images": len(task.train),
-                "validation_images": len(task.valid),
-            }
-            for task in tasks
-        ],
-        "seed": config.seed,
-        "steps": config.meta.steps,
-        "settings": OmegaConf.to_container(config.meta, resolve=True),
-        "held_out": {"target": str(target), "settings": asdict(transfer), "results": [asdict(r) for r in results]},
-        "command": f"python -m mp_lightning.meta {shlex.join(_words())}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("mp_lightning", "torch", "lightning", "torchvision")},
-        },
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-    }
-
-
-def _words() -> list[str]:
-    """The command line, with the verb as the user writes it; of paths the last part only."""
-    words = [word.removeprefix("command=") for word in sys.argv[1:]]
-    return [word if "/" not in word else "/".join(word.split("/")[-1:]) for word in words]
-
-
-def _report(path: Path, target: Target, results: list[ArmResult]) -> dict[str, Any]:
-    phi = path / "phi.safetensors"
-    return {
-        "nll": sum(results[0].nll) / len(results[0].nll),
-        "target": str(target),
-        "results": [str(result) for result in results],
-        "use": f'trainer = L.Trainer(callbacks=[MetaPerturbCallback("{phi}")])',
-    }
-
-
-def _print_report(console: Console, report: dict[str, Any]) -> None:
+def _print_report(console: Console, report: dict[str, Any], path: Path) -> None:
     console.print(f"\nTrained afresh on held-out images ({report['target']}; mean +- standard deviation over seeds):")
     for line in report["results"]:
-        console.print(f"  {line}", highlight=False)
+        console.print(f"  {line}")
     console.print("\nUse it:")
-    console.print(f"  {report['use']}", highlight=False, markup=False, soft_wrap=True)
+    use = f"trainer = L.Trainer(callbacks=[MetaPerturbCallback({str(path / PHI)!r})])"
+    console.print(f"  {use}", markup=False)
+
+
+def _bold(path: Path) -> str:
+    return f"[bold]{escape(str(path))}[/bold]"

@@ -1,8 +1,10 @@
 """From a section of the configuration to a settings object, with every value checked."""
 
 import dataclasses
+import difflib
 import math
 import types
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
@@ -12,23 +14,51 @@ from mp_lightning.errors import ConfigurationError
 T = TypeVar("T")
 
 
-def settings(cls: type[T], section: DictConfig, name: str) -> T:
-    """An instance of the dataclass ``cls`` from the section called ``name``.
+def settings(cls: type[T], section: dict[str, Any], name: str) -> T:
+    """An instance of the dataclass ``cls`` from the section called ``name``, which holds its fields and nothing else.
 
     Integers must be positive, other numbers finite and not negative; None only where the field allows it.
 
     Raises:
-        ConfigurationError: a value is missing or of the wrong kind; the message names its key.
+        ConfigurationError: a value is missing or of the wrong kind, or a key unknown; the message names the key.
     """
+    hints = get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    check_keys(section, names, f"{name}.")
+    return cls(**{key: check(section.get(key), hints[key], f"{name}.{key}") for key in names})
+
+
+def plain_section(config: DictConfig, name: str) -> dict[str, Any]:
+    """A section of the configuration as a dictionary.
+
+    Raises:
+        ConfigurationError: there is no such section.
+    """
+    section = config.get(name)
+    if not OmegaConf.is_dict(section):
+        raise ConfigurationError(
+            f"{name}={section} is not a section of settings; leave '{name}' as it is, or set its keys"
+        )
     values = OmegaConf.to_container(section, resolve=True)
     assert isinstance(values, dict)
-    hints = get_type_hints(cls)
-    fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-    return cls(**{f.name: check(values.get(f.name), hints[f.name], f"{name}.{f.name}") for f in fields})
+    return {str(key): value for key, value in values.items()}
+
+
+def check_keys(given: Iterable[str], known: Sequence[str], prefix: str = "") -> None:
+    """Refuse a key that nothing reads.
+
+    Raises:
+        ConfigurationError: a key is unknown; the message names the nearest one.
+    """
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"there are {', '.join(prefix + k for k in known)}"
+            raise ConfigurationError(f"unknown key '{prefix}{key}'; {hint}")
 
 
 def check(value: Any, kind: Any, key: str) -> Any:
-    """``value`` as ``kind`` (int, float, str, bool or one of them or None), or a ConfigurationError that names ``key``."""
+    """``value`` as ``kind`` (int, float, str, bool, or one of them or None); an error that names ``key`` otherwise."""
     optional = isinstance(kind, types.UnionType)
     if optional:
         if value is None:
@@ -40,6 +70,6 @@ def check(value: Any, kind: Any, key: str) -> Any:
     elif kind is float:
         good = good and isinstance(value, int | float) and math.isfinite(value) and value >= 0
     if not good:
-        wanted = {int: "a positive whole number", float: "a number that is not negative", str: "a text", bool: "true or false"}
-        raise ConfigurationError(f"{key}={value} is not {wanted[kind]}{' or null' if optional else ''}")
+        wanted = {int: "a positive whole number", float: "a finite number from 0", str: "a text", bool: "true or false"}
+        raise ConfigurationError(f"{key}={value} cannot be used; give {wanted[kind]}{', or null' if optional else ''}")
     return float(value) if kind is float else value

@@ -42,7 +42,7 @@ def image_set(
         pixels = resize(pixels, size)
     height, width = pixels.shape[-2:]
     if height != width:
-        raise DataError(f"images of '{name}' are {height} x {width}, not square: crop them, or set data.size=32")
+        raise DataError(f"images of '{name}' are {height} x {width}, not square: crop them, or set image_size=32")
     return ImageSet(name, pixels, torch.from_numpy(numbers), names)
 
 

@@ -42,7 +42,7 @@ def load_images(path: str | os.PathLike[str], size: int | None = None) -> tuple[
     if test is not None and test.images.shape[1:] != train.images.shape[1:]:
         raise DataError(
             f"images of '{path}' differ in size, {train.image_size} pixels in train and {test.image_size} in test: "
-            "set data.size=32, or another side in pixels"
+            "set image_size=32, or another side in pixels"
         )
     return train, test
 

@@ -74,7 +74,7 @@ def _load_split(folder: Path, name: str, classes: list[str], size: int | None) -
             if images and image.shape != images[0].shape:
                 raise DataError(
                     f"'{path}' is {_shape(image)}, other images of '{folder}' are {_shape(images[0])}: "
-                    "set data.size=32, or another side in pixels, to resize all"
+                    "set image_size=32, or another side in pixels, to resize all"
                 )
             images.append(image)
             labels.append(label)

@@ -44,7 +44,7 @@ class History:
         row.update(sorted(self._observed.items()))
         new = not self.path.exists()
         with self.path.open("a", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(row))
+            writer = csv.DictWriter(file, list(row), lineterminator="\n")
             if new:
                 writer.writeheader()
             writer.writerow(row)
@@ -65,6 +65,9 @@ class History:
         if not self.path.exists():
             return
         lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        if step < 1 or not lines or not lines[0].endswith("\n"):
+            self.path.unlink()
+            return
         kept = lines[:1] + [line for line in lines[1:] if line.endswith("\n") and int(line.partition(",")[0]) <= step]
         partial = self.path.with_suffix(".partial")
         partial.write_text("".join(kept), encoding="utf-8")

@@ -1,6 +1,6 @@
 """Meta-training as a LightningModule: one training step is one joint step of all tasks."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import lightning as L
@@ -8,11 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from mp_lightning.errors import UserError
+from mp_lightning.meta.checkpoint import CheckpointError
 from mp_lightning.meta.history import History
 from mp_lightning.meta.step import phi_gradient, theta_step
 from mp_lightning.meta.tasks import Task, derived_seed
 from mp_lightning.meta.watched import WatchedMetaPerturb
 from mp_lightning.perturbation import initial_phi
+from mp_lightning.runs import differences
 from mp_lightning.sites import Attachment, attach
 from mp_lightning.sites.attachment import NAME
 
@@ -60,6 +62,34 @@ class JointMetaTraining(L.LightningModule):
         self.attachments: dict[str, Attachment] = {}
         for task in tasks:
             self._start_theta(task)
+        self.description: dict[str, Any] = {
+            "seed": seed,
+            "meta": asdict(settings),
+            "tasks": {task.name: task.description() for task in tasks},
+        }
+
+    def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another run.
+
+        Raises:
+            CheckpointError: it was made with another seed, other settings or other tasks; the message says which.
+        """
+        different = differences(checkpoint["description"], self.description)
+        if different:
+            more = f" and {len(different) - 3} more" if len(different) > 3 else ""
+            raise CheckpointError(
+                f"the checkpoint in the run folder was made with {'; '.join(different[:3])}{more}: set it back, choose "
+                "another folder with hydra.run.dir=, or start anew with run.fresh=true"
+            )
+
+    def on_fit_start(self) -> None:
+        # Checkpoints are read before the networks move to the device; this takes the optimizers' state after them.
+        for optimizer in self.theta_optimizers.values():
+            optimizer.load_state_dict(optimizer.state_dict())
+
+    def on_train_start(self) -> None:
+        if self.meta_step == 0:
+            self.history.resume(0, {})
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(
@@ -77,7 +107,7 @@ class JointMetaTraining(L.LightningModule):
         assert not isinstance(optimizer, list)
         optimizer.step()
         self.meta_step += 1
-        train_losses, valid_losses = ([float(r[i]) for r in results] for i in (0, 1))
+        train_losses, valid_losses = [float(r[0]) for r in results], [float(r[1]) for r in results]
         self.log("train_loss", sum(train_losses) / len(results), prog_bar=True)
         self.log("valid_loss", sum(valid_losses) / len(results), prog_bar=True)
         names = [task.name for task in self.tasks]
@@ -103,10 +133,10 @@ class JointMetaTraining(L.LightningModule):
             self.history.observe(task.name, [float(s) for s in scales], [float(z) for z in noises])
         else:
             valid_loss, gradients = phi_gradient(model, phi, x, y)
-        if not bool(torch.isfinite(train_loss) & torch.isfinite(valid_loss)):
+        if not all(bool(value.isfinite().all()) for value in (train_loss, valid_loss, *gradients)):
             raise DivergedError(
-                f"task '{task.name}' diverged at meta-step {step + 1}: its loss is not finite; lower meta.theta_lr or "
-                "meta.lr, or look at its images"
+                f"task '{task.name}' diverged at meta-step {step + 1}: its loss or gradient is not finite; lower "
+                "meta.theta_lr or meta.lr, or look at its images"
             )
         return train_loss, valid_loss, gradients
 
@@ -124,7 +154,7 @@ class JointMetaTraining(L.LightningModule):
             theta, lr=self.settings.theta_lr, weight_decay=self.settings.theta_weight_decay
         )
 
-    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
         """theta of every task and phi, which the tasks share, once."""
         full = super().state_dict(*args, **kwargs)
         return {key: value for key, value in full.items() if _PHI_KEYS not in key}
@@ -136,6 +166,7 @@ class JointMetaTraining(L.LightningModule):
         return super().load_state_dict({**state_dict, **shared}, strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["description"] = self.description
         checkpoint["meta_step"] = self.meta_step
         checkpoint["history"] = self.history.pending()
         checkpoint["tasks"] = {
@@ -147,6 +178,7 @@ class JointMetaTraining(L.LightningModule):
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.check_checkpoint(checkpoint)
         self.meta_step = checkpoint["meta_step"]
         self.history.resume(self.meta_step, checkpoint["history"])
         for task in self.tasks:

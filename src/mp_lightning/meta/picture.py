@@ -1,5 +1,6 @@
 """One picture of a meta-training run: the losses of each task, noise and scale of each site."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -8,8 +9,14 @@ from matplotlib.figure import Figure
 from mp_lightning.meta.history import History
 
 
-def draw_training(history: History, path: Path) -> None:
-    """Write ``path`` (.png): losses above, scale and noise below, one column a task, over the meta-steps."""
+def draw_training(history: History, path: Path, architectures: Mapping[str, str]) -> None:
+    """Write ``path`` (.png): losses above, scale and noise below, one column a task, over the meta-steps.
+
+    Args:
+        history: the run's table.
+        path: the picture.
+        architectures: of each task by its name, for the titles.
+    """
     table = history.read()
     tasks = [name.removesuffix("/train_loss") for name in table if name.endswith("/train_loss")]
     figure = Figure(figsize=(max(6.0, 3.1 * len(tasks)), 7.2), layout="constrained")
@@ -18,7 +25,7 @@ def draw_training(history: History, path: Path) -> None:
     steps = table["step"]
     for column, task in enumerate(tasks):
         top, middle, bottom = axes[:, column]
-        top.set_title(task)
+        top.set_title(f"{task}\n{architectures[task]}", fontsize="medium")
         top.plot(steps, table[f"{task}/train_loss"], label="training half")
         top.plot(steps, table[f"{task}/valid_loss"], label="validation half")
         bottom.set_xlabel("meta-step")
@@ -30,7 +37,10 @@ def draw_training(history: History, path: Path) -> None:
                 shade = 0.85 * number / max(1, len(sites) - 1)
                 ends = number in (0, len(sites) - 1)
                 axis.plot(
-                    steps, table[name], color=(shade, 0.45 * shade + 0.1, 0.55), label=f"site {number}" if ends else None
+                    steps,
+                    table[name],
+                    color=(shade, 0.45 * shade + 0.1, 0.55),
+                    label=f"site {number}" if ends else None,
                 )
     axes[0, 0].set_ylabel("loss (nats)")
     axes[1, 0].set_ylabel("mean scale s")

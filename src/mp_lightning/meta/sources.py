@@ -11,17 +11,26 @@ from mp_lightning.meta.tasks import Source
 from mp_lightning.meta.transfer import Target
 
 HELD_OUT_FRACTION = 0.2
+_LEAST_IMAGES = 4  # of a class: two held out to train and test on, two for the halves
 _LEAST_CLASSES = 4  # with fewer, holding classes out leaves nothing to learn from
 
 
-def built_in(size: int, seed: int, train_per_class: int) -> tuple[list[Source], Target]:
-    """Real digits 0 to 4 and generated textures to learn from; digits 5 to 9, with few labels, held out."""
+def built_in(
+    size: int, seed: int, train_per_class: int, evaluation: str | None, flip: bool
+) -> tuple[list[Source], Target]:
+    """Real digits 0 to 4 and generated textures to learn from; digits 5 to 9, with few labels, held out.
+
+    Where a path ``evaluation`` is given, its images are the target instead, mirrored if ``flip`` is set.
+    """
     digits = load_digits(size)
     textures = generate_textures(num_classes=8, per_class=120, size=size, seed=seed)
     sources = [
         Source(digits.select_classes(range(5), name="digits04"), flip=False),
         Source(textures, flip=True),
     ]
+    if evaluation is not None:
+        train, test = _load(evaluation, size)
+        return sources, _target(train, test, train_per_class, seed, flip)
     held_out = digits.select_classes(range(5, 10), name="digits59")
     return sources, _target(held_out, None, train_per_class, seed, flip=False)
 
@@ -52,6 +61,11 @@ def from_files(
         remaining = last.select_classes(range(kept), name=last.name)
     else:
         fewest = min(int((last.labels == label).sum()) for label in range(last.num_classes))
+        if fewest < _LEAST_IMAGES:
+            raise DataError(
+                f"'{last.name}' has {last.num_classes} classes and one of them {fewest} images: too few to hold "
+                "classes or images out; give evaluation.data="
+            )
         count = max(2, round(HELD_OUT_FRACTION * fewest))
         held_out, remaining = last.few_per_class(count, seed)
         held_out, remaining = replace(held_out, name=f"{last.name}-held-out"), replace(remaining, name=last.name)
@@ -70,10 +84,13 @@ def _target(train: ImageSet, test: ImageSet | None, train_per_class: int, seed: 
     fewest = min(int((train.labels == label).sum()) for label in range(train.num_classes))
     if test is None:
         # Half of a small class at most, so that enough remains to be tested on.
-        few, rest = train.few_per_class(min(train_per_class, fewest // 2), seed)
         if fewest < 2:
             raise DataError(
-                f"'{train.name}' has a class with {fewest} image, too few to train and to test on; give evaluation.data="
+                f"'{train.name}' has a class with {fewest} images, too few to train and to test on; add some, or give "
+                "evaluation.data="
             )
+        few, rest = train.few_per_class(min(train_per_class, fewest // 2), seed)
         return Target(few, rest, flip)
+    if fewest < 1:
+        raise DataError(f"'{train.name}' has a class without training images; add some, or give other evaluation.data=")
     return Target(train.few_per_class(min(train_per_class, fewest), seed)[0], test, flip)

@@ -31,7 +31,7 @@ def theta_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y:
 def phi_gradient(model: nn.Module, phi: Sequence[Tensor], x: Tensor, y: Tensor) -> tuple[Tensor, list[Tensor]]:
     """Gradient of the validation loss with respect to phi alone, theta being constant (first order).
 
-    Batch norm is in evaluation mode, the perturbation in training mode: it uses and records the statistics of the batch.
+    Batch norm is in evaluation mode, the perturbation in training mode: it uses and records the batch's statistics.
 
     Returns:
         The validation loss without dimensions, and one gradient for each tensor of phi.

@@ -3,6 +3,7 @@
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,7 @@ def compare_transfer(
     settings: TransferSettings,
     seed: int,
     device: torch.device,
-    on_progress: Callable[[str, int], None],
+    on_progress: Callable[[str, int, int | None], None],
 ) -> list[ArmResult]:
     """Train every arm with the same seeds: initialisation, batches and augmentation of one seed are shared by all arms.
 
@@ -71,12 +72,15 @@ def compare_transfer(
         settings: how to train.
         seed: seed of the whole comparison.
         device: where to train.
-        on_progress: called after every step with the arm's name and the number of its seed.
+        on_progress: called after every step with the arm's name, the number of its seed and of the step, and before
+            the test with None in place of the step.
     """
     results = []
     for arm, phi in arms.items():
         runs = [
-            _train_and_test(target, phi, settings, derived_seed(seed, "transfer", i), device, lambda i=i: on_progress(arm, i))
+            _train_and_test(
+                target, phi, settings, derived_seed(seed, "transfer", i), device, partial(on_progress, arm, i)
+            )
             for i in range(settings.seeds)
         ]
         results.append(ArmResult(arm, [nll for nll, _ in runs], [accuracy for _, accuracy in runs]))
@@ -89,7 +93,7 @@ def _train_and_test(
     settings: TransferSettings,
     seed: int,
     device: torch.device,
-    on_step: Callable[[], None],
+    on_progress: Callable[[int | None], None],
 ) -> tuple[float, float]:
     model = Architecture.parse(settings.architecture).build(target.train, derived_seed(seed, "theta")).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
@@ -105,7 +109,8 @@ def _train_and_test(
         optimizer.step()
         if attachment is not None:
             attachment.step()
-        on_step()
+        on_progress(step)
+    on_progress(None)
     if attachment is not None:
         attachment.inference = MonteCarlo(settings.samples, output="logits")
     return evaluate(model.eval(), target.test, device)

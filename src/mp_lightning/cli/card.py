@@ -1,0 +1,52 @@
+"""The card of a phi that was meta-trained: where its numbers come from and how it did on held-out images."""
+
+import platform
+import re
+import shlex
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from importlib.metadata import version
+from typing import Any
+
+from mp_lightning.meta.module import JointMetaTraining
+from mp_lightning.meta.transfer import ArmResult, Target, TransferSettings
+
+
+def make_card(
+    seed: int, module: JointMetaTraining, target: Target, results: list[ArmResult], transfer: TransferSettings
+) -> dict[str, Any]:
+    """Plain values for :func:`mp_lightning.perturbation.save_phi`."""
+    tasks = module.tasks
+    return {
+        "kind": "MetaPerturb phi, 82 numbers (arXiv 2006.07540)",
+        "sources": sorted({f"{task.name.rpartition('-')[0]} ({task.train.num_classes} classes)" for task in tasks}),
+        "architectures": sorted({str(task.architecture) for task in tasks}),
+        "tasks": [
+            {
+                "name": task.name,
+                "architecture": str(task.architecture),
+                "classes": task.train.num_classes,
+                "image_size": task.train.image_size,
+                "training_images": len(task.train),
+                "validation_images": len(task.valid),
+            }
+            for task in tasks
+        ],
+        "seed": seed,
+        "steps": module.settings.steps,
+        "settings": asdict(module.settings),
+        "held_out": {"target": str(target), "settings": asdict(transfer), "results": [asdict(r) for r in results]},
+        "command": f"python -m mp_lightning.meta {shlex.join(map(without_folders, sys.argv[1:]))}",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("mp_lightning", "torch", "lightning", "torchvision")},
+        },
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def without_folders(word: str) -> str:
+    """A word of the command line as it may stand in a card: the verb as the user writes it, of paths the last part."""
+    key, equals, value = word.removeprefix("command=").partition("=")
+    return f"{key}{equals}{re.sub(r'[^,[=]*/(?=[^/])', '', value)}"

@@ -1,0 +1,136 @@
+"""The words of a command line: options of Hydra, overrides, and what is wrong with them in one sentence."""
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mp_lightning.errors import ConfigurationError
+
+PROGRAM = "python -m mp_lightning.meta"
+CONFIGURATION = "mp_lightning.conf"
+_OPTIONS = {"-m", "--multirun", "--resolve", "--help", "-h", "--hydra-help", "--version", "--info", "-i"}
+_OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p"}
+_KEY = re.compile(r"(\+{0,2}|~)[A-Za-z_][\w/@-]*(\.[\w/@-]+|\[[^]]*\])*")
+
+
+def split_words(words: list[str]) -> tuple[list[str], list[str]]:
+    """Hydra's options and the overrides, wherever they stand; ``command=...`` is left out.
+
+    Raises:
+        ConfigurationError: a word is neither.
+    """
+    options: list[str] = []
+    overrides: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word.partition("=")[0] in _OPTIONS_WITH_VALUE:
+            options.append(word)
+            if "=" not in word and rest:
+                options.append(rest.pop(0))
+        elif word in _OPTIONS:
+            options.append(word)
+        elif word.startswith("-"):
+            raise ConfigurationError(f"unknown option '{word}'; options are {', '.join(sorted(_OPTIONS))}, --cfg job")
+        elif not word.startswith("command="):
+            overrides.append(word)
+    return options, overrides
+
+
+def compose(verb: str, overrides: list[str], sweep: bool = False) -> DictConfig:
+    """The configuration of a verb with Hydra's own part, as Hydra will compose it.
+
+    Args:
+        verb: name of the configuration.
+        overrides: words such as ``meta.steps=3``.
+        sweep: several values for a key are allowed; the first is taken.
+
+    Raises:
+        ConfigurationError: an override cannot be read or does not fit; the message names it.
+    """
+    words = [_single(word, sweep) for word in overrides]
+    with hydra.initialize_config_module(CONFIGURATION, version_base="1.3"):
+        try:
+            return _compose(verb, words)
+        except Exception as error:  # Hydra raises ValueError, AssertionError and more for what it did not foresee
+            known = _compose(verb, [])
+            for word in words:
+                try:
+                    _compose(verb, [word])
+                except Exception as alone:
+                    raise ConfigurationError(_explain(word, alone, known)) from error
+            raise ConfigurationError(f"these overrides do not go together: {_first_lines(error)}") from error
+
+
+def run_folder(config: DictConfig) -> Path | None:
+    """Where Hydra will put a single run, if that is known already."""
+    try:
+        folder = OmegaConf.select(config, "hydra.run.dir")
+    except OmegaConfBaseException:
+        return None
+    return Path(str(folder))
+
+
+def _compose(verb: str, words: list[str]) -> DictConfig:
+    config = hydra.compose(verb, overrides=words, return_hydra_config=True)
+    assert isinstance(config, DictConfig)
+    return config
+
+
+def _single(word: str, sweep: bool) -> str:
+    key = word.partition("=")[0]
+    if not _KEY.fullmatch(key) or ("=" not in word and not key.startswith("~")):
+        raise ConfigurationError(f"'{word}' cannot be read; write key=value, for example meta.steps=200")
+    try:
+        override = OverridesParser.create().parse_override(word)
+        if not override.is_sweep_override():
+            return word
+    except HydraException as error:
+        raise ConfigurationError(
+            f"'{word}' cannot be read; lists are written [a,b]; several values to try, a,b, need -m; a value with "
+            f"commas, brackets or the like in it needs quotes inside quotes: \"{key}='...'\""
+        ) from error
+    if not sweep:
+        raise ConfigurationError(f"'{word}' names several values; add -m to run one after the other, or write [a,b]")
+    return f"{key}={next(iter(override.sweep_string_iterator()))}"
+
+
+def _explain(word: str, error: Exception, known: DictConfig) -> str:
+    key = word.partition("=")[0].lstrip("+~")
+    text = str(error)
+    if re.search(r"Could not (override|delete)|is not in struct|Key '.*' not in", text):
+        near = difflib.get_close_matches(key, _keys(known), n=1)
+        hint = f"did you mean '{near[0]}'? " if near else ""
+        return f"unknown key '{key}'; {hint}'{PROGRAM} fit --cfg job' shows every key"
+    missing = re.search(r"Could not find '([^']+)'", text)
+    if missing:
+        choices = re.search(r"Available options in '[^']*':\s*((?:\S+\s*?\n?\s*)+?)(?:Config search path|$)", text)
+        there = f"; there are: {', '.join(choices.group(1).split())}" if choices else ""
+        return f"'{word}': no configuration '{missing.group(1)}'{there}"
+    return f"'{word}' does not fit the configuration ({_first_lines(error)}); '{PROGRAM} fit --cfg job' shows it"
+
+
+def _keys(config: DictConfig) -> list[str]:
+    def walk(section: Any, prefix: str) -> list[str]:
+        found = []
+        for key, value in section.items():
+            found.append(f"{prefix}{key}")
+            if isinstance(value, dict):
+                found += walk(value, f"{prefix}{key}.")
+        return found
+
+    container = OmegaConf.to_container(config, resolve=False)
+    assert isinstance(container, dict)
+    own = {key: value for key, value in container.items() if key != "hydra"}
+    return [*walk(own, ""), "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"]
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[:2]).strip()

@@ -1,0 +1,305 @@
+"""``fit`` from the outside: what it prints, what it leaves, and what happens when it is called again."""
+
+import hashlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import lightning as L
+import pytest
+from command_line import TINY, CommandLine, Done, shared_command_line
+from images_on_disk import save_archive, save_folder
+from omegaconf import OmegaConf
+from PIL import Image
+
+from mp_lightning import MetaPerturbCallback
+from mp_lightning.perturbation import load_phi
+
+CALLBACK_IN_USE = re.compile(r"^ *(trainer = L\.Trainer\(.*\))$", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def mp() -> CommandLine:
+    return shared_command_line()
+
+
+def fit(mp: CommandLine, folder: Path, *words: str, code: int = 0, **options) -> Done:
+    done = mp(folder, "fit", *TINY, *words, **options)
+    assert done.code == code, f"ended with {done.code}\n{done.stdout}\n{done.stderr}"
+    assert "Traceback" not in done.stdout + done.stderr
+    return done
+
+
+def only_run(folder: Path) -> Path:
+    (run,) = (folder / "runs").iterdir()
+    return run
+
+
+def phi_bytes(run: Path) -> bytes:
+    return (run / "phi.safetensors").read_bytes()
+
+
+@pytest.fixture(scope="module")
+def finished(mp: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Done]:
+    """The folder of a command that ran to its end, and what it printed; not to be written to."""
+    folder = tmp_path_factory.mktemp("finished")
+    return folder, fit(mp, folder)
+
+
+def test_fit_leaves_phi_card_table_and_picture(finished: tuple[Path, Done]) -> None:
+    run = only_run(finished[0])
+    names = {path.name for path in run.iterdir() if not path.name.startswith(".")}
+    expected = {
+        "phi.safetensors",
+        "phi.json",
+        "metrics.csv",
+        "training.png",
+        "report.json",
+        "settings.json",
+        "checkpoints",
+    }
+    assert names == expected
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    with Image.open(run / "training.png") as picture:
+        picture.verify()
+        assert picture.format == "PNG" and min(picture.size) > 400
+    header, *rows = (run / "metrics.csv").read_text().splitlines()
+    assert [row.partition(",")[0] for row in rows] == ["1", "2"]
+    for task in ("digits04-a", "digits04-b", "textures-a", "textures-b"):
+        assert f"{task}/train_loss" in header and f"{task}/site0/noise" in header
+
+
+def test_card_says_where_phi_comes_from(finished: tuple[Path, Done]) -> None:
+    run = only_run(finished[0])
+    card = json.loads((run / "phi.json").read_text())
+    assert card["sha256"] == hashlib.sha256(phi_bytes(run)).hexdigest()
+    assert card["sources"] == ["digits04 (5 classes)", "textures (8 classes)"]
+    assert card["architectures"] == ["conv4-2", "resnet20-2"]
+    assert (card["seed"], card["steps"]) == (0, 2)
+    assert {"python", "torch", "lightning", "torchvision", "mp_lightning"} <= set(card["versions"])
+    assert card["command"].startswith("python -m mp_lightning.meta fit meta.steps=2")
+    assert [result["arm"] for result in card["held_out"]["results"]] == ["final phi", "initial phi", "no phi"]
+    assert load_phi(run / "phi.safetensors").card == card
+
+
+def test_fit_prints_three_likelihoods_and_nothing_ugly(finished: tuple[Path, Done]) -> None:
+    done = finished[1]
+    nll = re.findall(r"^ +(final|initial|no) phi +NLL \d+\.\d{3} ", done.stdout, re.MULTILINE)
+    assert nll == ["final", "initial", "no"]
+    assert done.stderr == ""
+    for word in ("Epoch", "max_steps", "LeafSpec", "litlogger", "workers", "GPU", "\x1b"):
+        assert word not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) < 200
+
+
+def test_the_printed_line_of_python_works(finished: tuple[Path, Done]) -> None:
+    (line,) = CALLBACK_IN_USE.findall(finished[1].stdout)
+    names = {"L": L, "MetaPerturbCallback": MetaPerturbCallback}
+    exec(line, names)
+    assert any(isinstance(callback, MetaPerturbCallback) for callback in names["trainer"].callbacks)
+
+
+def test_the_same_command_says_that_the_run_is_finished(mp: CommandLine, finished: tuple[Path, Done]) -> None:
+    folder, first = finished
+    before = {path: path.stat().st_mtime_ns for path in only_run(folder).rglob("*") if ".hydra" not in path.parts}
+    # Neither devices nor what is on the screen make another run of it.
+    again = fit(mp, folder, "trainer.devices=auto", "trainer.log_every_n_steps=3")
+    assert "This run is finished; run.fresh=true starts it anew" in again.stdout
+    assert re.findall(r"NLL .*", again.stdout) == re.findall(r"NLL .*", first.stdout)
+    assert CALLBACK_IN_USE.findall(again.stdout) == CALLBACK_IN_USE.findall(first.stdout)
+    after = {path: path.stat().st_mtime_ns for path in only_run(folder).rglob("*") if ".hydra" not in path.parts}
+    assert {p for p in before if before[p] != after[p]} <= {only_run(folder) / ".lock"}
+
+
+def test_fresh_starts_anew_and_keeps_the_old(mp: CommandLine, tmp_path: Path) -> None:
+    fit(mp, tmp_path)
+    run = only_run(tmp_path)
+    (run / "report.json").write_text(json.dumps({"nll": 0, "results": ["the old one"], "target": "x"}))
+    for number in (1, 2):
+        done = fit(mp, tmp_path, "run.fresh=true")
+        assert "finished" not in done.stdout and "Meta-training phi" in done.stdout
+        assert (run / f"previous-{number}" / "phi.safetensors").is_file()
+        assert len((run / "metrics.csv").read_text().splitlines()) == 3
+    assert "the old one" in (run / "previous-1" / "report.json").read_text()
+    assert only_run(tmp_path) == run
+
+
+def test_seed_makes_another_folder_and_another_phi(
+    mp: CommandLine, finished: tuple[Path, Done], tmp_path: Path
+) -> None:
+    fit(mp, tmp_path, "seed=5")
+    run = only_run(tmp_path)
+    assert run.name.startswith("fit-seed5-") and only_run(finished[0]).name.startswith("fit-seed0-")
+    assert phi_bytes(run) != phi_bytes(only_run(finished[0]))
+
+
+def test_repeated_elsewhere_gives_the_same_phi(mp: CommandLine, finished: tuple[Path, Done], tmp_path: Path) -> None:
+    fit(mp, tmp_path, f"hydra.run.dir={tmp_path / 'pinned'}")
+    assert phi_bytes(tmp_path / "pinned") == phi_bytes(only_run(finished[0]))
+    assert not (tmp_path / "runs").exists()
+
+
+LONGER = ["meta.steps=40", "tasks.architectures=[conv4-2,conv4-3]"]  # a checkpoint every second step
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(mp: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    fit(mp, folder, *LONGER)
+    return only_run(folder)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", [1, 9])
+def test_killed_run_continues_to_the_same_phi(mp: CommandLine, tmp_path: Path, uninterrupted: Path, row: int) -> None:
+    """Killed before the first checkpoint, or after several, by a signal that no one can catch."""
+
+    def rows_written() -> bool:
+        tables = list(tmp_path.glob("runs/*/metrics.csv"))
+        return bool(tables) and tables[0].read_text().count("\n") > row
+
+    killed = mp(tmp_path, "fit", *TINY, *LONGER, signal_when=(rows_written, signal.SIGKILL))
+    assert killed.code == -signal.SIGKILL
+    run = only_run(tmp_path)
+    assert not (run / "phi.safetensors").exists()
+    checkpoint = (run / "checkpoints" / "last.ckpt").exists()
+    assert checkpoint or row == 1
+    done = fit(mp, tmp_path, *LONGER)
+    assert ("Continuing from the last checkpoint" in done.stdout) == checkpoint
+    assert phi_bytes(run) == phi_bytes(uninterrupted)
+    for name in ("metrics.csv", "report.json"):
+        assert (run / name).read_bytes() == (uninterrupted / name).read_bytes()
+
+
+def test_a_run_killed_before_its_report_only_judges_again(mp: CommandLine, tmp_path: Path) -> None:
+    fit(mp, tmp_path)
+    run = only_run(tmp_path)
+    before = phi_bytes(run), (run / "metrics.csv").read_bytes(), (run / "report.json").read_bytes()
+    (run / "report.json").unlink()
+    (run / "phi.safetensors").unlink()
+    assert "Continuing from the last checkpoint" in fit(mp, tmp_path).stdout
+    assert (phi_bytes(run), (run / "metrics.csv").read_bytes(), (run / "report.json").read_bytes()) == before
+
+
+def test_ctrl_c_ends_with_one_line_and_130(mp: CommandLine, tmp_path: Path) -> None:
+    def training() -> bool:
+        return bool(list(tmp_path.glob("runs/*/metrics.csv")))
+
+    done = mp(tmp_path, "fit", *TINY, "meta.steps=2000", signal_when=(training, signal.SIGINT))
+    assert done.code == 130
+    assert done.stderr == "mp_lightning: interrupted; the same command continues this run\n"
+
+
+def test_termination_ends_with_one_line_and_143(mp: CommandLine, tmp_path: Path) -> None:
+    def training() -> bool:
+        return bool(list(tmp_path.glob("runs/*/metrics.csv")))
+
+    done = mp(tmp_path, "fit", *TINY, "meta.steps=2000", signal_when=(training, signal.SIGTERM))
+    assert done.code == 143
+    assert done.stderr == "mp_lightning: terminated; the same command continues this run\n"
+
+
+def test_time_limit_keeps_what_was_done(mp: CommandLine, tmp_path: Path) -> None:
+    words = ["meta.steps=4", "+trainer.limit_train_batches=3", "hydra.run.dir=pinned"]
+    done = fit(mp, tmp_path, *words, code=2)
+    assert done.stderr == "mp_lightning: stopped after 3 of 4 meta-steps; the same command continues\n"
+    assert (tmp_path / "pinned" / "checkpoints" / "last.ckpt").is_file()
+
+
+def test_archive_as_source(mp: CommandLine, tmp_path: Path) -> None:
+    save_archive(tmp_path / "my.pictures.npz")
+    done = fit(mp, tmp_path, "data=my.pictures.npz")
+    card = json.loads((only_run(tmp_path) / "phi.json").read_text())
+    assert card["sources"] == ["my-pictures (3 classes)"]
+    assert "my-pictures-held-out: 8 training and 8 test images of 2 classes" in done.stdout
+
+
+def test_folder_as_source(mp: CommandLine, tmp_path: Path) -> None:
+    path = save_folder(tmp_path / "pictures")
+    fit(mp, tmp_path, f"data={path}")
+    card = json.loads((only_run(tmp_path) / "phi.json").read_text())
+    assert card["sources"] == ["pictures (3 classes)"]
+    assert "data=pictures" in card["command"] and str(tmp_path) not in card["command"]
+
+
+def test_two_sources_and_a_target(mp: CommandLine, tmp_path: Path) -> None:
+    save_archive(tmp_path / "a.npz")
+    save_archive(tmp_path / "b.npz", classes=4)
+    save_archive(tmp_path / "target.npz", classes=3)
+    done = fit(mp, tmp_path, f"data=[{tmp_path}/a.npz,b.npz]", "evaluation.data=target.npz")
+    card = json.loads((only_run(tmp_path) / "phi.json").read_text())
+    assert card["sources"] == ["a (5 classes)", "b (4 classes)"]
+    assert [task["name"] for task in card["tasks"]] == ["a-a", "a-b", "b-a", "b-b"]
+    assert "'data=[a.npz,b.npz]'" in card["command"]
+    assert "target: 12 training and 12 test images of 3 classes" in done.stdout
+
+
+def test_target_with_the_built_in_sources(mp: CommandLine, tmp_path: Path) -> None:
+    save_archive(tmp_path / "target.npz", classes=3)
+    done = fit(mp, tmp_path, "evaluation.data=target.npz")
+    assert "digits04-a" in done.stdout and "target: 12 training" in done.stdout
+
+
+WRITTEN = OmegaConf.load(Path(__file__).resolve().parents[2] / "conf" / "experiment" / "few_images.yaml")
+
+
+def test_experiment_of_the_package(mp: CommandLine, tmp_path: Path) -> None:
+    words = [word for word in TINY if not word.startswith(("tasks.", "image_size"))]
+    done = mp(tmp_path, "fit", "+experiment=few_images", *words, "tasks.valid_per_class=3", "meta.batch_size=2")
+    assert done.code == 0, done.stderr
+    assert (
+        json.loads((only_run(tmp_path) / "phi.json").read_text())["settings"]["restart_after"]
+        == WRITTEN.meta.restart_after
+    )
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_sweep(mp: CommandLine, tmp_path: Path, first: bool) -> None:
+    words = ["-m", *TINY, "seed=1,2"] if first else [*TINY, "seed=1,2", "-m"]
+    done = mp(tmp_path, "fit", *words)
+    assert done.code == 0, done.stderr
+    assert done.stderr == ""
+    runs = [path for path in (tmp_path / "runs" / "sweep-fit").iterdir() if path.is_dir()]
+    assert sorted(path.name.partition("-")[0] for path in runs) == ["seed1", "seed2"]
+    assert phi_bytes(runs[0]) != phi_bytes(runs[1])
+
+
+def test_configuration_is_shown(mp: CommandLine, tmp_path: Path) -> None:
+    done = mp(tmp_path, "fit", "--cfg", "job", "meta.steps=7")
+    assert done.code == 0 and "steps: 7" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_help(mp: CommandLine, tmp_path: Path) -> None:
+    done = mp(tmp_path, "--help")
+    assert done.code == 0 and "VERB key=value" in done.stdout and "fit" in done.stdout
+
+
+def test_in_a_terminal(tmp_path: Path) -> None:
+    """As a person starts it: a real process, a terminal, and a live bar with both losses."""
+    words = [word for word in TINY if "progress_bar" not in word]
+    command = [sys.executable, "-m", "mp_lightning.meta", "fit", *words]
+    primary, secondary = os.openpty()
+    env = {**os.environ, "TERM": "xterm", "COLUMNS": "100", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, cwd=tmp_path, env=env, stdin=secondary, stdout=secondary, stderr=secondary) as child:
+        os.close(secondary)
+        seen = b""
+        while True:
+            try:
+                part = os.read(primary, 65536)
+            except OSError:  # how Linux says that the other end is closed
+                break
+            if not part:
+                break
+            seen += part
+    os.close(primary)
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    assert child.returncode == 0, text
+    assert re.search(r"meta-training \S+ 2/2 train \d\.\d{3} valid \d\.\d{3} ETA 0:00:00", text), text
+    assert "testing with no phi, seed 1/1" in text
+    for word in ("Epoch", "max_steps", "LeafSpec", "litlogger", "workers", "Warning", "deprecated"):
+        assert word not in text

@@ -1,0 +1,82 @@
+"""metrics.csv: its rows, and what a resumed run does with those of the run before."""
+
+from pathlib import Path
+
+import pytest
+
+from mp_lightning.meta.history import ROWS, History
+
+
+def add_steps(history: History, first: int, last: int, steps: int = 10) -> None:
+    """What meta-training notes in meta-steps ``first`` to ``last`` of ``steps``."""
+    for step in range(first, last + 1):
+        history.add(step, {"a": (float(step), 2.0 * step), "b": (0.1 * step, 1.0)})
+        if step % 2 == 0 or step == 1:
+            for task in ("a", "b"):
+                history.observe(task, [0.5, 0.25 + step], [0.75, 0.8])
+            history.write(step)
+
+
+def test_rows_hold_the_mean_since_the_last_row(tmp_path: Path) -> None:
+    history = History(tmp_path / "metrics.csv")
+    add_steps(history, 1, 4)
+    table = history.read()
+    assert table["step"] == [1, 2, 4]
+    assert table["a/train_loss"] == [1, 2, 3.5]
+    assert table["a/valid_loss"] == [2, 4, 7]
+    assert table["b/site1/scale"] == [1.25, 2.25, 4.25]
+    assert table["b/site0/noise"] == [0.75] * 3
+
+
+def test_rows_are_due_about_a_hundred_times() -> None:
+    for steps in (1, 5, 99, 100, 150, 1000, 12345):
+        due = [step for step in range(1, steps + 1) if History.is_due(step, steps)]
+        assert due[0] == 1 and due[-1] == steps
+        assert min(steps, ROWS) <= len(due) <= 2 * ROWS + 2
+
+
+@pytest.mark.parametrize("stop", [3, 4, 5])
+@pytest.mark.parametrize("written_after", [0, 3])
+def test_resumed_equals_uninterrupted(tmp_path: Path, stop: int, written_after: int) -> None:
+    whole, broken = History(tmp_path / "whole.csv"), History(tmp_path / "broken.csv")
+    add_steps(whole, 1, 10)
+    add_steps(broken, 1, stop)
+    pending = broken.pending()
+    add_steps(broken, stop + 1, stop + written_after)  # after the checkpoint, before the run was killed
+    again = History(tmp_path / "broken.csv")
+    again.resume(stop, pending)
+    add_steps(again, stop + 1, 10)
+    assert again.path.read_bytes() == whole.path.read_bytes()
+
+
+def test_a_row_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
+    history = History(tmp_path / "metrics.csv")
+    add_steps(history, 1, 4)
+    whole = history.path.read_bytes()
+    history.path.write_bytes(whole + b"6,0.1")
+    history.truncate(6)
+    assert history.path.read_bytes() == whole
+    history.path.write_bytes(whole[:-4])
+    history.truncate(4)
+    assert history.read()["step"] == [1, 2]
+
+
+@pytest.mark.parametrize("left", [b"", b"step,a/tr", b"step,a/train_loss\r\n1,0.5\r\n"])
+def test_from_the_start_nothing_is_left_of_the_run_before(tmp_path: Path, left: bytes) -> None:
+    history = History(tmp_path / "metrics.csv")
+    history.path.write_bytes(left)
+    history.resume(0, {})
+    add_steps(history, 1, 2)
+    assert history.read()["step"] == [1, 2]
+
+
+def test_nothing_to_resume_is_fine(tmp_path: Path) -> None:
+    history = History(tmp_path / "metrics.csv")
+    history.resume(4, {})
+    assert not history.path.exists()
+
+
+def test_pending_is_plain(tmp_path: Path) -> None:
+    history = History(tmp_path / "metrics.csv")
+    history.add(1, {"a": (1.0, 2.0)})
+    assert history.pending() == {"a": [[1.0, 2.0]]}
