@@ -83,7 +83,7 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "unknown architecture": (["fit", "tasks.architectures=[alexnet]"], ["architecture 'alexnet'", "conv4, conv6"]),
     "no width": (["fit", "tasks.architectures=[conv4-x]"], ["architecture 'conv4-x'", "'conv4-16'"]),
     "unknown target architecture": (["fit", "evaluation.architecture=nope"], ["architecture 'nope'", "conv4"]),
-    "pools that do not fit": (["fit", "image_size=8"], ["architecture 'conv4-32'", "at least 16 pixels"]),
+    "pools that do not fit": (["fit", "image_size=8"], ["architecture 'conv4-16'", "at least 16 pixels"]),
     "data of numbers": (["fit", "data=[1,2]"], ["data=[1, 2] is not a path"]),
     "empty list of data": (["fit", "data=[]"], ["data=[] is not a path"]),
     # Trainer
