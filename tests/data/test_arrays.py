@@ -68,7 +68,7 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         (COLOUR[:, :0], LABELS, None, "no images"),
         (COLOUR[0, 0], LABELS, None, r"shape \(5, 3\)"),
         (np.zeros((4, 5, 5, 4), np.uint8), LABELS, None, r"shape \(4, 5, 5, 4\)"),
-        (COLOUR[:, :4], LABELS, None, "4 x 5, not square.*data.size"),
+        (COLOUR[:, :4], LABELS, None, "4 x 5, not square.*image_size"),
         (COLOUR.astype(np.float32) * -1, LABELS, None, "values from"),
         (COLOUR.astype(np.int32) + 1000, LABELS, None, "values from"),
         (COLOUR > 9, LABELS, None, "type bool"),
