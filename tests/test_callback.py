@@ -324,8 +324,9 @@ def test_an_interrupted_training_leaves_a_model_that_can_be_evaluated(tmp_path):
         run.fit(model, loader(4))
     x = digits()[0][:8]
     model.eval()
-    assert torch.equal(model(x), model(x))  # expected noise, not one sample
-    assert int(attachment_of(model).evaluations) == 2
+    with torch.no_grad(), pytest.warns(UserWarning, match="20 noisy forwards are averaged"):
+        model(x)
+    assert int(attachment_of(model).evaluations) == 20
 
 
 def test_many_statistics_survive_a_second_fit(tmp_path):
@@ -350,3 +351,17 @@ def test_a_strategy_that_trains_a_copy_says_so(tmp_path, capfd):
     run.fit(model, loader(2))
     assert "MetaPerturbCallback.restore" in capfd.readouterr().err
     assert attachment_of(model) is None
+
+
+def test_a_second_fit_says_that_it_starts_at_full_strength(tmp_path, caplog):
+    model = module()
+    trainer(tmp_path, [MetaPerturbCallback()]).fit(model, loader(4))
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, [MetaPerturbCallback()]).fit(model, loader(4))
+    assert "at full strength from the first batch" in caplog.text
+
+
+@pytest.mark.parametrize("options", [{"samples": 2.5}, {"fit_samples": 0}, {"ramp_steps": "x"}, {"ramp_steps": -1}])
+def test_bad_numbers_are_named_at_once(options):
+    with pytest.raises(ConfigurationError, match=next(iter(options)).removeprefix("fit_")):
+        MetaPerturbCallback(**options)

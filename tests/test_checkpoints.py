@@ -161,7 +161,7 @@ def test_bad_checkpoints_are_named(tmp_path, kind):
 def test_restore_into_another_model_leaves_it_plain(tmp_path):
     _, _, path = trained(tmp_path)
     other = module(name="resnet20")
-    with pytest.raises((RuntimeError, SiteError)):
+    with pytest.raises(CheckpointError, match="not those of a Classifier"):
         MetaPerturbCallback.restore(other, path)
     assert attachment_of(other) is None
     assert not any(m._forward_pre_hooks for m in other.modules())
@@ -300,3 +300,30 @@ def test_hooks_that_someone_set_on_the_object_still_run(tmp_path):
     assert seen == ["saved"] and KEY in torch.load(tmp_path / "a.ckpt", weights_only=True)
     detach(model)
     assert model.on_save_checkpoint is save
+
+
+class KeepsAnExtra(Classifier):
+    extra = 0
+
+    def on_save_checkpoint(self, checkpoint):
+        checkpoint["extra"] = 5
+
+    def on_load_checkpoint(self, checkpoint):
+        self.extra = checkpoint["extra"]
+
+
+def test_restore_runs_the_hook_of_the_module(tmp_path):
+    model = module(KeepsAnExtra)
+    run = trainer(tmp_path, [MetaPerturbCallback()])
+    run.fit(model, loader(2))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    assert MetaPerturbCallback.restore(module(KeepsAnExtra), tmp_path / "end.ckpt").extra == 5
+
+
+def test_a_python_object_in_the_checkpoint_is_named(tmp_path):
+    _, _, path = trained(tmp_path)
+    content = torch.load(path, weights_only=True)
+    content["hyper_parameters"] = {"optimizer": torch.optim.Adam}
+    torch.save(content, path)
+    with pytest.raises(CheckpointError, match=r"Python object \(torch\.optim\.adam\.Adam\).*save_hyperparameters"):
+        read_checkpoint(path)

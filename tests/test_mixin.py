@@ -82,11 +82,12 @@ def test_load_from_checkpoint(tmp_path, inference):
     assert torch.equal(loaded(x), model(x))
 
 
-def test_a_declared_module_evaluates_by_expectation_from_the_start():
-    """Not by a single sample of noise, whatever trainer or loop it comes to."""
+def test_a_declared_module_averages_samples_before_batch_norm_is_reestimated():
+    """Not a single sample of noise, whatever trainer or loop it comes to."""
     model = module(Declared).eval()
-    x = digits()[0][:8]
-    assert torch.equal(model(x), model(x))
+    with torch.no_grad(), pytest.warns(UserWarning, match="20 noisy forwards are averaged"):
+        model(digits()[0][:8])
+    assert int(attachment_of(model).evaluations) == 20
 
 
 def test_plain_state_dict_round_trip():

@@ -6,16 +6,18 @@ An implementation of MetaPerturb (Ryu et al., NeurIPS 2020, arXiv 2006.07540).
 from importlib.metadata import version
 
 from mp_lightning.callback import MetaPerturbCallback
+from mp_lightning.checkpoints import CheckpointError
 from mp_lightning.errors import ConfigurationError, DataError, PhiError, SiteError, UserError
 from mp_lightning.inference import Mean, MonteCarlo, reestimate_batch_norm
 from mp_lightning.mixin import MetaPerturbMixin
-from mp_lightning.perturbation import MetaPerturb, Perturbation, Phi, load_phi
+from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, bundled_names, load_phi, save_phi
 from mp_lightning.sites import Attachment, SitePlan, SiteSpec, attach, attachment_of, detach, find_sites
 
 __version__ = version("mp_lightning")
 
 __all__ = [
     "Attachment",
+    "CheckpointError",
     "ConfigurationError",
     "DataError",
     "Mean",
@@ -23,6 +25,7 @@ __all__ = [
     "MetaPerturbCallback",
     "MetaPerturbMixin",
     "MonteCarlo",
+    "NamedPhi",
     "Perturbation",
     "Phi",
     "PhiError",
@@ -32,8 +35,10 @@ __all__ = [
     "UserError",
     "attach",
     "attachment_of",
+    "bundled_names",
     "detach",
     "find_sites",
     "load_phi",
     "reestimate_batch_norm",
+    "save_phi",
 ]

@@ -15,7 +15,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from mp_lightning.checkpoints import KEY, MARKER, CheckpointHooks, attach_state, read_checkpoint
+from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, CheckpointHooks, attach_state, read_checkpoint
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import INFERENCE_MODES, Mean, MonteCarlo, Output, OutputAverage, reestimate_batch_norm
 from mp_lightning.inference.undisturbed import undisturbed
@@ -97,10 +97,8 @@ class MetaPerturbCallback(Callback):
         self.sync_statistics = sync_statistics
         self.marker = marker
         self.persistent = False
-        if ramp_steps is not None and ramp_steps < 0:
-            raise ConfigurationError(
-                f"ramp_steps={ramp_steps} is negative; give the number of batches, or 0 for no ramp"
-            )
+        if ramp_steps is not None and (not isinstance(ramp_steps, int) or ramp_steps < 0):
+            raise ConfigurationError(f"ramp_steps={ramp_steps}: give a whole number of batches, or 0 for no ramp")
         for number in (samples, fit_samples):
             MonteCarlo(number, output)  # the same checks, early
 
@@ -150,13 +148,17 @@ class MetaPerturbCallback(Callback):
         _training_data(trainer)
         total = None if self.ramp_steps is not None else total_training_batches(trainer)
         attachment.ramp_over(ramp_length(total) if total is not None else self.ramp_steps or 0)
-        attachment.evaluation_buffers = None
         attachment.inference = None
         of = f" of {total}" if total is not None else ""
-        rank_zero_info(
-            f"MetaPerturb: {len(attachment.plan)} sites, phi {self._phi_of(attachment)}, strength grows over the first "
-            f"{attachment.ramp_steps}{of} training batches"
-        )
+        ramp = f"strength grows over the first {attachment.ramp_steps}{of} training batches"
+        if int(attachment.steps) >= (attachment.ramp_steps or 0):
+            ramp = "at full strength from the first batch"
+        rank_zero_info(f"MetaPerturb: {len(attachment.plan)} sites, phi {self._phi_of(attachment)}, {ramp}")
+        if self._phi_given and attachment.phi_name != self.phi.name:
+            rank_zero_warn(
+                f"MetaPerturb: the model was trained with phi '{attachment.phi_name}', which stays in force instead of "
+                f"'{self.phi.name}'"
+            )
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -166,7 +168,10 @@ class MetaPerturbCallback(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         attachment = self._attached(pl_module)
         if self.inference == "mean":
-            self._reestimate(trainer, pl_module, attachment)
+            try:
+                self._reestimate(trainer, pl_module, attachment)
+            except ConfigurationError as error:  # the training is done and must not be lost
+                rank_zero_warn(f"MetaPerturb: {error}")
         attachment.inference = self.make_inference()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -206,13 +211,20 @@ class MetaPerturbCallback(Callback):
             ``model``, attached, in evaluation mode.
 
         Raises:
-            CheckpointError: the file cannot be read or was made without MetaPerturb.
+            CheckpointError: the file cannot be read, was made without MetaPerturb, or holds another model's weights.
             SiteError: the model does not have the sites of the checkpoint.
         """
         content = read_checkpoint(checkpoint)
         state = content[KEY]
         weights = {name: value for name, value in content["state_dict"].items() if name != MARKER}
-        model.load_state_dict(weights)
+        model.on_load_checkpoint(content)
+        try:
+            model.load_state_dict(weights)
+        except RuntimeError as error:
+            raise CheckpointError(
+                f"the weights of checkpoint '{checkpoint}' are not those of a {type(model).__name__}: "
+                f"{' '.join(str(error).split())[:300]}; give a module of the class that was trained"
+            ) from error
         attachment = attach_state(model, state)
         callback = MetaPerturbCallback(**state["inference"])
         callback._install_hooks(model).remove_with(attachment)
@@ -220,14 +232,15 @@ class MetaPerturbCallback(Callback):
         if callback.inference == "mean" and attachment.evaluation_buffers is None:
             rank_zero_warn(
                 f"checkpoint '{checkpoint}' was saved while training went on, when batch norm was not yet re-estimated "
-                "for inference='mean'; call mp_lightning.reestimate_batch_norm, or save one after fit"
+                f"for inference='mean'; until mp_lightning.reestimate_batch_norm is called, {callback.samples} noisy "
+                "forwards are averaged instead"
             )
         model.eval()
         return model
 
     def make_inference(self) -> Mean | MonteCarlo:
         """The inference that this callback was asked for."""
-        return Mean() if self.inference == "mean" else MonteCarlo(self.samples, self.output)
+        return Mean(self.samples) if self.inference == "mean" else MonteCarlo(self.samples, self.output)
 
     def _install_hooks(self, module: nn.Module) -> CheckpointHooks:
         declared = {

@@ -1,6 +1,7 @@
 """What remains in a checkpoint: phi, the plan, the statistics, and a marker against loading weights without them."""
 
 import copy
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -99,7 +100,7 @@ class CheckpointHooks:
     def _own(self, name: str, checkpoint: dict[str, Any]) -> None:
         if name in self._replaced:
             self._replaced[name](checkpoint)
-        else:
+        elif hasattr(type(self._module), name):  # a plain nn.Module has none
             getattr(type(self._module), name)(self._module, checkpoint)
 
 
@@ -131,6 +132,12 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
             f"checkpoint '{path}' does not exist; give the path of a file that a Trainer wrote"
         ) from error
     except Exception as error:  # torch raises many kinds for a damaged or foreign file
+        blocked = re.search(r"Unsupported (?:global|class|operand)[^\n]*?([\w.]+\.[\w.]+)", str(error))
+        if blocked:
+            raise CheckpointError(
+                f"checkpoint '{path}' holds a Python object ({blocked.group(1)}), which is not unpickled; keep it out "
+                "of save_hyperparameters(), or allow it with torch.serialization.add_safe_globals"
+            ) from error
         raise CheckpointError(
             f"checkpoint '{path}' cannot be read with weights_only=True; give an undamaged file that a Trainer wrote"
         ) from error

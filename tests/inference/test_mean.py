@@ -48,6 +48,7 @@ def same(before, model):
 def test_uses_the_expected_noise_at_each_site():
     model, attachment = attached()
     attachment.inference = Mean()
+    attachment.evaluation_buffers = {}
     model.eval()
     given = []
     multiplier = attachment.perturbation.multiplier
@@ -71,6 +72,7 @@ def test_is_near_the_average_of_many_samples():
             model(x)
         samples = torch.stack(seen)
         attachment.inference = Mean()
+        attachment.evaluation_buffers = {}
         model(x)
     error = (samples.mean(0) - seen[-1]).abs()
     assert (error <= 6 * samples.std(0) / 600**0.5 + 1e-4).all()
@@ -311,7 +313,7 @@ def test_several_loaders_are_read_as_in_training(tmp_path, mode):
     assert len(attachment_of(model).evaluation_buffers) == 8
 
 
-def test_a_training_step_without_the_model_is_refused(tmp_path):
+def test_a_training_step_without_the_model_does_not_lose_the_training(tmp_path):
     class ByLayers(Classifier):
         def training_step(self, batch, batch_idx):
             x = batch[0]
@@ -320,8 +322,10 @@ def test_a_training_step_without_the_model_is_refused(tmp_path):
             return F.cross_entropy(self.net.fc(x.flatten(1)), batch[1])
 
     run = trainer(tmp_path, [MetaPerturbCallback(input_size=16)])
-    with pytest.raises(ConfigurationError, match=r"did not call the model.*self\.net"):
-        run.fit(module(ByLayers), loader(2))
+    model = module(ByLayers)
+    with pytest.warns(UserWarning, match=r"did not call the model.*self\.net"):
+        run.fit(model, loader(2))
+    assert attachment_of(model).evaluation_buffers is None
 
 
 def test_evaluation_without_training_data_says_so(tmp_path, recwarn):
@@ -345,3 +349,56 @@ def test_a_checkpoint_from_within_fit_is_tested_like_the_model_it_holds(tmp_path
     expected = run.test(model, loader(2, start=400), verbose=False)
     found = run.test(ckpt_path="best", dataloaders=loader(2, start=400), verbose=False, weights_only=True)
     assert found == expected
+
+
+class EncoderDecoder(nn.Module):
+    """Two parts with sites, called one after the other by code outside, and a part that training leaves frozen."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.encoder = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.decoder = nn.Sequential(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+        self.unused = nn.BatchNorm2d(4)
+
+
+def test_every_part_that_a_step_calls_is_reestimated_and_no_other():
+    model = EncoderDecoder()
+    attachment = attach(model, input_size=16)
+    model.decoder[1].eval()  # as fine-tuning freezes statistics
+    x = batches()[0]
+    ran_on = []
+
+    def step():
+        model.decoder(model.encoder(x))
+        ran_on.append(1)
+
+    reestimate_batch_norm(attachment, [step])
+    assert attachment.evaluation_buffers is not None
+    assert set(attachment.evaluation_buffers) == {"encoder.1.running_mean", "encoder.1.running_var"}
+    assert not ran_on  # the step ended when both parts had run
+    model.decoder[1].train()
+    reestimate_batch_norm(attachment, [step])
+    assert {name.split(".")[0] for name in attachment.evaluation_buffers} == {"encoder", "decoder"}
+
+
+def test_training_on_makes_the_reestimated_statistics_void():
+    model, attachment = attached()
+    reestimate_batch_norm(attachment, forwards(model, batches()))
+    assert attachment.evaluation_buffers
+    model.train()(batches()[0])
+    assert attachment.evaluation_buffers is None
+
+
+def test_without_reestimated_batch_norm_samples_are_averaged_with_a_warning():
+    model, attachment = attached()
+    attachment.inference = Mean(samples=7)
+    model.eval()
+    x = batches()[0]
+    with torch.no_grad(), pytest.warns(UserWarning, match="outputs of 7 noisy forwards are averaged"):
+        averaged = model(x)
+    assert int(attachment.evaluations) == 7
+    attachment.inference = None
+    attachment.evaluations.zero_()
+    with torch.no_grad():
+        torch.testing.assert_close(averaged, torch.stack([model(x) for _ in range(7)]).mean(0))

@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from mp_lightning.data import image_set
-from mp_lightning.meta.checkpoint import CheckpointError, KeepCheckpoint, read_checkpoint
+from mp_lightning.meta.checkpoint import KeepCheckpoint, RunCheckpointError, read_checkpoint
 from mp_lightning.meta.history import History
 from mp_lightning.meta.module import DivergedError, JointMetaTraining, MetaSettings
 from mp_lightning.meta.tasks import Source, Task, make_tasks
@@ -178,22 +178,22 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path, keep: int) -> None:
     train(tmp_path, replace(SETTINGS, steps=1))
     path = tmp_path / LAST_CHECKPOINT
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(CheckpointError, match=r"last.ckpt' is damaged .* run.fresh=true"):
+    with pytest.raises(RunCheckpointError, match=r"last.ckpt' is damaged .* run.fresh=true"):
         read_checkpoint(path)
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / LAST_CHECKPOINT)
-    with pytest.raises(CheckpointError, match="not written by this version"):
+    with pytest.raises(RunCheckpointError, match="not written by this version"):
         read_checkpoint(tmp_path / LAST_CHECKPOINT)
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     train(tmp_path, replace(SETTINGS, steps=2))
-    with pytest.raises(CheckpointError, match=r"made with meta.lr=0.01, not 0.02; meta.steps=2, not 6: .*fresh"):
+    with pytest.raises(RunCheckpointError, match=r"made with meta.lr=0.01, not 0.02; meta.steps=2, not 6: .*fresh"):
         train(tmp_path, replace(SETTINGS, lr=2e-2))
     other = JointMetaTraining(tiny_tasks(seed=1), replace(SETTINGS, steps=2), 7, History(tmp_path / "h.csv"))
-    with pytest.raises(CheckpointError, match=r"tasks.first-a.digest="):
+    with pytest.raises(RunCheckpointError, match=r"tasks.first-a.digest="):
         other.check_checkpoint(read_checkpoint(tmp_path / LAST_CHECKPOINT))
 
 

@@ -491,3 +491,11 @@ def test_blocks_called_one_by_one_get_fresh_noise():
     unknown = attach(fresh(resnet20))
     with pytest.raises(SiteError, match="input_size="):
         unknown.model.layer1[0](x)
+
+
+def test_a_part_of_an_attached_model_is_attached():
+    model = nn.Sequential(build_backbone("conv4", 10, width=4, image_size=16), nn.Identity())
+    attachment = attach(model)
+    assert attach(model[0]) is attachment
+    assert attachment_of(model[0]) is attachment
+    assert sum(isinstance(module, type(attachment)) for module in model.modules()) == 1

@@ -54,7 +54,7 @@ def meta_train(module: JointMetaTraining, options: dict[str, Any], folder: RunFo
 
     Raises:
         ConfigurationError: Lightning refuses the options.
-        CheckpointError: the checkpoint is damaged or of another run.
+        RunCheckpointError: the checkpoint is damaged or of another run.
         RunFolderError: training stopped before its last step.
         KeyboardInterrupt: the user stopped it.
     """

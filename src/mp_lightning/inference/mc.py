@@ -31,8 +31,8 @@ class MonteCarlo:
     """
 
     def __init__(self, samples: int, output: Output | None = None) -> None:
-        if samples < 1:
-            raise ConfigurationError(f"samples={samples}: Monte Carlo inference needs at least one sample")
+        if not isinstance(samples, int) or samples < 1:
+            raise ConfigurationError(f"samples={samples}: give a whole number of noisy forwards, at least one")
         if output is not None and output not in OUTPUTS:
             raise ConfigurationError(f"output={output!r} is unknown; use one of {', '.join(OUTPUTS)}")
         self.samples = samples
@@ -40,6 +40,11 @@ class MonteCarlo:
         self.calls = 0
         self._busy = False
         self._sampling = True
+
+    @property
+    def busy(self) -> bool:
+        """Whether one of the forwards that are averaged is in progress."""
+        return self._busy
 
     def begin(self, attachment: "Attachment") -> None:
         """Noise is drawn, not averaged, in each forward."""

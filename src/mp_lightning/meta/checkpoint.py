@@ -12,7 +12,7 @@ from mp_lightning.errors import UserError
 from mp_lightning.runs import LAST_CHECKPOINT
 
 
-class CheckpointError(UserError):
+class RunCheckpointError(UserError):
     """A checkpoint of meta-training is damaged, or belongs to another run."""
 
 
@@ -51,17 +51,17 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     """The content of a checkpoint, on the CPU; no code of the file is run.
 
     Raises:
-        CheckpointError: the file is damaged.
+        RunCheckpointError: the file is damaged.
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     # A damaged file makes torch raise whatever its readers of zip, pickle and tensors raise.
     except Exception as error:
-        raise CheckpointError(
+        raise RunCheckpointError(
             f"checkpoint '{path}' is damaged and cannot be continued from; start the run anew with run.fresh=true"
         ) from error
     if not isinstance(content, dict) or "description" not in content:
-        raise CheckpointError(
+        raise RunCheckpointError(
             f"checkpoint '{path}' was not written by this version of meta-training; start anew with run.fresh=true"
         )
     return content

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mp_lightning.errors import UserError
-from mp_lightning.meta.checkpoint import CheckpointError
+from mp_lightning.meta.checkpoint import RunCheckpointError
 from mp_lightning.meta.history import History
 from mp_lightning.meta.step import phi_gradient, theta_step
 from mp_lightning.meta.tasks import Task, derived_seed
@@ -72,12 +72,12 @@ class JointMetaTraining(L.LightningModule):
         """Refuse a checkpoint of another run.
 
         Raises:
-            CheckpointError: it was made with another seed, other settings or other tasks; the message says which.
+            RunCheckpointError: it was made with another seed, other settings or other tasks; the message says which.
         """
         different = differences(checkpoint["description"], self.description)
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
-            raise CheckpointError(
+            raise RunCheckpointError(
                 f"the checkpoint in the run folder was made with {'; '.join(different[:3])}{more}: set it back, choose "
                 "another folder with hydra.run.dir=, or start anew with run.fresh=true"
             )

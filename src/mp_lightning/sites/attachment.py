@@ -128,6 +128,8 @@ class Attachment(KeepsPrecision):
         if in_backward():
             return  # activation checkpointing computes this forward again
         self.training_forward = training
+        if training:
+            self.evaluation_buffers = None  # they belong to the weights before this step
         self.shard = _shard()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:

@@ -33,7 +33,7 @@ class Block:
     def __init__(
         self, attachment: "Attachment", module_sites: list["ActivationModule"], functional_sites: dict[int, Site]
     ) -> None:
-        self._attachment = attachment
+        self.attachment = attachment
         self.calls = 0  # forwards of this block within the current forward of the model
         self.training = False
         self.active = 0
@@ -52,7 +52,7 @@ class Block:
         return handles + [activation.register() for activation in self._module_sites]
 
     def begin(self, module: nn.Module, args: Any) -> None:
-        self._attachment.begin_block(module.training)
+        self.attachment.begin_block(module.training)
         self.training = module.training
         self.active += 1
         for activation in self._module_sites:
@@ -79,18 +79,18 @@ class Block:
 
     def perturb(self, site: Site, x: Tensor, training: bool | None = None) -> Tensor:
         """The perturbed x. The activation functions that a perturbation uses by itself are not calls of the model."""
-        self._attachment.perturbing = True
+        self.attachment.perturbing = True
         try:
             return site(x, self.calls, self.training if training is None else training)
         finally:
-            self._attachment.perturbing = False
+            self.attachment.perturbing = False
 
     def functional_site(self, index: int) -> Site | None:
         return self._functional_sites.get(index)
 
     @property
     def perturbing(self) -> bool:
-        return self._attachment.perturbing
+        return self.attachment.perturbing
 
 
 class ActivationModule:
@@ -129,7 +129,7 @@ class _ActivationMode(TorchFunctionMode):
         super().__init__()
         self._block = block
         self._seen = 0
-        self._surroundings = _surroundings()
+        self._surroundings = None if torch.compiler.is_compiling() else _surroundings()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -138,7 +138,8 @@ class _ActivationMode(TorchFunctionMode):
         if func in ACTIVATION_FUNCTIONS and not self._block.perturbing:
             site = self._block.functional_site(self._seen)
             self._seen += 1
-            if site is not None and self._surroundings != _surroundings():
+            compiling = torch.compiler.is_compiling()
+            if site is not None and not compiling and self._surroundings != _surroundings():
                 raise SiteError(
                     f"site '{site.spec.name}' is a functional activation that its block checkpoints by itself, and "
                     "would be missed when it is computed again; checkpoint the whole block, or make the activation a "
@@ -153,8 +154,6 @@ class _ActivationMode(TorchFunctionMode):
 
 def _surroundings() -> Any:
     """What activation checkpointing changes for the code that runs in it."""
-    if torch.compiler.is_compiling():
-        return None
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     checkpointed = hooks is not None and "_checkpoint_hook" in getattr(hooks[0], "__qualname__", "")
     return torch.is_grad_enabled(), id(hooks[0]) if checkpointed else None

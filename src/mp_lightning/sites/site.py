@@ -2,7 +2,7 @@
 
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -148,6 +148,10 @@ class Site(KeepsPrecision):
             return None
         same = [call for call, distance in zip(candidates, distances, strict=True) if distance == nearest]
         return min(reversed(same), key=lambda call: call.replays)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the calls it remembers, which matter only until the next backward."""
+        return {**super().__getstate__(), "_calls": deque(maxlen=_REMEMBERED)}
 
     def extra_repr(self) -> str:
         return f"{self.spec.name}, channels={self.spec.channels}"

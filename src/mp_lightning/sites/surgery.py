@@ -18,6 +18,7 @@ from torch import nn
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, load_phi
 from mp_lightning.sites.attachment import CLIP, NAME, Attachment, ramp_length
+from mp_lightning.sites.calls import Block
 from mp_lightning.sites.discovery import find_sites
 from mp_lightning.sites.plan import SitePlan
 
@@ -46,7 +47,8 @@ def attach(
         sites: where to perturb; None finds the sites (:func:`find_sites`).
         perturbation: any other :class:`~mp_lightning.perturbation.Perturbation` in place of phi.
         total_steps: number of training batches of the run; the strength grows over the first 40 % of them.
-        ramp_steps: number of batches over which it grows, instead. With neither it is at full strength from the start.
+        ramp_steps: number of batches over which it grows, instead. With neither, it is at full strength from the start
+            and ``step()`` raises.
         input_size: height of the network's input in pixels; None takes it from the first forward.
         seed: seed of the noise.
         clip: upper bound of a perturbed feature map, in training and in evaluation; None for no bound.
@@ -103,8 +105,13 @@ def detach(model: nn.Module) -> None:
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
-    """The attachment of a model or of one of its parts, if there is one."""
-    return next((module for module in model.modules() if isinstance(module, Attachment)), None)
+    """The attachment of a model, of one of its parts, or of the model that it is a part of, if there is one."""
+    inside = next((module for module in model.modules() if isinstance(module, Attachment)), None)
+    if inside is not None:
+        return inside
+    hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+    owners = (getattr(hook, "__self__", None) for hook in hooks)
+    return next((owner.attachment for owner in owners if isinstance(owner, Block)), None)
 
 
 def _check_same(
