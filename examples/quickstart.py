@@ -34,6 +34,6 @@ test = DataLoader(TensorDataset(normalize(rest.images), rest.labels), batch_size
 for callbacks in ([], [MetaPerturbCallback()]):
     L.seed_everything(0)
     module = Classifier()
-    trainer = L.Trainer(max_epochs=30, callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
+    trainer = L.Trainer(max_epochs=20, callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
     trainer.fit(module, train)
     trainer.test(module, test)
