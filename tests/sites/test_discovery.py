@@ -6,13 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from research_nets import PreActivationBlock, ResearchResNet
 from torch import nn
 
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import SiteError
 from mp_lightning.sites import attach, find_sites
 from mp_lightning.sites.discovery import PLAIN, PRE_ACTIVATION, RESIDUAL
+from research_nets import PreActivationBlock, ResearchResNet
 
 TORCHVISION = [
     ("resnet18", 8, 512, RESIDUAL),
