@@ -5,7 +5,7 @@ from torch import nn
 
 
 class ResearchBlock(nn.Module):
-    def __init__(self, in_channels, channels, stride):
+    def __init__(self, in_channels, channels, stride=1):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, channels, 3, stride, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)

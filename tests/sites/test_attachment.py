@@ -13,37 +13,16 @@ from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import MetaPerturb, initial_phi
 from mp_lightning.sites import SitePlan, SiteSpec, attach, attachment_of, detach, find_sites
+from research_nets import ResearchBlock
 
 HOOKS = [name for name in nn.Module().__dict__ if "hooks" in name]
-
-
-class FunctionalBlock(nn.Module):
-    """As research code writes it: one in-place sum, activations as functions."""
-
-    def __init__(self, channels, out_channels, stride=1):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels, out_channels, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(out_channels)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(out_channels)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels != out_channels:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
-            )
-
-    def forward(self, x):
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        out += self.shortcut(x)
-        return F.relu(out)
 
 
 class FunctionalResNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.conv1, self.bn1 = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)
-        self.layer1 = nn.Sequential(FunctionalBlock(8, 8), FunctionalBlock(8, 16, 2))
+        self.layer1 = nn.Sequential(ResearchBlock(8, 8), ResearchBlock(8, 16, 2))
         self.linear = nn.Linear(16, 10)
 
     def forward(self, x):

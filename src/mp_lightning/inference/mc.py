@@ -107,6 +107,7 @@ class OutputAverage(MonteCarlo):
             return output
         if not isinstance(output, Tensor) or not output.is_floating_point():
             self._averages = False
+            attachment.sampling = self._sampling
             return module(*args, **kwargs)  # once more, with the expected noise
         self.calls += 1
         self._busy = True
