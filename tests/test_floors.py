@@ -41,7 +41,7 @@ ALL_LIBRARIES = {
 }
 LIBRARIES = {
     0: {"torch", "torchvision", "numpy", "sklearn", "PIL"},
-    1: {"torch", "safetensors"},
+    1: {"torch", "triton", "safetensors"},
     2: {"torch"},
     3: {"torch"},
     4: ALL_LIBRARIES,

@@ -22,7 +22,7 @@ from mp_lightning.inference.undisturbed import undisturbed
 from mp_lightning.perturbation import NamedPhi, Phi, load_phi
 from mp_lightning.schedule import total_training_batches
 from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of
-from mp_lightning.sites.attachment import CLIP, ramp_length
+from mp_lightning.sites.attachment import CLIP, PathName, check_path, ramp_length
 
 # A trainer forgets its training data when it goes on to test, which is when re-estimation may need it.
 _TRAINING_DATA: "WeakKeyDictionary[pl.Trainer, CombinedLoader]" = WeakKeyDictionary()
@@ -62,6 +62,8 @@ class MetaPerturbCallback(Callback):
         clip: upper bound of perturbed feature maps; None for no bound.
         sync_statistics: take batch statistics over all processes (as SyncBatchNorm) instead of each on its own.
         marker: let a plain strict load of a checkpoint fail with a message that names :meth:`restore`.
+        path: 'auto' computes the perturbation by the fast path wherever this machine has one; 'reference' by the
+            readable one, which is slower and the same function.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class MetaPerturbCallback(Callback):
         clip: float | None = CLIP,
         sync_statistics: bool = False,
         marker: bool = True,
+        path: PathName = "auto",
     ) -> None:
         super().__init__()
         if inference not in INFERENCE_MODES:
@@ -96,6 +99,8 @@ class MetaPerturbCallback(Callback):
         self.clip = clip
         self.sync_statistics = sync_statistics
         self.marker = marker
+        check_path(path)
+        self.path: PathName = path
         self.persistent = False
         if ramp_steps is not None and (not isinstance(ramp_steps, int) or ramp_steps < 0):
             raise ConfigurationError(f"ramp_steps={ramp_steps}: give a whole number of batches, or 0 for no ramp")
@@ -139,6 +144,7 @@ class MetaPerturbCallback(Callback):
             clip=self.clip,
             synchronize=self.sync_statistics,
             persistent=self.persistent,
+            path=self.path,
         )
         self._install_hooks(module).remove_with(attachment)
         return attachment

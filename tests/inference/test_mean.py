@@ -49,6 +49,7 @@ def test_uses_the_expected_noise_at_each_site():
     model, attachment = attached()
     attachment.inference = Mean()
     attachment.evaluation_buffers = {}
+    attachment.path = "reference"  # whose steps can be watched
     model.eval()
     given = []
     multiplier = attachment.perturbation.multiplier

@@ -213,7 +213,7 @@ def test_phi_and_statistics_stay_float32(dtype):
 
 def test_sites_compute_in_float32_under_autocast():
     model = fresh(conv4)
-    attachment = attach(model)
+    attachment = attach(model, path="reference")  # whose steps can be watched
     seen, inside = [], []
     measure = attachment.perturbation.measure
 

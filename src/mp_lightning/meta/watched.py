@@ -25,6 +25,10 @@ class WatchedMetaPerturb(MetaPerturb):
         finally:
             self._scales = self._noises = None
 
+    def fuses(self, x: Tensor) -> bool:
+        """Where it is watched, s and z must be computed as such."""
+        return self._scales is None and self.has_fast_path(x)
+
     def scale(self, x: Tensor, phi: Phi, statistics: Statistics, norms: Norms) -> Tensor:
         s = super().scale(x, phi, statistics, norms)
         if self._scales is not None:

@@ -2,15 +2,18 @@
 
 from mp_lightning.perturbation.files import NamedPhi, bundled_names, load_phi, save_phi
 from mp_lightning.perturbation.net import MetaPerturb
-from mp_lightning.perturbation.noise import gaussian_noise
+from mp_lightning.perturbation.noise import NoiseKey, gaussian_noise
 from mp_lightning.perturbation.phi import Phi, initial_phi
-from mp_lightning.perturbation.protocol import Norms, Perturbation, Statistics
+from mp_lightning.perturbation.protocol import FusedPerturbation, Norms, Perturbation, Perturbed, Statistics
 
 __all__ = [
+    "FusedPerturbation",
     "MetaPerturb",
     "NamedPhi",
+    "NoiseKey",
     "Norms",
     "Perturbation",
+    "Perturbed",
     "Phi",
     "Statistics",
     "bundled_names",

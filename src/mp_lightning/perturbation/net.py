@@ -1,12 +1,15 @@
 """The learned perturbation: 82 numbers, shared by all sites, networks and tasks."""
 
+import math
+
 import torch
 from torch import Tensor, nn
 
-from mp_lightning.perturbation import mathematics
+from mp_lightning.perturbation import fast, mathematics
+from mp_lightning.perturbation.noise import NoiseKey
 from mp_lightning.perturbation.phi import FEATURES, SHAPES, Phi
 from mp_lightning.perturbation.precision import KeepsPrecision
-from mp_lightning.perturbation.protocol import Norms, Statistics
+from mp_lightning.perturbation.protocol import Norms, Perturbed, Statistics
 
 
 class MetaPerturb(KeepsPrecision):
@@ -64,6 +67,54 @@ class MetaPerturb(KeepsPrecision):
         alpha = mathematics.noise_location(x, phi)
         return mathematics.expected_noise(alpha) if eps is None else mathematics.noise(alpha, eps)
 
+    def fuses(self, x: Tensor) -> bool:
+        """Whether :meth:`fused` can be used: not in a subclass, which may compute something else."""
+        return type(self) is MetaPerturb and self.has_fast_path(x)
+
+    def has_fast_path(self, x: Tensor) -> bool:
+        """Whether this machine has a fast path for x and these numbers."""
+        return x.numel() > 0 and self.scale_kernels.dtype == torch.float32 and fast.available(x.device.type, x.dtype)
+
+    def fused(
+        self,
+        x: Tensor,
+        key: NoiseKey | None,
+        running: Statistics,
+        norms: Norms,
+        *,
+        coeff: Tensor,
+        clip: float | None,
+        training: bool,
+        synchronize: bool,
+    ) -> Perturbed:
+        """The perturbed x, by the fast path."""
+        unused = coeff.new_zeros((), dtype=torch.int64) if key is None else key.forward
+        size = torch.as_tensor(norms.size, dtype=torch.float32, device=x.device)
+        call = fast.Call(
+            channel_norm=float(norms.channels),
+            clip=math.inf if clip is None else clip,
+            key=(0, 0, 0, 1) if key is None else (_signed(key.seed), key.stream, key.rank, key.world),
+            training=training,
+            sampled=key is not None,
+            synchronize=synchronize,
+        )
+        moments = mathematics.Moments(running["mean"], running["var"])
+        result = fast.perturb(x, self.phi, moments, fast.Numbers(coeff, size, unused), None, call)
+        if not training:
+            return Perturbed(result.y, None, result.hits)
+        single = x.shape[0] * (key.world if key is not None and synchronize else 1) < 2
+        return Perturbed(result.y, None if single else {"mean": result.mean, "var": result.var}, None)
+
+    def record(self, running: Statistics, measured: Statistics, momentum: float) -> None:
+        """Running averages of the moments, in place and in one launch."""
+        old, new = (mathematics.Moments(of["mean"], of["var"]) for of in (running, measured))
+        fast.record(old, new, momentum)
+
     def extra_repr(self) -> str:
         trainable = any(True for _ in self.parameters())
         return f"82 numbers, {'trainable' if trainable else 'frozen'}"
+
+
+def _signed(seed: int) -> int:
+    """The low 64 bits of a seed, as an operator takes them."""
+    return (seed + (1 << 63)) % (1 << 64) - (1 << 63)

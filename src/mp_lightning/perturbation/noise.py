@@ -11,6 +11,7 @@ where *stream* tells sites and the calls of one site apart and *forward* counts 
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -74,3 +75,25 @@ def gaussian_noise(shape: torch.Size, positions: Tensor, *, seed: int, stream: i
     )
     normals = torch.stack(_box_muller(words[0], words[1]) + _box_muller(words[2], words[3]), dim=-1)
     return normals.view(batch, -1)[:, :elements].reshape(shape)
+
+
+@dataclass(frozen=True)
+class NoiseKey:
+    """What a draw of noise for a batch depends on.
+
+    Attributes:
+        seed, stream, forward: as for :func:`gaussian_noise`.
+        rank, world: sample b of the batch is number ``b * world + rank`` of the global batch.
+    """
+
+    seed: int
+    stream: int
+    forward: Tensor
+    rank: int = 0
+    world: int = 1
+
+    def draw(self, x: Tensor) -> Tensor:
+        """The noise for ``x`` (B, ...), of its shape and dtype."""
+        positions = torch.arange(x.shape[0], device=x.device) * self.world + self.rank
+        eps = gaussian_noise(x.shape, positions, seed=self.seed, stream=self.stream, forward=self.forward)
+        return eps.to(x.dtype)

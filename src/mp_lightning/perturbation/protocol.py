@@ -1,9 +1,11 @@
 """What a site asks of a perturbation, so that ours, DropBlock, fixed noise or an ablation can sit in the same sites."""
 
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
+
+from mp_lightning.perturbation.noise import NoiseKey
 
 Statistics = dict[str, Tensor]
 
@@ -44,4 +46,57 @@ class Perturbation(Protocol):
 
         ``eps`` is N(0, 1) noise of the shape of x; None asks for the expected multiplier instead.
         """
+        ...
+
+
+class Perturbed(NamedTuple):
+    """A perturbed feature map.
+
+    Attributes:
+        y: like x.
+        measured: the statistics to record, as :meth:`Perturbation.measure` gives them; None: none.
+        hits: in evaluation, int64 numbers that add up to how many elements of y reached the bound; None: not counted.
+    """
+
+    y: Tensor
+    measured: Statistics | None
+    hits: Tensor | None
+
+
+@runtime_checkable
+class FusedPerturbation(Perturbation, Protocol):
+    """A perturbation that can also do all that a site does at once, faster: the same function."""
+
+    def fuses(self, x: Tensor) -> bool:
+        """Whether :meth:`fused` can be used for x on this machine."""
+        ...
+
+    def fused(
+        self,
+        x: Tensor,
+        key: NoiseKey | None,
+        running: Statistics,
+        norms: Norms,
+        *,
+        coeff: Tensor,
+        clip: float | None,
+        training: bool,
+        synchronize: bool,
+    ) -> Perturbed:
+        """Perturb x (B, C, H, W).
+
+        Args:
+            x: float32, or of 16 bits, in which y is given as well.
+            key: draws the noise; None asks for the expected multiplier.
+            running: the running statistics of the site.
+            norms: what sizes are relative to.
+            coeff: strength, a tensor without dimensions.
+            clip: upper bound of y.
+            training: use, and give, the statistics of the batch; otherwise the running ones.
+            synchronize: take the statistics over all processes.
+        """
+        ...
+
+    def record(self, running: Statistics, measured: Statistics, momentum: float) -> None:
+        """Move ``running`` towards what was ``measured``, in place; leave it alone where that is not finite."""
         ...

@@ -1,7 +1,7 @@
 """A perturbation at the sites of one model: what the sites share, its ramp, and its state."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 import torch.distributed
@@ -20,6 +20,7 @@ RAMP_FRACTION = 0.4  # Section 4 of the paper
 NAME = "_metaperturb"  # the submodule that attach() adds
 
 CLIP = 100.0
+PathName = Literal["auto", "reference"]  # how the perturbation is computed; the same function either way
 
 
 class Attachment(KeepsPrecision):
@@ -29,6 +30,7 @@ class Attachment(KeepsPrecision):
         plan: the sites.
         phi_name: what the perturbation is called in messages.
         coeff: strength of the perturbation, from 0 to 1 (float32 tensor without dimensions).
+        path: 'auto' takes the fast path wherever there is one, 'reference' the readable one always.
         inference: what wraps the model's forward in evaluation mode, if anything.
         sampling: draw noise in evaluation mode; otherwise use its expectation.
         evaluation_buffers: buffers of the model, by name, that inference by expectation uses in place of its own.
@@ -48,8 +50,10 @@ class Attachment(KeepsPrecision):
         clip: float | None,
         synchronize: bool,
         persistent: bool,
+        path: PathName = "auto",
     ) -> None:
         super().__init__()
+        check_path(path)
         self.plan = plan
         self.perturbation = perturbation
         self.phi_name = phi_name
@@ -57,6 +61,7 @@ class Attachment(KeepsPrecision):
         self.seed = seed
         self.clip = clip
         self.synchronize = synchronize
+        self.path: PathName = path
         self.ramp_steps: int | None = None
         self.shard = _shard()
         self.sampling = True
@@ -154,14 +159,14 @@ class Attachment(KeepsPrecision):
         self.depth = 0
         self.perturbing = False
 
-    def input_height(self, x: Tensor) -> Tensor:
-        """Height of the model's input in pixels, as a tensor without dimensions of the dtype of ``x``."""
+    def input_height(self) -> Tensor:
+        """Height of the model's input in pixels, as a float32 tensor without dimensions."""
         if not self._input_size_known:
             raise SiteError(
                 "the height of the model's input is unknown, since its forward was not called with a (B, C, H, W) "
                 "tensor; pass input_size="
             )
-        return self.input_size.to(x.dtype)
+        return self.input_size
 
     def detach(self) -> None:
         """Take the perturbation away; the model is as it was before :func:`attach`."""
@@ -253,6 +258,16 @@ class Attachment(KeepsPrecision):
 
     def extra_repr(self) -> str:
         return f"{len(self.plan)} sites, phi={self.phi_name!r}"
+
+
+def check_path(path: str) -> None:
+    """Refuse an unknown path.
+
+    Raises:
+        ConfigurationError: lists the known ones.
+    """
+    if path not in get_args(PathName):
+        raise ConfigurationError(f"path={path!r} is unknown; use one of {', '.join(get_args(PathName))}")
 
 
 def ramp_length(total_steps: int) -> int:

@@ -51,7 +51,7 @@ class Entry:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         attachment = self._attachment
         # A strategy's detour to training_step is not a forward of the model.
-        detour = _DETOUR in getattr(module.forward, "__qualname__", "")
+        detour = "forward" in module.__dict__ and _DETOUR in getattr(module.forward, "__qualname__", "")
         outermost = not detour and attachment.depth == 0
         inference = attachment.inference if outermost and not module.training else None
         self._stack.append((outermost, inference))

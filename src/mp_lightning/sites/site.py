@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mp_lightning.errors import SiteError
-from mp_lightning.perturbation import Norms, Statistics, gaussian_noise
+from mp_lightning.perturbation import FusedPerturbation, NoiseKey, Norms, Perturbed, Statistics
 from mp_lightning.perturbation.mathematics import apply_multiplier
 from mp_lightning.perturbation.precision import KeepsPrecision
 from mp_lightning.sites.plan import SiteSpec
@@ -78,28 +78,49 @@ class Site(KeepsPrecision):
                 f"site '{self.spec.name}' got a tensor of shape {tuple(x.shape)}, expected "
                 f"(B, {self.spec.channels}, H, W); leave it out of the plan"
             )
-        with torch.autocast(x.device.type, enabled=False):
-            work = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-            return self._perturb(work, call, training).to(x.dtype)
-
-    def _perturb(self, x: Tensor, call: int, training: bool) -> Tensor:
         shared = self.attachment
         perturbation = shared.perturbation
         replay = in_backward()
-        statistics = self.statistics
+        key = self._noise_key(x, call, training, replay) if training or shared.sampling else None
+        fused = shared.path == "auto" and isinstance(perturbation, FusedPerturbation) and perturbation.fuses(x)
+        with torch.autocast(x.device.type, enabled=False):
+            done = self._fused(x, key, training) if fused else self._reference(x, key, training)
+            if done.measured is not None and not replay:
+                if fused and isinstance(perturbation, FusedPerturbation):
+                    perturbation.record(self.statistics, done.measured, MOMENTUM)
+                else:
+                    self._record(done.measured)
+            if done.hits is not None and shared.clip is not None:
+                shared.bound_hits.add_(done.hits.sum())
+        return done.y
+
+    def _fused(self, x: Tensor, key: NoiseKey | None, training: bool) -> Perturbed:
+        shared = self.attachment
+        assert isinstance(shared.perturbation, FusedPerturbation)
+        return shared.perturbation.fused(
+            x,
+            key,
+            self.statistics,
+            Norms(shared.channel_norm, shared.input_height()),
+            coeff=shared.coeff,
+            clip=shared.clip,
+            training=training,
+            synchronize=shared.synchronize,
+        )
+
+    def _reference(self, x: Tensor, key: NoiseKey | None, training: bool) -> Perturbed:
+        shared, dtype = self.attachment, x.dtype
+        if dtype in (torch.float16, torch.bfloat16):
+            x = x.float()
+        statistics, measured = self.statistics, None
         if training:
-            statistics, measured = perturbation.measure(x, self.statistics, shared.synchronize)
-            if measured is not None and not replay:
-                self._record(measured)
-        eps = None
-        if training or shared.sampling:
-            eps = self._noise(x, call, training, replay)
-        norms = Norms(shared.channel_norm, shared.input_height(x))
-        multiplier = perturbation.multiplier(x, eps, statistics, norms)
+            statistics, measured = shared.perturbation.measure(x, statistics, shared.synchronize)
+        eps = None if key is None else key.draw(x)
+        norms = Norms(shared.channel_norm, shared.input_height().to(x.dtype))
+        multiplier = shared.perturbation.multiplier(x, eps, statistics, norms)
         y = apply_multiplier(x, multiplier, shared.coeff.to(x.dtype, copy=True), shared.clip)
-        if not training and shared.clip is not None:
-            shared.bound_hits.add_((y.detach() >= shared.clip).sum())
-        return y
+        hits = None if training or shared.clip is None else (y.detach() >= shared.clip).sum()
+        return Perturbed(y.to(dtype), measured, hits)
 
     @torch.no_grad()
     def _record(self, measured: Statistics) -> None:
@@ -109,27 +130,25 @@ class Site(KeepsPrecision):
             buffer = getattr(self, name)
             buffer.copy_(torch.where(finite, buffer.lerp(value.to(buffer.dtype), MOMENTUM), buffer))
 
-    def _noise(self, x: Tensor, call: int, training: bool, replay: bool) -> Tensor:
+    def _noise_key(self, x: Tensor, call: int, training: bool, replay: bool) -> NoiseKey:
         shared = self.attachment
         forward = shared.forwards if shared.training_forward else shared.evaluations
         stream = self.index * _CALLS + call % _CALLS + (0 if shared.training_forward else _EVALUATION)
-        if (shared.training_forward or torch.is_grad_enabled()) and not torch.compiler.is_compiling():
-            if replay:
-                past = self.recall(x)
-                if past is None:
-                    raise SiteError(
-                        f"activation checkpointing computes site '{self.spec.name}' again for an input that is not "
-                        f"among its last {_REMEMBERED} calls; checkpoint fewer calls before each backward, or with "
-                        "use_reentrant=False"
-                    )
-                past.replays += 1
-                forward, stream = past.forward, past.stream
-            else:
-                self._calls.append(_Call(forward.clone(), stream, training, x.shape, _fingerprint(x)))
+        if replay:
+            past = self.recall(x)
+            if past is None:
+                raise SiteError(
+                    f"activation checkpointing computes site '{self.spec.name}' again for an input that is not "
+                    f"among its last {_REMEMBERED} calls; checkpoint fewer calls before each backward, or with "
+                    "use_reentrant=False"
+                )
+            past.replays += 1
+            forward, stream = past.forward, past.stream
+        elif may_be_computed_again():
+            forward = forward.clone()
+            self._calls.append(_Call(forward, stream, training, x.shape, _fingerprint(x)))
         rank, world = shared.shard
-        positions = torch.arange(x.shape[0], device=x.device) * world + rank
-        eps = gaussian_noise(x.shape, positions, seed=shared.seed, stream=stream, forward=forward)
-        return eps.to(x.dtype)
+        return NoiseKey(shared.seed, stream, forward, rank, world)
 
     def recall(self, x: Tensor) -> "_Call | None":
         """The call that is being computed again: the one that saw the same numbers.
@@ -160,6 +179,13 @@ class Site(KeepsPrecision):
 def in_backward() -> bool:
     """Whether autograd is running, that is, activation checkpointing computes a forward again."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+def may_be_computed_again() -> bool:
+    """Whether this forward may be part of activation checkpointing, which works without gradients or with hooks."""
+    if torch.compiler.is_compiling():
+        return False
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _fingerprint(x: Tensor) -> Tensor:

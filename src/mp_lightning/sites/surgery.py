@@ -17,7 +17,7 @@ from torch import nn
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, load_phi
-from mp_lightning.sites.attachment import CLIP, NAME, Attachment, ramp_length
+from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName, ramp_length
 from mp_lightning.sites.calls import Block
 from mp_lightning.sites.discovery import find_sites
 from mp_lightning.sites.plan import SitePlan
@@ -36,6 +36,7 @@ def attach(
     clip: float | None = CLIP,
     synchronize: bool = False,
     persistent: bool = False,
+    path: PathName = "auto",
 ) -> Attachment:
     """Perturb the feature maps of ``model`` at its sites.
 
@@ -54,6 +55,8 @@ def attach(
         clip: upper bound of a perturbed feature map, in training and in evaluation; None for no bound.
         synchronize: batch statistics over all processes instead of each on its own.
         persistent: keep phi and the statistics in the model's ``state_dict``.
+        path: 'auto' computes the perturbation by the fast path wherever this machine has one, 'reference' by the
+            readable one; the function is the same.
 
     Returns:
         The attachment; call its ``step()`` after each training batch and ``detach()`` to undo.
@@ -61,7 +64,8 @@ def attach(
     Raises:
         PhiError: phi cannot be loaded.
         SiteError: no site was found, or the plan does not fit the model.
-        ConfigurationError: the model is attached already, with another phi, perturbation or plan.
+        ConfigurationError: the model is attached already, with another phi, perturbation or plan; or ``path`` is
+            unknown.
     """
     existing = attachment_of(model)
     named = None if perturbation is not None else load_phi(phi)
@@ -84,6 +88,7 @@ def attach(
         clip=clip,
         synchronize=synchronize,
         persistent=persistent,
+        path=path,
     )
     parameter = next(model.parameters(), None)
     if parameter is not None:
