@@ -21,7 +21,8 @@ def theta_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y:
         The training loss before the step, without dimensions.
     """
     theta = [p for group in optimizer.param_groups for p in group["params"]]
-    loss = F.cross_entropy(model(x), y)
+    with gradients_for(model, theta):
+        loss = F.cross_entropy(model(x), y)
     for parameter, gradient in zip(theta, torch.autograd.grad(loss, theta), strict=True):
         parameter.grad = gradient
     optimizer.step()
@@ -36,10 +37,24 @@ def phi_gradient(model: nn.Module, phi: Sequence[Tensor], x: Tensor, y: Tensor) 
     Returns:
         The validation loss without dimensions, and one gradient for each tensor of phi.
     """
-    with batch_norm_in_evaluation(model):
+    with batch_norm_in_evaluation(model), gradients_for(model, phi):
         loss = F.cross_entropy(model(x), y)
-        gradients = torch.autograd.grad(loss, list(phi))
+    gradients = torch.autograd.grad(loss, list(phi))
     return loss.detach(), list(gradients)
+
+
+@contextmanager
+def gradients_for(model: nn.Module, wanted: Sequence[Tensor]) -> Iterator[None]:
+    """Forwards inside this context lead back to ``wanted`` alone: no other parameter of the model costs a gradient."""
+    kept = {id(parameter) for parameter in wanted}
+    frozen = [p for p in model.parameters() if p.requires_grad and id(p) not in kept]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

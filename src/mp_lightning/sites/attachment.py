@@ -1,7 +1,7 @@
 """A perturbation at the sites of one model: what the sites share, its ramp, and its state."""
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.distributed
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
-from mp_lightning.perturbation import MetaPerturb, Perturbation
+from mp_lightning.perturbation import FusedPerturbation, MetaPerturb, Perturbation
 from mp_lightning.perturbation.precision import KeepsPrecision
 from mp_lightning.sites.calls import ActivationModule, Block
 from mp_lightning.sites.plan import SitePlan
@@ -62,6 +62,7 @@ class Attachment(KeepsPrecision):
         self.clip = clip
         self.synchronize = synchronize
         self.path: PathName = path
+        self._can_fuse = isinstance(perturbation, FusedPerturbation)
         self.ramp_steps: int | None = None
         self.shard = _shard()
         self.sampling = True
@@ -158,6 +159,13 @@ class Attachment(KeepsPrecision):
             block.abandon()
         self.depth = 0
         self.perturbing = False
+
+    def fused_for(self, x: Tensor) -> FusedPerturbation | None:
+        """The perturbation, where it is to be computed for ``x`` by its fast path."""
+        if self.path == "reference" or not self._can_fuse:
+            return None
+        fused = cast(FusedPerturbation, self.perturbation)
+        return fused if fused.fuses(x) else None
 
     def input_height(self) -> Tensor:
         """Height of the model's input in pixels, as a float32 tensor without dimensions."""

@@ -79,25 +79,23 @@ class Site(KeepsPrecision):
                 f"(B, {self.spec.channels}, H, W); leave it out of the plan"
             )
         shared = self.attachment
-        perturbation = shared.perturbation
         replay = in_backward()
         key = self._noise_key(x, call, training, replay) if training or shared.sampling else None
-        fused = shared.path == "auto" and isinstance(perturbation, FusedPerturbation) and perturbation.fuses(x)
+        fused = shared.fused_for(x)
         with torch.autocast(x.device.type, enabled=False):
-            done = self._fused(x, key, training) if fused else self._reference(x, key, training)
+            done = self._reference(x, key, training) if fused is None else self._fused(fused, x, key, training)
             if done.measured is not None and not replay:
-                if fused and isinstance(perturbation, FusedPerturbation):
-                    perturbation.record(self.statistics, done.measured, MOMENTUM)
-                else:
+                if fused is None:
                     self._record(done.measured)
+                else:
+                    fused.record(self.statistics, done.measured, MOMENTUM)
             if done.hits is not None and shared.clip is not None:
                 shared.bound_hits.add_(done.hits.sum())
         return done.y
 
-    def _fused(self, x: Tensor, key: NoiseKey | None, training: bool) -> Perturbed:
+    def _fused(self, perturbation: FusedPerturbation, x: Tensor, key: NoiseKey | None, training: bool) -> Perturbed:
         shared = self.attachment
-        assert isinstance(shared.perturbation, FusedPerturbation)
-        return shared.perturbation.fused(
+        return perturbation.fused(
             x,
             key,
             self.statistics,

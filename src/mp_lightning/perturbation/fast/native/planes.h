@@ -27,8 +27,11 @@ struct Layout {
         for (int64_t i = height * pitch; i < span; i++) pixels[i] = 0;
     }
 
-    void fill_mask(float* mask) const {
-        for (int64_t i = 0; i < span; i++) mask[i] = i < height * pitch && i % pitch < width ? 1.0f : 0.0f;
+    // `value` at the pixels, zero elsewhere.
+    void fill_mask(float* mask, float value) const {
+        for (int64_t i = 0; i < span; i++) mask[i] = 0;
+        for (int64_t h = 0; h < height; h++)
+            for (int64_t w = 0; w < width; w++) mask[h * pitch + w] = value;
     }
 };
 
@@ -60,11 +63,40 @@ static inline void pad(const T* map, const Layout& layout, float* pixels) {
         for (int64_t w = 0; w < layout.width; w++) pixels[h * layout.pitch + w] = widen(map[h * layout.width + w]);
 }
 
-static inline void unpad(const float* pixels, const Layout& layout, float* map) {
-    for (int64_t h = 0; h < layout.height; h++)
-        for (int64_t w = 0; w < layout.width; w++) map[h * layout.width + w] = pixels[h * layout.pitch + w];
+// LANES elements, widened to float32, and back.
+static inline Float load_wide(const float* p) { return load(p); }
+
+static inline Float load_wide(const BFloat16* p) {
+    HalfWord narrow_;
+    std::memcpy(&narrow_, p, sizeof narrow_);
+    return (Float)(__builtin_convertvector(narrow_, Word) << 16);
 }
 
+static inline void store_wide(Float v, float* p) { store(p, v); }
+
+static inline void store_wide(Float v, BFloat16* p) {
+    Word bits = (Word)v;
+    bits = v != v ? Word{} + 0x7fc00000u : bits + 0x7fffu + ((bits >> 16) & 1);
+    HalfWord narrow_ = __builtin_convertvector(bits >> 16, HalfWord);
+    std::memcpy(p, &narrow_, sizeof narrow_);
+}
+
+// The same for the elements of a map from i on, of which there may be fewer than LANES before `count`.
+template <typename T>
+static inline Float read(const T* map, int64_t i, int64_t count) {
+    if (count - i >= LANES) return load_wide(map + i);
+    Float v{};
+    for (int64_t l = 0; l < count - i; l++) v[l] = widen(map[i + l]);
+    return v;
+}
+
+template <typename T>
+static inline void write(Float v, T* map, int64_t i, int64_t count) {
+    if (count - i >= LANES) return store_wide(v, map + i);
+    for (int64_t l = 0; l < count - i; l++) narrow(v[l], map[i + l]);
+}
+
+// Adds a plane to a contiguous map.
 template <typename T>
 static inline void add_unpadded(const float* pixels, const Layout& layout, T* map) {
     for (int64_t h = 0; h < layout.height; h++)
@@ -72,6 +104,14 @@ static inline void add_unpadded(const float* pixels, const Layout& layout, T* ma
             T& element = map[h * layout.width + w];
             narrow(widen(element) + pixels[h * layout.pitch + w], element);
         }
+}
+
+// Calls body(offset in the plane, offset in the contiguous map, pixels left in the row), LANES pixels at a time.
+template <typename F>
+static inline void for_each_row_part(const Layout& layout, F body) {
+    for (int64_t h = 0; h < layout.height; h++)
+        for (int64_t w = 0; w < layout.width; w += LANES)
+            body(h * layout.pitch + w, h * layout.width + w, layout.width - w);
 }
 
 // A 3x3 filter with each number in all lanes, and its transpose.
@@ -101,6 +141,16 @@ static inline Float apply(const Filter& filter, const Neighbours& n) {
 
 static inline Float filter_at(const Filter& filter, const float* at, int64_t pitch) {
     return apply(filter, Neighbours(at, pitch));
+}
+
+// Sums of a * (neighbour j of b) over a plane, for the gradient of a filter; a is zero wherever there is no pixel.
+inline void correlate(const float* a, const float* b, const Layout& layout, double* total) {
+    Float sums[9] = {};
+    for (int64_t i = 0; i < layout.span; i += LANES) {
+        const Float v = load(a + i);
+        for (int j = 0; j < 9; j++) sums[j] += v * load(b + i + (j / 3 - 1) * layout.pitch + j % 3 - 1);
+    }
+    for (int j = 0; j < 9; j++) total[j] += sum(sums[j]);
 }
 
 // Memory of one thread, kept from call to call; all zeros when it is taken.

@@ -19,6 +19,7 @@ constexpr int LANES = 4;
 typedef float Float __attribute__((vector_size(4 * LANES)));
 typedef int32_t Int __attribute__((vector_size(4 * LANES)));
 typedef uint32_t Word __attribute__((vector_size(4 * LANES)));
+typedef uint16_t HalfWord __attribute__((vector_size(2 * LANES)));
 typedef uint64_t Long __attribute__((vector_size(4 * LANES)));  // half as many
 
 static inline Float load(const float* p) {
