@@ -26,6 +26,16 @@ class Timing:
     def ratio(self) -> float:
         return statistics.median(self.ratios)
 
+    def columns(self) -> dict[str, str]:
+        """What a table holds of it."""
+        first, third = self.spread()
+        return {
+            "milliseconds": f"{self.median:.2f}",
+            "ratio": f"{self.ratio:.3f}",
+            "ratio_q1": f"{first:.3f}",
+            "ratio_q3": f"{third:.3f}",
+        }
+
     def spread(self) -> tuple[float, float]:
         """First and third quartile of the ratios."""
         if len(self.ratios) < 2:

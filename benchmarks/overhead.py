@@ -84,15 +84,11 @@ def measure(
     floor = 1e3 * 8 * elements * item / bandwidth
     rows = []
     for arm, step, timing, bytes_ in zip(arms, steps, timings, saved, strict=True):
-        first, third = timing.spread()
         rows.append(
             {
                 **setting,
                 "arm": arm,
-                "milliseconds": f"{timing.median:.2f}",
-                "ratio": f"{timing.ratio:.3f}",
-                "ratio_q1": f"{first:.3f}",
-                "ratio_q3": f"{third:.3f}",
+                **timing.columns(),
                 "saved_ratio": f"{bytes_ / saved[0]:.3f}",
                 "saved_mib": f"{bytes_ / 2**20:.2f}",
                 "added_ms": f"{timing.median - timings[0].median:.2f}",
@@ -148,20 +144,11 @@ def main() -> None:
             values = dict(zip(SETTING, map(str, (model, *setting)), strict=True))
             if not table.has(values):
                 table.add(measure(values, chosen["arms"], arguments.rounds, device, bandwidth))
-            show(table.of(values))
-
-
-def show(rows: list[dict[str, str]]) -> None:
-    """One setting as a Markdown table."""
-    first = rows[0]
-    print(f"\n{', '.join(first[name] for name in SETTING)}; byte floor {first['floor_ms']} ms")
-    print("| arm | ms | ratio (quartiles) | added ms | saved | kernels | compile s |\n|---|---|---|---|---|---|---|")
-    for row in rows:
-        print(
-            f"| {row['arm']} | {row['milliseconds']} | {row['ratio']} ({row['ratio_q1']} to {row['ratio_q3']}) "
-            f"| {row['added_ms']} | {row['saved_ratio']} | {row['kernels']} | {row['compile_s']} |",
-            flush=True,
-        )
+            floor = table.of(values)[0]["floor_ms"]
+            print(f"\n{', '.join(values.values())}; byte floor {floor} ms")
+            table.show(
+                values, {"added_ms": "added ms", "saved_ratio": "saved", "kernels": "kernels", "compile_s": "compile s"}
+            )
 
 
 if __name__ == "__main__":

@@ -37,6 +37,16 @@ class Table:
             csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
         self.rows += rows
 
+    def show(self, values: dict[str, str], extra: dict[str, str] | None = None) -> None:
+        """Print the rows with these values as Markdown: arm, time, ratio, and more columns under their headings."""
+        extra = extra or {}
+        print("| " + " | ".join(["arm", "ms", "ratio (quartiles)", *extra.values()]) + " |")
+        print("|---" * (3 + len(extra)) + "|")
+        for row in self.of(values):
+            ratio = f"{row['ratio']} ({row['ratio_q1']} to {row['ratio_q3']})"
+            print("| " + " | ".join([row["arm"], row["milliseconds"], ratio, *(row[name] for name in extra)]) + " |")
+        print(end="", flush=True)
+
     def _read(self) -> list[dict[str, str]]:
         with self.path.open(newline="") as file:
             lines = [line for line in file if not line.startswith("#")]

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.checkpoints import CheckpointError
 from mp_lightning.errors import ConfigurationError, DataError, PhiError, SiteError, UserError
-from mp_lightning.inference import Mean, MonteCarlo, reestimate_batch_norm
+from mp_lightning.inference import Fold, Mean, MonteCarlo, reestimate_batch_norm
 from mp_lightning.mixin import MetaPerturbMixin
 from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, bundled_names, load_phi, save_phi
 from mp_lightning.sites import Attachment, SitePlan, SiteSpec, attach, attachment_of, detach, find_sites
@@ -20,6 +20,7 @@ __all__ = [
     "CheckpointError",
     "ConfigurationError",
     "DataError",
+    "Fold",
     "Mean",
     "MetaPerturb",
     "MetaPerturbCallback",

@@ -17,7 +17,7 @@ from torch import nn
 
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, CheckpointHooks, attach_state, read_checkpoint
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.inference import INFERENCE_MODES, Mean, MonteCarlo, Output, OutputAverage, reestimate_batch_norm
+from mp_lightning.inference import INFERENCE_MODES, Fold, Mean, MonteCarlo, Output, OutputAverage, reestimate_batch_norm
 from mp_lightning.inference.undisturbed import undisturbed
 from mp_lightning.perturbation import NamedPhi, Phi, load_phi
 from mp_lightning.schedule import total_training_batches
@@ -51,8 +51,9 @@ class MetaPerturbCallback(Callback):
         sites: where to perturb; None finds the sites, see :func:`mp_lightning.find_sites`.
         ramp_steps: number of training batches over which the strength grows; None takes the first 40 % of the run.
         inference: 'mean' makes one forward with the expected noise, and re-estimates batch norm for it on at most 50
-            training batches when training ends. 'mc' averages the class probabilities of several noisy forwards, as
-            published; it needs a model that gives a (B, K) tensor.
+            training batches when training ends. 'fold' multiplies by a constant for each channel, estimated at the same
+            time, so that nothing learned is left to compute. 'mc' averages the class probabilities of several noisy
+            forwards, as published; it needs a model that gives a (B, K) tensor.
         samples: number of forwards of 'mc'.
         fit_samples: number of noisy forwards averaged in the validation epochs of ``fit``, in both modes; with 'mean'
             their outputs are averaged as they are, unless ``output`` says what they hold.
@@ -72,7 +73,7 @@ class MetaPerturbCallback(Callback):
         *,
         sites: SitePlan | None = None,
         ramp_steps: int | None = None,
-        inference: Literal["mean", "mc"] = "mean",
+        inference: Literal["mean", "mc", "fold"] = "mean",
         samples: int = 20,
         fit_samples: int = 5,
         output: Output | None = None,
@@ -173,7 +174,7 @@ class MetaPerturbCallback(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         attachment = self._attached(pl_module)
-        if self.inference == "mean":
+        if self.inference != "mc":
             try:
                 self._reestimate(trainer, pl_module, attachment)
             except ConfigurationError as error:  # the training is done and must not be lost
@@ -235,18 +236,20 @@ class MetaPerturbCallback(Callback):
         callback = MetaPerturbCallback(**state["inference"])
         callback._install_hooks(model).remove_with(attachment)
         attachment.inference = callback.make_inference()
-        if callback.inference == "mean" and attachment.evaluation_buffers is None:
+        if callback.inference != "mc" and attachment.evaluation_buffers is None:
             rank_zero_warn(
                 f"checkpoint '{checkpoint}' was saved while training went on, when batch norm was not yet re-estimated "
-                f"for inference='mean'; until mp_lightning.reestimate_batch_norm is called, {callback.samples} noisy "
-                "forwards are averaged instead"
+                f"for inference='{callback.inference}'; until mp_lightning.reestimate_batch_norm is called, "
+                f"{callback.samples} noisy forwards are averaged instead"
             )
         model.eval()
         return model
 
     def make_inference(self) -> Mean | MonteCarlo:
         """The inference that this callback was asked for."""
-        return Mean(self.samples) if self.inference == "mean" else MonteCarlo(self.samples, self.output)
+        if self.inference == "mc":
+            return MonteCarlo(self.samples, self.output)
+        return Fold(self.samples) if self.inference == "fold" else Mean(self.samples)
 
     def _install_hooks(self, module: nn.Module) -> CheckpointHooks:
         declared = {
@@ -279,10 +282,11 @@ class MetaPerturbCallback(Callback):
         attachment.evaluations.zero_()
         attachment.bound_hits.zero_()
         if trainer.state.fn == "fit":
-            kind = OutputAverage if self.inference == "mean" and self.output is None else MonteCarlo
+            kind = OutputAverage if self.inference != "mc" and self.output is None else MonteCarlo
             attachment.inference = kind(self.fit_samples, self.output)
         else:
-            if self.inference == "mean" and attachment.evaluation_buffers is None:
+            estimated = attachment.constants if self.inference == "fold" else attachment.evaluation_buffers
+            if self.inference != "mc" and estimated is None:
                 self._reestimate(trainer, module, attachment)
             attachment.inference = self.make_inference()
         attachment.strays = 0
@@ -314,8 +318,8 @@ class MetaPerturbCallback(Callback):
         data = _training_data(trainer)
         if data is None:
             rank_zero_warn(
-                "MetaPerturb: batch norm was not re-estimated for inference='mean', since this trainer has no training "
-                "data; evaluate with the trainer that trained, or use inference='mc'"
+                f"MetaPerturb: batch norm was not re-estimated for inference='{self.inference}', since this trainer has "
+                "no training data; evaluate with the trainer that trained, or use inference='mc'"
             )
             return
         with (
@@ -324,7 +328,8 @@ class MetaPerturbCallback(Callback):
             torch.no_grad(),
             trainer.precision_plugin.train_step_context(),
         ):
-            reestimate_batch_norm(attachment, _training_forwards(trainer, module, data))
+            forwards = _TrainingForwards(trainer, module, data)
+            reestimate_batch_norm(attachment, forwards, fold=self.inference == "fold")
 
 
 def _training_data(trainer: pl.Trainer) -> CombinedLoader | None:
@@ -357,18 +362,24 @@ class _AfterConfigureModel:
         self._callback.attach(self._module)
 
 
-def _training_forwards(
-    trainer: pl.Trainer, module: pl.LightningModule, combined: CombinedLoader
-) -> Iterator[Callable[[], Any]]:
-    """The training step on one batch after another."""
-    takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-    limit = trainer.num_training_batches
-    for batch, index, _ in iter(combined):
-        if index >= limit:
-            return
-        moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+class _TrainingForwards:
+    """The training step on one batch after another, from the start each time it is gone through."""
 
-        def forward(batch: Any = moved, index: int = index) -> Any:
-            return module.training_step(*((batch, index) if takes_index else (batch,)))
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, combined: CombinedLoader) -> None:
+        self._trainer = trainer
+        self._module = module
+        self._combined = combined
 
-        yield forward
+    def __iter__(self) -> Iterator[Callable[[], Any]]:
+        trainer, module = self._trainer, self._module
+        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
+        limit = trainer.num_training_batches
+        for batch, index, _ in iter(self._combined):
+            if index >= limit:
+                return
+            moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+
+            def forward(batch: Any = moved, index: int = index) -> Any:
+                return module.training_step(*((batch, index) if takes_index else (batch,)))
+
+            yield forward

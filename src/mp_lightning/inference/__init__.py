@@ -1,8 +1,9 @@
 """Floor 3, what remains after training: inference by sampling or by expectation, and what each needs."""
 
 from mp_lightning.inference.mc import MonteCarlo, Output, OutputAverage
-from mp_lightning.inference.mean import Mean, reestimate_batch_norm
+from mp_lightning.inference.mean import Fold, Mean
+from mp_lightning.inference.reestimation import reestimate_batch_norm
 
-INFERENCE_MODES = ("mean", "mc")
+INFERENCE_MODES = ("mean", "mc", "fold")
 
-__all__ = ["INFERENCE_MODES", "Mean", "MonteCarlo", "Output", "OutputAverage", "reestimate_batch_norm"]
+__all__ = ["INFERENCE_MODES", "Fold", "Mean", "MonteCarlo", "Output", "OutputAverage", "reestimate_batch_norm"]

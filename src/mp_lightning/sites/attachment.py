@@ -34,6 +34,10 @@ class Attachment(KeepsPrecision):
         inference: what wraps the model's forward in evaluation mode, if anything.
         sampling: draw noise in evaluation mode; otherwise use its expectation.
         evaluation_buffers: buffers of the model, by name, that inference by expectation uses in place of its own.
+        constants: by site, the multiplier of each channel (C,) that inference by constants uses.
+        folding: use the constants.
+        observed: by site, the sum of the expected multipliers of each channel (C,) and of how many forwards, while
+            constants are estimated.
         strays: how many blocks ran in evaluation mode outside of any forward of the model.
     """
 
@@ -68,6 +72,9 @@ class Attachment(KeepsPrecision):
         self.sampling = True
         self.inference: Inference | None = None
         self.evaluation_buffers: dict[str, Tensor] | None = None
+        self.constants: dict[str, Tensor] | None = None
+        self.observed: dict[str, tuple[Tensor, int]] | None = None
+        self.folding = False
         self.on_detach: list[Callable[[], None]] = []
         self.perturbing = False
         self.depth = 0
@@ -135,7 +142,7 @@ class Attachment(KeepsPrecision):
             return  # activation checkpointing computes this forward again
         self.training_forward = training
         if training:
-            self.evaluation_buffers = None  # they belong to the weights before this step
+            self.evaluation_buffers = self.constants = None  # they belong to the weights before this step
         self.shard = _shard()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:
@@ -162,7 +169,7 @@ class Attachment(KeepsPrecision):
 
     def fused_for(self, x: Tensor) -> FusedPerturbation | None:
         """The perturbation, where it is to be computed for ``x`` by its fast path."""
-        if self.path == "reference" or not self._can_fuse:
+        if self.path == "reference" or not self._can_fuse or self.observed is not None:
             return None
         fused = cast(FusedPerturbation, self.perturbation)
         return fused if fused.fuses(x) else None
@@ -212,6 +219,7 @@ class Attachment(KeepsPrecision):
                 site.spec.name: {k: v.detach().clone() for k, v in site.statistics.items()} for site in self._sites()
             },
             "evaluation_buffers": self.evaluation_buffers,
+            "constants": self.constants,
             "counters": {name: int(getattr(self, name)) for name in ("steps", "forwards")},
         }
         if isinstance(self.perturbation, MetaPerturb):
@@ -250,7 +258,7 @@ class Attachment(KeepsPrecision):
         self._input_size_known = self._input_size_final = state["input_size"] > 0
         self.phi_name, self.channel_norm = state["phi_name"], state["channel_norm"]
         self.seed, self.clip, self.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
-        self.evaluation_buffers = state["evaluation_buffers"]
+        self.evaluation_buffers, self.constants = state["evaluation_buffers"], state.get("constants")
         self.update_coeff()
 
     def _sites(self) -> list[Site]:

@@ -79,6 +79,8 @@ class Site(KeepsPrecision):
                 f"(B, {self.spec.channels}, H, W); leave it out of the plan"
             )
         shared = self.attachment
+        if shared.folding and not training:
+            return self._folded(x)
         replay = in_backward()
         key = self._noise_key(x, call, training, replay) if training or shared.sampling else None
         fused = shared.fused_for(x)
@@ -106,6 +108,14 @@ class Site(KeepsPrecision):
             synchronize=shared.synchronize,
         )
 
+    def _folded(self, x: Tensor) -> Tensor:
+        """By a constant for each channel: linear but for the bound, which is not counted here."""
+        shared = self.attachment
+        assert shared.constants is not None
+        factor = 1 + shared.coeff * (shared.constants[self.spec.name].to(shared.coeff.device) - 1)
+        y = x * factor.view(1, -1, 1, 1).to(x.dtype)
+        return y if shared.clip is None else y.clamp_(max=shared.clip)
+
     def _reference(self, x: Tensor, key: NoiseKey | None, training: bool) -> Perturbed:
         shared, dtype = self.attachment, x.dtype
         if dtype in (torch.float16, torch.bfloat16):
@@ -116,6 +126,10 @@ class Site(KeepsPrecision):
         eps = None if key is None else key.draw(x)
         norms = Norms(shared.channel_norm, shared.input_height().to(x.dtype))
         multiplier = shared.perturbation.multiplier(x, eps, statistics, norms)
+        if shared.observed is not None:
+            total, count = shared.observed.get(self.spec.name, (0.0, 0))
+            means = multiplier.detach().expand_as(x).mean(dim=(0, 2, 3)).float()
+            shared.observed[self.spec.name] = (total + means, count + 1)
         y = apply_multiplier(x, multiplier, shared.coeff.to(x.dtype, copy=True), shared.clip)
         hits = None if training or shared.clip is None else (y.detach() >= shared.clip).sum()
         return Perturbed(y.to(dtype), measured, hits)

@@ -1,0 +1,177 @@
+"""Batch norm, and constants, for inference without samples, estimated on training batches.
+
+Batch norm's running statistics belong to the noisy forwards of training. Under the expected noise the distributions
+differ, so the statistics are estimated again, in a copy: the buffers of the model stay those of training, and the copy
+takes their place only while a forward in evaluation mode runs.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mp_lightning.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from mp_lightning.sites import Attachment
+
+BATCHES = 50  # the most training batches that re-estimation looks at
+
+
+class _ForwardDone(BaseException):
+    """Ends a training step once the model ran; no user code should catch it."""
+
+
+class _StopAfterForward:
+    """Expected noise or constants, and the end of the step as soon as the model, or each of its parts, has run."""
+
+    def __init__(self, attachment: "Attachment", folding: bool = False) -> None:
+        self._folding = folding
+        entries = attachment.entry_modules()
+        self._whole = entries.pop("", None)
+        self._parts = {id(module) for module in entries.values()}
+        self.seen: set[int] = set()
+
+    def begin(self, attachment: "Attachment") -> None:
+        attachment.sampling = False
+        attachment.folding = self._folding
+
+    def finish(
+        self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        attachment.sampling = True
+        attachment.folding = False
+        if output is None:  # the forward raised, and that error is the one to see
+            return None
+        self.seen.add(id(module))
+        if module is self._whole or self.seen >= self._parts:
+            raise _ForwardDone
+        return output
+
+
+def reestimate_batch_norm(
+    attachment: "Attachment", forwards: Iterable[Callable[[], Any]], *, fold: bool = False
+) -> None:
+    """Estimate batch norm's statistics under the expected noise, as the plain average over training batches.
+
+    They become the attachment's ``evaluation_buffers`` (empty if there is nothing to re-estimate), which :class:`Mean`
+    uses; the model itself is left as it was. Frozen batch norm, and such that the forwards do not reach, keeps its
+    statistics. Under DDP the statistics of the processes are averaged.
+
+    Args:
+        attachment: of the model.
+        forwards: functions each of which runs the model on one *training* batch. They may do more than that, as a
+            training step does: each is ended as soon as the model has run. At most 50 are run.
+        fold: estimate, before that, a constant multiplier for each channel of each site, and batch norm under these;
+            they become the attachment's ``constants``, which :class:`Fold` uses. ``forwards`` is gone through twice,
+            so it must be a list or the like.
+
+    Raises:
+        ConfigurationError: there is no function, or one never ran the model.
+    """
+    norms = {
+        name: module
+        for name, module in attachment.model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and not _is_frozen(module, attachment)
+    }
+    attachment.evaluation_buffers = None
+    attachment.constants = None
+    if fold:
+        with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment)) as stop:
+            attachment.observed = {}
+            try:
+                _run(attachment, forwards, stop)
+                constants = {name: total / count for name, (total, count) in attachment.observed.items()}
+            finally:
+                attachment.observed = None
+        _average_over_processes(constants)
+        attachment.constants = constants
+    if not norms:
+        attachment.evaluation_buffers = {}
+        return
+    try:
+        with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment, fold)) as stop:
+            _run(attachment, forwards, stop)
+            copies = {
+                f"{name}.{leaf}": getattr(module, leaf).detach().clone()
+                for name, module in norms.items()
+                for leaf in ("running_mean", "running_var")
+                if module.num_batches_tracked is None or module.num_batches_tracked > 0
+            }
+    except BaseException:
+        attachment.constants = None  # which are of no use without
+        raise
+    _average_over_processes(copies)
+    attachment.evaluation_buffers = copies
+
+
+def _run(attachment: "Attachment", forwards: Iterable[Callable[[], Any]], stop: _StopAfterForward) -> None:
+    """Run the model on each batch."""
+    done = 0
+    for forward in islice(forwards, BATCHES):
+        done += 1
+        stop.seen.clear()
+        try:
+            forward()
+        except _ForwardDone:
+            continue
+        if stop.seen:
+            continue
+        names = " or ".join(f"self.{name}" if name else "self" for name in attachment.entry_modules())
+        raise ConfigurationError(
+            f"batch norm cannot be re-estimated: a training step did not call the model ({names}); call it there, "
+            "or use inference='mc'"
+        )
+    if not done:
+        raise ConfigurationError("batch norm cannot be re-estimated without a training batch; use inference='mc'")
+
+
+def _is_frozen(norm: _BatchNorm, attachment: "Attachment") -> bool:
+    """Whether training left the statistics of this layer alone."""
+    if attachment.model.training and not norm.training:
+        return True
+    return norm.weight is not None and not norm.weight.requires_grad
+
+
+@contextmanager
+def _estimating(
+    attachment: "Attachment", norms: list[_BatchNorm], stop: _StopAfterForward
+) -> Iterator[_StopAfterForward]:
+    """Everything in evaluation mode but batch norm, which takes the plain average over batches; undone on leaving."""
+    modes = [(module, module.training) for module in attachment.model.modules()]
+    parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in attachment.model.parameters()]
+    buffers = [(m, {k: v.clone() for k, v in m._buffers.items() if v is not None}, m.momentum) for m in norms]
+    previous = attachment.inference
+    attachment.model.eval()
+    for module in norms:
+        module.train()
+        module.reset_running_stats()
+        module.momentum = None
+    attachment.inference = stop
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield stop
+    finally:
+        attachment.inference = previous
+        for module, saved, momentum in buffers:
+            module.momentum = momentum
+            for name, value in saved.items():
+                getattr(module, name).copy_(value)
+        for parameter, requires_grad, gradient in parameters:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+        for module_, training in modes:
+            module_.training = training
+
+
+def _average_over_processes(copies: dict[str, Tensor]) -> None:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return
+    for value in copies.values():
+        torch.distributed.all_reduce(value)
+        value /= torch.distributed.get_world_size()
