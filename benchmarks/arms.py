@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import torchvision
 from torch import Tensor, nn
-from torchvision.ops import DropBlock2d
+from torchvision.ops import drop_block2d
 
 from mp_lightning import attach
 from mp_lightning.backbones import build_backbone
@@ -49,10 +49,18 @@ class Drop:
         raise NotImplementedError
 
 
+class DropBlock(nn.Module):
+    """torchvision's DropBlock with blocks of 3 by 3, which it refuses for maps of 2 by 2: there with single elements."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped: Tensor = drop_block2d(x, 0.1, 3 if min(x.shape[2:]) >= 3 else 1, training=self.training)
+        return dropped
+
+
 DROPS: dict[str, Callable[[], nn.Module]] = {
     "dropout2d": lambda: nn.Dropout2d(0.1),
     "dropout": lambda: nn.Dropout(0.1),
-    "dropblock": lambda: DropBlock2d(0.1, block_size=3),
+    "dropblock": DropBlock,
 }
 ARMS = ("plain", *DROPS, "reference", "fast")
 

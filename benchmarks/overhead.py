@@ -34,6 +34,8 @@ COLUMNS = [
     *("added_ms", "floor_ms", "kernels", "compile_s", "rounds"),
 ]
 
+SHOWN = {"added_ms": "added ms", "saved_ratio": "saved", "kernels": "kernels", "compile_s": "compile s"}
+
 
 class Step:
     """One training step of one arm on one batch."""
@@ -146,9 +148,7 @@ def main() -> None:
                 table.add(measure(values, chosen["arms"], arguments.rounds, device, bandwidth))
             floor = table.of(values)[0]["floor_ms"]
             print(f"\n{', '.join(values.values())}; byte floor {floor} ms")
-            table.show(
-                values, {"added_ms": "added ms", "saved_ratio": "saved", "kernels": "kernels", "compile_s": "compile s"}
-            )
+            table.show(values, SHOWN)
 
 
 if __name__ == "__main__":

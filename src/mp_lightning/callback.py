@@ -318,7 +318,7 @@ class MetaPerturbCallback(Callback):
         data = _training_data(trainer)
         if data is None:
             rank_zero_warn(
-                f"MetaPerturb: batch norm was not re-estimated for inference='{self.inference}', since this trainer has "
+                f"MetaPerturb: batch norm was not re-estimated for inference='{self.inference}', as this trainer has "
                 "no training data; evaluate with the trainer that trained, or use inference='mc'"
             )
             return
