@@ -50,7 +50,7 @@ class Drop:
 
 
 class DropBlock(nn.Module):
-    """torchvision's DropBlock with blocks of 3 by 3, which it refuses for maps of 2 by 2: there with single elements."""
+    """torchvision's DropBlock with blocks of 3 by 3; on smaller maps, for which it refuses them, single elements."""
 
     def forward(self, x: Tensor) -> Tensor:
         dropped: Tensor = drop_block2d(x, 0.1, 3 if min(x.shape[2:]) >= 3 else 1, training=self.training)

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from mp_lightning.backbones import build_backbone
-from mp_lightning.meta.step import batch_norm_in_evaluation, phi_gradient, theta_step
+from mp_lightning.meta.step import batch_norm_in_evaluation, gradients_for, phi_gradient, theta_step
 from mp_lightning.perturbation import MetaPerturb, Phi
+from mp_lightning.perturbation.fast import cpu
 from mp_lightning.perturbation.phi import SHAPES
 from mp_lightning.sites import attach
 from mp_lightning.sites.attachment import NAME
@@ -70,6 +71,28 @@ def test_theta_step_twice_does_not_accumulate_gradients() -> None:
     theta_step(setting.model, setting.optimizer, setting.x, setting.y)
     F.cross_entropy(twin(setting.x), setting.y).backward()
     torch.testing.assert_close(setting.model.fc.weight.grad, twin.fc.weight.grad)
+
+
+def test_each_half_costs_the_gradients_of_its_own_part_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    setting = Setting()
+    asked = []
+    backward = cpu.backward
+    monkeypatch.setattr(cpu, "backward", lambda *a: (asked.append(a[-2:]), backward(*a))[1])
+    theta_step(setting.model, setting.optimizer, setting.x, setting.y)
+    assert asked == [(True, False)] * 4  # of x, of phi; from the last site to the first
+    asked.clear()
+    phi_gradient(setting.model, setting.phi, setting.x, setting.y)
+    assert asked == [(True, True)] * 3 + [(False, True)]  # nothing in front of the first site
+
+
+def test_gradients_for_gives_back_what_it_froze_even_after_an_error() -> None:
+    setting = Setting()
+    setting.model.fc.bias.requires_grad_(False)
+    before = [p.requires_grad for p in setting.model.parameters()]
+    with pytest.raises(ZeroDivisionError), gradients_for(setting.model, setting.phi):
+        assert [p for p in setting.model.parameters() if p.requires_grad] == setting.phi
+        raise ZeroDivisionError
+    assert [p.requires_grad for p in setting.model.parameters()] == before
 
 
 def test_phi_gradient_leaves_theta_batch_norm_and_phi_alone() -> None:

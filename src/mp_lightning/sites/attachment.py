@@ -20,6 +20,8 @@ RAMP_FRACTION = 0.4  # Section 4 of the paper
 NAME = "_metaperturb"  # the submodule that attach() adds
 
 CLIP = 100.0
+# Where the height of the input is known from: images of an evaluation, or images of training or the user.
+_PROVISIONAL, _FINAL = 1, 2
 PathName = Literal["auto", "reference"]  # how the perturbation is computed; the same function either way
 
 
@@ -87,9 +89,9 @@ class Attachment(KeepsPrecision):
             "input_size": torch.tensor(float(input_size or 0)),
         }.items():
             self.register_buffer(name, value, persistent=persistent)
-        for name in ("evaluations", "bound_hits"):
+        for name in ("evaluations", "bound_hits", "size_source"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
-        self._input_size_known = self._input_size_final = input_size is not None
+        self._set_size_source(_FINAL if input_size is not None else 0)
         self.register_load_state_dict_post_hook(_note_input_size)
         self.sites = nn.ModuleList(Site(spec, index, self, persistent) for index, spec in enumerate(plan))
         self.__dict__["_model"] = model
@@ -102,6 +104,8 @@ class Attachment(KeepsPrecision):
     forwards: Tensor
     evaluations: Tensor
     bound_hits: Tensor
+    size_source: Tensor
+    _size_source: int
     input_size: Tensor
 
     def forward(self, x: Any) -> Any:
@@ -147,10 +151,27 @@ class Attachment(KeepsPrecision):
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:
             block.calls = 0
-        # The first training images decide; images that are evaluated before (a sanity check) may be of another size.
-        if image is not None and (not self._input_size_known or (training and not self._input_size_final)):
-            self.input_size.fill_(float(image.shape[2]))
-            self._input_size_known, self._input_size_final = True, training
+        if image is not None:
+            self._note_height(float(image.shape[2]), _FINAL if training else _PROVISIONAL)
+
+    def _note_height(self, height: float, source: int) -> None:
+        """The first training images decide; images that are evaluated before (a sanity check) may be of another size.
+
+        A compiled graph decides by tensors: an attribute of Python that changes would compile everything again.
+        """
+        if torch.compiler.is_compiling():
+            better = self.size_source < source
+            self.input_size.copy_(torch.where(better, torch.full_like(self.input_size, height), self.input_size))
+            self.size_source.clamp_(min=source)
+        elif self._size_source < source:
+            self._size_source = int(self.size_source)  # a compiled graph may have decided
+            if self._size_source < source:
+                self.input_size.fill_(height)
+                self._set_size_source(source)
+
+    def _set_size_source(self, source: int) -> None:
+        self._size_source = source
+        self.size_source.fill_(source)
 
     def begin_block(self, training: bool) -> None:
         """Called when the forward of a block begins. Outside of any forward of the model it counts as one by itself."""
@@ -176,7 +197,7 @@ class Attachment(KeepsPrecision):
 
     def input_height(self) -> Tensor:
         """Height of the model's input in pixels, as a float32 tensor without dimensions."""
-        if not self._input_size_known:
+        if not torch.compiler.is_compiling() and self._size_source == 0 and int(self.size_source) == 0:
             raise SiteError(
                 "the height of the model's input is unknown, since its forward was not called with a (B, C, H, W) "
                 "tensor; pass input_size="
@@ -255,7 +276,7 @@ class Attachment(KeepsPrecision):
             for name, value in state["counters"].items():
                 getattr(self, name).fill_(value)
             self.input_size.fill_(state["input_size"])
-        self._input_size_known = self._input_size_final = state["input_size"] > 0
+        self._set_size_source(_FINAL if state["input_size"] > 0 else 0)
         self.phi_name, self.channel_norm = state["phi_name"], state["channel_norm"]
         self.seed, self.clip, self.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
         self.evaluation_buffers, self.constants = state["evaluation_buffers"], state.get("constants")
@@ -312,7 +333,7 @@ def _make_blocks(attachment: Attachment, model: nn.Module) -> list[Block]:
 
 def _note_input_size(module: nn.Module, incompatible: Any) -> None:
     assert isinstance(module, Attachment)
-    module._input_size_known = module._input_size_final = bool(module.input_size > 0)
+    module._set_size_source(_FINAL if bool(module.input_size > 0) else 0)
 
 
 def _shard() -> tuple[int, int]:

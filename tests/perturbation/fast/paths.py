@@ -36,10 +36,11 @@ class Setting(NamedTuple):
     rank: int = 0
     world: int = 1
     given: torch.Tensor | None = None
+    synchronize: bool = False
 
     def call(self) -> Call:
         key = (SEED, STREAM, self.rank, self.world)
-        return Call(self.channel_norm, self.clip, key, self.training, self.sampled, False)
+        return Call(self.channel_norm, self.clip, key, self.training, self.sampled, self.synchronize)
 
     def numbers(self, device="cpu") -> Numbers:
         return Numbers(

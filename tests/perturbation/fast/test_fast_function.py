@@ -99,6 +99,11 @@ def test_samples_of_another_process_have_its_noise(path):
 
 
 @pytest.mark.parametrize("path", paths.PATHS)
+def test_synchronized_statistics_without_processes_are_the_local_ones(path):
+    check(path, (4, 3, 5, 5), synchronize=True)
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
 def test_deterministic(path):
     x, gy = draw((4, 8, 9, 9), 0)
     first, second = (paths.PATHS[path](x, gy, paths.strong_phi(0), paths.Setting(clip=1.0)) for _ in range(2))
