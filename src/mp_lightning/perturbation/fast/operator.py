@@ -58,12 +58,14 @@ def record(running: Moments, measured: Moments, momentum: float) -> None:
 
 
 def _record(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, momentum: float) -> None:
-    backend_for(mean.device).record(running_mean, running_var, mean, var, momentum)
+    with torch.cuda.device_of(mean):
+        backend_for(mean.device).record(running_mean, running_var, mean, var, momentum)
 
 
 def _forward(x: Tensor, phi: Sequence[Tensor], running: Any, numbers: Any, eps: Tensor | None, *call: Any) -> Forward:
     implementation = backend_for(x.device)
-    given: Forward = implementation.forward(x, Phi(*phi), Moments(*running), Numbers(*numbers), eps, Call(*call))
+    with torch.cuda.device_of(x):
+        given: Forward = implementation.forward(x, Phi(*phi), Moments(*running), Numbers(*numbers), eps, Call(*call))
     return given
 
 
@@ -92,7 +94,8 @@ def _backward(
     *call, needs_x, needs_phi = options
     mean, var, scale, responses, numbers = saved
     result = Forward(x, mean, var, scale, responses, numbers, x)
-    gx, gphi = backend_for(x.device).backward(gy, x, Phi(*phi), result, eps, Call(*call), needs_x, needs_phi)
+    with torch.cuda.device_of(x):
+        gx, gphi = backend_for(x.device).backward(gy, x, Phi(*phi), result, eps, Call(*call), needs_x, needs_phi)
     return (
         x.new_empty(0) if gx is None else gx,
         scale.new_empty(0) if gphi is None else torch.cat([value.flatten() for value in gphi]),

@@ -18,8 +18,7 @@ template <typename F>
 void for_each_sample(int64_t batch, int64_t threads, int64_t floats, F body) {
 #pragma omp parallel num_threads(std::max<int64_t>(1, std::min(batch, threads)))
     {
-        static thread_local Workspace workspace;
-        float* memory = workspace.take(floats);
+        float* memory = own_workspace().take(floats);
 #pragma omp for schedule(static)
         for (int64_t b = 0; b < batch; b++) body(b, memory);
     }

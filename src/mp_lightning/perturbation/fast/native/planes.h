@@ -172,3 +172,8 @@ class Workspace {
     float* memory_ = nullptr;
     int64_t capacity_ = 0;
 };
+
+inline Workspace& own_workspace() {
+    static thread_local Workspace workspace;
+    return workspace;
+}
