@@ -154,3 +154,29 @@ def test_copies_take_the_fast_path_too(calls):
     model = attached("conv4", "auto")
     copy.deepcopy(model)(batch()[0])
     assert len(calls) == 4
+
+
+@pytest.mark.parametrize("order", ["plain first", "attached first", "attached after it was compiled"])
+def test_no_compiled_graph_of_another_model_runs_in_place_of_the_sites(order):
+    """One cache serves all models of a class, and torch does not guard it against hooks."""
+    torch._dynamo.reset()
+    x, _ = batch()
+    torch.manual_seed(0)
+    plain = NETS["conv4"]()
+    expected = plain(x).detach()
+
+    def compiled(model):
+        return torch.compile(model, backend="aot_eager")(x).detach()
+
+    if order == "attached after it was compiled":
+        torch.manual_seed(0)
+        model = NETS["conv4"]()
+        forward = torch.compile(model, backend="aot_eager")
+        torch.testing.assert_close(forward(x), plain.train()(x))
+        attach(model, strong_phi(), seed=3)
+        assert_close(forward(x).detach(), attached("conv4", "auto")(x).detach(), 1e-4)
+        return
+    if order == "plain first":
+        assert_close(compiled(plain), expected, 1e-4)
+    assert_close(compiled(attached("conv4", "auto")), attached("conv4", "auto")(x).detach(), 1e-4)
+    assert_close(compiled(plain), expected, 1e-4)

@@ -9,6 +9,7 @@ Example::
         attachment.step()
 """
 
+import sys
 from pathlib import Path
 
 import torch
@@ -99,7 +100,18 @@ def attach(
     if ramp_steps is not None:
         attachment.ramp_over(ramp_steps)
     model.add_module(NAME, attachment)
+    _forget_compiled_code()
     return attachment
+
+
+def _forget_compiled_code() -> None:
+    """Let ``torch.compile`` look at modules anew.
+
+    It keeps one cache for all models of a class and, by default, does not guard against hooks: a graph of the plain
+    model, or of this one before it was attached, would run in its place and the sites would be ignored in silence.
+    """
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
 
 
 def detach(model: nn.Module) -> None:

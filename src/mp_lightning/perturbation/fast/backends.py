@@ -3,14 +3,21 @@
 import functools
 import importlib
 import importlib.util
+import math
 import warnings
 from types import ModuleType
 
 import torch
 
+from mp_lightning.perturbation import mathematics
 from mp_lightning.perturbation.fast import cpu
 from mp_lightning.perturbation.fast.build import BuildError
+from mp_lightning.perturbation.fast.call import Call, Numbers
+from mp_lightning.perturbation.mathematics import Moments
+from mp_lightning.perturbation.noise import NoiseKey
+from mp_lightning.perturbation.phi import Phi, initial_phi
 
+_TOLERANCE = 1e-4
 _CAPABILITY = (7, 0)  # of the oldest GPUs that Triton compiles for
 
 
@@ -36,26 +43,54 @@ def _cpu_is_usable() -> bool:
     try:
         cpu.library()
     except BuildError as error:
-        _warn(str(error))
-        return False
-    return True
+        return _refuse(str(error))
+    return _computes_rightly(torch.device("cpu"))
 
 
 @functools.cache
 def _gpu_is_usable() -> bool:
     if importlib.util.find_spec("triton") is None:
-        _warn("Triton is not installed; install the package 'triton' (on Linux torch brings it)")
-        return False
+        return _refuse("Triton is not installed; install the package 'triton' (on Linux torch brings it)")
     major, minor = torch.cuda.get_device_capability()
     if torch.version.hip is None and (major, minor) < _CAPABILITY:
-        _warn(f"this GPU is of compute capability {major}.{minor}, and Triton needs {_CAPABILITY[0]}.{_CAPABILITY[1]}")
-        return False
-    return True
+        needed = ".".join(map(str, _CAPABILITY))
+        return _refuse(f"this GPU is of compute capability {major}.{minor}, and Triton needs {needed}")
+    return _computes_rightly(torch.device("cuda"))
 
 
-def _warn(reason: str) -> None:
+def _computes_rightly(device: torch.device) -> bool:
+    """Whether the kernels that a compiler has just made here give the numbers of the reference, on a small map."""
+    try:
+        error = _error_on_a_small_map(backend_for(device), device)
+    except Exception as failure:  # of the many kinds that compilers and drivers raise
+        first = (str(failure).strip().splitlines() or [""])[0][:200]
+        return _refuse(f"its kernels fail on this {device.type.upper()} ({type(failure).__name__}: {first})")
+    return error < _TOLERANCE or _refuse(f"its kernels are off by {error:.1e} on this {device.type.upper()}")
+
+
+@torch.no_grad()
+def _error_on_a_small_map(backend: ModuleType, device: torch.device) -> float:
+    """The largest difference to the reference, relative to its largest value; the backward has only to run."""
+    x = torch.linspace(-2, 2, 2 * 3 * 4 * 5, device=device).view(2, 3, 4, 5)
+    phi = Phi(*(10 * value.to(device) for value in initial_phi(0)))
+    running = Moments(torch.zeros(3, 4, device=device), torch.ones(3, 4, device=device))
+    numbers = Numbers(*(torch.tensor(value, device=device) for value in (1.0, 4.0, 7)))
+    call = Call(3.0, math.inf, (5, 6, 0, 1), training=True, sampled=True, synchronize=False)
+    out = backend.forward(x, phi, running, numbers, None, call)
+    backend.backward(x, x, phi, out, None, call, True, True)
+    moments = mathematics.batch_moments(mathematics.pooled_responses(x, phi.scale_kernels))
+    assert moments is not None
+    eps = NoiseKey(5, 6, numbers.forward).draw(x)
+    z = mathematics.noise(mathematics.noise_location(x, phi), eps)
+    expected = x * mathematics.scale(moments, phi, 1.0, 1.0) * z
+    return float((out.y - expected).abs().max() / expected.abs().max())
+
+
+def _refuse(reason: str) -> bool:
+    """False, having said why."""
     warnings.warn(
         f"MetaPerturb: the slower reference path computes the perturbation, since {reason}; path='reference' chooses "
         "it without this warning",
         stacklevel=2,
     )
+    return False

@@ -42,7 +42,7 @@ class _Noise(ctypes.Structure):
 def forward(x: Tensor, phi: Phi, running: Moments, numbers: Numbers, eps: Tensor | None, call: Call) -> Forward:
     """y and what the backward needs; see :class:`Forward`."""
     y = torch.empty_like(x)
-    x = x.contiguous()
+    x, eps = x.contiguous(), _given(eps)
     responses = x.new_empty(0, dtype=torch.float32)
     used = Moments(running.mean.clone(), running.var.clone())
     if call.training:
@@ -67,7 +67,7 @@ def backward(
 ) -> tuple[Tensor | None, Phi | None]:
     """Gradients of x and of phi, each only where it is needed."""
     result = torch.empty_like(x) if needs_x else None
-    x, gy = x.contiguous(), gy.contiguous()
+    x, gy, eps = x.contiguous(), gy.contiguous(), _given(eps)
     gx = result if result is None or result.is_contiguous() else torch.empty_like(x)
     gscale = torch.empty(x.shape[:2])
     gfilters = torch.empty(len(x), 4, 9) if needs_phi else None
@@ -99,6 +99,11 @@ def record(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor,
     if bool(mean.isfinite().all() & var.isfinite().all()):
         running_mean.lerp_(mean, momentum)
         running_var.lerp_(var, momentum)
+
+
+def _given(eps: Tensor | None) -> Tensor | None:
+    """The given noise as the kernels read it."""
+    return None if eps is None else eps.float().contiguous()
 
 
 def _run(name: str, x: Tensor, *arguments: Any) -> None:
