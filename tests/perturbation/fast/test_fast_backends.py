@@ -18,7 +18,7 @@ def unknown():
 def test_the_kernels_of_this_machine_pass_their_own_check(unknown):
     assert backends.available("cpu", torch.float32)
     assert backends._error_on_a_small_map(cpu, torch.device("cpu")) < 1e-6
-    gpu = pytest.importorskip("mp_lightning.perturbation.fast.gpu", reason="Triton is not installed")
+    gpu = paths.gpu_kernels()
     assert backends._error_on_a_small_map(gpu, paths.GPU) < 1e-6
 
 

@@ -112,7 +112,7 @@ def test_record_leaves_the_running_moments_alone_where_a_number_is_not_finite():
 
 
 def test_gpu_records_like_the_cpu():
-    gpu = pytest.importorskip("mp_lightning.perturbation.fast.gpu", reason="Triton is not installed")
+    gpu = paths.gpu_kernels()
     for measured in (torch.rand(2, 300, 4), torch.full((2, 300, 4), math.inf)):
         on_cpu, on_gpu = paths.running_moments(300), paths.running_moments(300, paths.GPU)
         record(on_cpu, Moments(measured[0], measured[1]), 0.1)
