@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from benchmarks.arms import LARGE, SMALL, build
 from benchmarks.environment import describe
 from benchmarks.measure import interleaved
+from benchmarks.options import check_device, some_of
 from benchmarks.table import Table
 from mp_lightning import Fold, Mean, MonteCarlo, attach, reestimate_batch_norm
 
@@ -54,10 +55,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/inference-DEVICE.csv")
     arguments = parser.parse_args()
-    models = arguments.models.split(",")
-    unknown = [model for model in models if model not in SMALL + LARGE]
-    if unknown:
-        parser.error(f"--models: '{unknown[0]}' is unknown; use some of {', '.join(SMALL + LARGE)}")
+    models = some_of(parser, "models", arguments.models, SMALL + LARGE)
+    check_device(parser, arguments.device)
     torch.set_num_threads(1)
     device = arguments.device
     table = Table(arguments.out or Path(f"benchmarks/results/inference-{device}.csv"), COLUMNS, describe(device))

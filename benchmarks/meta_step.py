@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.arms import SMALL, build
 from benchmarks.environment import describe
 from benchmarks.measure import interleaved
+from benchmarks.options import check_device, some_of
 from benchmarks.table import Table
 from mp_lightning import MetaPerturb, attach
 from mp_lightning.meta.step import phi_gradient, theta_step
@@ -64,10 +65,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/meta_step-DEVICE.csv")
     arguments = parser.parse_args()
-    models = arguments.models.split(",")
-    unknown = [model for model in models if model not in SMALL]
-    if unknown:
-        parser.error(f"--models: '{unknown[0]}' is unknown; use some of {', '.join(SMALL)}")
+    models = some_of(parser, "models", arguments.models, SMALL)
+    check_device(parser, arguments.device)
     torch.set_num_threads(1)
     device = arguments.device
     table = Table(arguments.out or Path(f"benchmarks/results/meta_step-{device}.csv"), COLUMNS, describe(device))

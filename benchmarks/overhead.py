@@ -25,6 +25,7 @@ from torch.nn.functional import cross_entropy
 from benchmarks.arms import ARMS, LARGE, SMALL, build, perturbed, site_elements
 from benchmarks.environment import describe
 from benchmarks.measure import copy_bandwidth, interleaved, launched_kernels, saved_bytes
+from benchmarks.options import check_device, some_of
 from benchmarks.table import Table
 
 SETTING = ["model", "batch", "dtype", "mode", "format"]
@@ -126,13 +127,8 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--out", type=Path, default=None, help="default: benchmarks/results/overhead-DEVICE.csv")
     arguments = parser.parse_args()
-    chosen = {name: getattr(arguments, name).split(",") for name in choices}
-    for name, values in chosen.items():
-        unknown = [value for value in values if value not in choices[name]]
-        if unknown:
-            parser.error(f"--{name}: '{unknown[0]}' is unknown; use some of {', '.join(choices[name])}")
-    if arguments.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU was found here; use --device cpu")
+    chosen = {name: some_of(parser, name, getattr(arguments, name), known) for name, known in choices.items()}
+    check_device(parser, arguments.device)
     if "plain" not in chosen["arms"]:
         chosen["arms"].insert(0, "plain")
     torch.set_num_threads(1)
