@@ -9,7 +9,6 @@ Example::
         attachment.step()
 """
 
-import sys
 from pathlib import Path
 
 import torch
@@ -100,18 +99,21 @@ def attach(
     if ramp_steps is not None:
         attachment.ramp_over(ramp_steps)
     model.add_module(NAME, attachment)
-    _forget_compiled_code()
+    _guard_compiled_code()
     return attachment
 
 
-def _forget_compiled_code() -> None:
-    """Let ``torch.compile`` look at modules anew.
+def _guard_compiled_code() -> None:
+    """Let ``torch.compile`` tell models with hooks from models without.
 
-    It keeps one cache for all models of a class and, by default, does not guard against hooks: a graph of the plain
-    model, or of this one before it was attached, would run in its place and the sites would be ignored in silence.
+    It keeps one cache for all models of a class and by default does not look at their hooks: a graph of a plain model,
+    or of this one before it was attached, would run in its place and the sites would be ignored in silence.
     """
-    if "torch._dynamo" in sys.modules:
-        torch._dynamo.reset()
+    import torch._dynamo  # here, as it takes a second where nothing has needed it before
+
+    if torch._dynamo.config.skip_nnmodule_hook_guards:
+        torch._dynamo.config.skip_nnmodule_hook_guards = False
+        torch._dynamo.reset()  # graphs that were made without
 
 
 def detach(model: nn.Module) -> None:
