@@ -322,3 +322,15 @@ def test_with_synchronized_statistics_two_processes_are_one(one_and_two_processe
             assert (part["gradient"][name] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), name
         for name, value in whole["statistics"].items():
             assert torch.allclose(part["statistics"][name], value, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_only_calls_that_may_be_computed_again_are_remembered(training):
+    model = net().train(training)
+    site = attachment_of(model).sites[0]
+    model(images())
+    with torch.no_grad():
+        model.eval()(images())
+    assert len(site._calls) == 0
+    checkpoint(model.train(training), images().requires_grad_(), use_reentrant=False)
+    assert len(site._calls) > 0

@@ -156,7 +156,7 @@ class Site(KeepsPrecision):
                 )
             past.replays += 1
             forward, stream = past.forward, past.stream
-        elif may_be_computed_again():
+        elif may_be_computed_again(shared.training_forward):
             forward = forward.clone()
             self._calls.append(_Call(forward, stream, training, x.shape, _fingerprint(x)))
         rank, world = shared.shard
@@ -193,11 +193,13 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def may_be_computed_again() -> bool:
+def may_be_computed_again(training: bool) -> bool:
     """Whether this forward may be part of activation checkpointing, which works without gradients or with hooks."""
     if torch.compiler.is_compiling():
         return False
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    if not torch.is_grad_enabled():
+        return training
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _fingerprint(x: Tensor) -> Tensor:
