@@ -285,8 +285,9 @@ class MetaPerturbCallback(Callback):
             kind = OutputAverage if self.inference != "mc" and self.output is None else MonteCarlo
             attachment.inference = kind(self.fit_samples, self.output)
         else:
-            estimated = attachment.constants if self.inference == "fold" else attachment.evaluation_buffers
-            if self.inference != "mc" and estimated is None:
+            folded = attachment.constants is not None  # then batch norm was estimated under constants
+            ready = attachment.evaluation_buffers is not None and folded == (self.inference == "fold")
+            if self.inference != "mc" and not ready:
                 self._reestimate(trainer, module, attachment)
             attachment.inference = self.make_inference()
         attachment.strays = 0

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mp_lightning import Fold, MetaPerturbCallback, attach, attachment_of, reestimate_batch_norm
+from mp_lightning import Fold, Mean, MetaPerturbCallback, attach, attachment_of, reestimate_batch_norm
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import initial_phi
@@ -113,6 +113,17 @@ def test_before_estimation_and_after_more_training_samples_are_averaged_with_one
     assert torch.equal(model(batches[0]), model(batches[0]))
     model.train()(batches[0])
     assert attachment.constants is None and attachment.evaluation_buffers is None
+
+
+def test_batch_norm_estimated_under_constants_serves_no_inference_by_expectation():
+    model, attachment, batches = trained()
+    reestimate_batch_norm(attachment, forwards(model, batches), fold=True)
+    attachment.inference = Mean(samples=2)
+    with pytest.warns(UserWarning, match="batch norm was not re-estimated"):
+        model.eval()(batches[0])
+    reestimate_batch_norm(attachment, forwards(model, batches))
+    assert attachment.constants is None
+    assert torch.equal(model(batches[0]), model(batches[0]))
 
 
 def test_without_a_batch_nothing_is_left_behind():

@@ -51,8 +51,8 @@ class Mean:
         return output
 
     def _is_ready(self, attachment: "Attachment") -> bool:
-        if attachment.evaluation_buffers is not None:
-            return True
+        if attachment.evaluation_buffers is not None and attachment.constants is None:
+            return True  # with constants, batch norm was estimated under these
         if self._has_batch_norm is None:
             self._has_batch_norm = any(isinstance(module, _BatchNorm) for module in attachment.model.modules())
         if self._has_batch_norm:

@@ -79,8 +79,14 @@ def reestimate_batch_norm(
         for name, module in attachment.model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and not _is_frozen(module, attachment)
     }
-    attachment.evaluation_buffers = None
-    attachment.constants = None
+    attachment.evaluation_buffers = attachment.constants = None
+    with torch.inference_mode(False), torch.no_grad():
+        _estimate(attachment, forwards, norms, fold)
+
+
+def _estimate(
+    attachment: "Attachment", forwards: Iterable[Callable[[], Any]], norms: dict[str, _BatchNorm], fold: bool
+) -> None:
     if fold:
         with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment)) as stop:
             attachment.observed = {}
@@ -154,8 +160,7 @@ def _estimating(
         module.momentum = None
     attachment.inference = stop
     try:
-        with torch.inference_mode(False), torch.no_grad():
-            yield stop
+        yield stop
     finally:
         attachment.inference = previous
         for module, saved, momentum in buffers:
