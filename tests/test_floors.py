@@ -40,7 +40,7 @@ ALL_LIBRARIES = {
     *("hydra", "omegaconf", "rich", "matplotlib", "numpy", "sklearn", "PIL"),
 }
 LIBRARIES = {
-    0: {"torch", "torchvision", "numpy", "sklearn", "PIL"},
+    0: {"torch", "torchvision", "numpy", "scipy", "sklearn", "PIL"},
     1: {"torch", "triton", "safetensors"},
     2: {"torch"},
     3: {"torch"},
@@ -48,7 +48,7 @@ LIBRARIES = {
     5: ALL_LIBRARIES,
 }
 # Lightning enters the third floor through one file, so that the mixin and plain loops need no base class.
-MORE_LIBRARIES = {"callback": {"lightning", "pytorch_lightning"}}
+MORE_LIBRARIES = {"backbones": {"timm"}, "callback": {"lightning", "pytorch_lightning"}}
 
 
 @dataclass(frozen=True)

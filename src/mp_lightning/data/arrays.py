@@ -36,10 +36,20 @@ def image_set(
     if size is not None and size < 1:
         raise ConfigurationError(f"size={size} for '{name}' is out of range: give at least 1 pixel")
     pixels = _colour_images(name, _numpy(images))
-    numbers = _labels(name, _numpy(labels), len(pixels))
-    names = _class_names(name, numbers, classes)
     if size is not None:
         pixels = resize(pixels, size)
+    return labelled(name, pixels, labels, classes)
+
+
+def labelled(
+    name: str, pixels: Tensor, labels: np.ndarray | Tensor | Sequence[int], classes: Sequence[str] | None
+) -> ImageSet:
+    """Check labels and join them with pixels that are already uint8 (N, 3, H, W), which are not copied.
+
+    The other arguments and the errors are those of :func:`image_set`.
+    """
+    numbers = _labels(name, _numpy(labels), len(pixels))
+    names = _class_names(name, numbers, classes)
     height, width = pixels.shape[-2:]
     if height != width:
         raise DataError(f"images of '{name}' are {height} x {width}, not square: crop them, or set image_size=32")

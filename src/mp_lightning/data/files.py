@@ -3,15 +3,17 @@
 import os
 from pathlib import Path
 
-import numpy as np
-
+from mp_lightning.data.archives import read_archive
 from mp_lightning.data.arrays import image_set
 from mp_lightning.data.folders import load_folder
 from mp_lightning.data.images import ImageSet
+from mp_lightning.data.progress import Progress, no_progress
 from mp_lightning.errors import DataError
 
 
-def load_images(path: str | os.PathLike[str], size: int | None = None) -> tuple[ImageSet, ImageSet | None]:
+def load_images(
+    path: str | os.PathLike[str], size: int | None = None, on_progress: Progress | None = None
+) -> tuple[ImageSet, ImageSet | None]:
     """Load a training set and, if there is one, a test set with the same classes.
 
     Args:
@@ -21,6 +23,8 @@ def load_images(path: str | os.PathLike[str], size: int | None = None) -> tuple[
             ``root/test`` (else ``root/val``).
         size: resize the shorter side of every image to so many pixels and crop the centre to a square. Needed where
             images differ in size or are not square.
+        on_progress: while image files are read, called with what is read, and how many files are done and how many
+            there are.
 
     Returns:
         (training set, test set or None).
@@ -32,7 +36,7 @@ def load_images(path: str | os.PathLike[str], size: int | None = None) -> tuple[
     path = Path(path)
     try:
         if path.is_dir():
-            train, test = load_folder(path, size)
+            train, test = load_folder(path, size, on_progress or no_progress)
         elif path.is_file():
             train, test = _load_archive(path, size)
         else:
@@ -48,7 +52,7 @@ def load_images(path: str | os.PathLike[str], size: int | None = None) -> tuple[
 
 
 def _load_archive(path: Path, size: int | None) -> tuple[ImageSet, ImageSet | None]:
-    arrays = _read_archive(path)
+    arrays = read_archive(path)
     found = ", ".join(sorted(arrays)) or "nothing"
     wanted = ["x_train", "y_train"]
     if "x_test" in arrays or "y_test" in arrays:
@@ -61,26 +65,3 @@ def _load_archive(path: Path, size: int | None) -> tuple[ImageSet, ImageSet | No
     if "x_test" not in arrays:
         return train, None
     return train, image_set(f"{path.stem} (test)", arrays["x_test"], arrays["y_test"], train.classes, size)
-
-
-def _read_archive(path: Path) -> dict[str, np.ndarray]:
-    # Opened here, because numpy leaves open an archive that it cannot read.
-    with path.open("rb") as file:
-        try:
-            archive = np.load(file, allow_pickle=False)
-        # A file that is anything else makes numpy raise whatever its readers of zip, npy and pickle raise.
-        except Exception as error:
-            raise DataError(f"'{path}' is not a readable .npz archive: save it with numpy.savez_compressed") from error
-        if not isinstance(archive, np.lib.npyio.NpzFile):
-            raise DataError(f"'{path}' is a single array, not an .npz archive: save it with numpy.savez_compressed")
-        return {key: _read_member(path, archive, key) for key in archive.files}
-
-
-def _read_member(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> np.ndarray:
-    try:
-        array = archive[key]
-    except Exception as error:
-        pickled = "allow_pickle" in str(error)
-        fault = "holds Python objects, which are not read" if pickled else "is damaged"
-        raise DataError(f"array '{key}' of '{path}' {fault}: save plain numbers, or text for classes") from error
-    return np.asarray(array)

@@ -2,19 +2,16 @@
 
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from mp_lightning.data.arrays import image_set
+from mp_lightning.data.arrays import labelled
+from mp_lightning.data.image_files import read_image_files
 from mp_lightning.data.images import ImageSet
-from mp_lightning.data.resize import resize
+from mp_lightning.data.progress import Progress
 from mp_lightning.errors import ConfigurationError, DataError
 
 
-def load_folder(root: Path, size: int | None) -> tuple[ImageSet, ImageSet | None]:
+def load_folder(root: Path, size: int | None, on_progress: Progress) -> tuple[ImageSet, ImageSet | None]:
     """Load ``root/CLASS/**/image``, or ``root/train/CLASS/...`` with ``root/test`` or ``root/val`` beside it.
 
     Classes are numbered in the order of their names. See :func:`mp_lightning.data.load_images` for the rest.
@@ -23,9 +20,9 @@ def load_folder(root: Path, size: int | None) -> tuple[ImageSet, ImageSet | None
         raise ConfigurationError(f"size={size} for '{root}' is out of range: give at least 1 pixel")
     # A folder 'train' without folders inside is a class of that name.
     if not _subfolders(root / "train"):
-        return _load_split(root, root.name, _class_names(root), size), None
+        return _load_split(root, root.name, _class_names(root), size, on_progress), None
     classes = _class_names(root / "train")
-    train = _load_split(root / "train", root.name, classes, size)
+    train = _load_split(root / "train", root.name, classes, size, on_progress)
     for held_out in (root / "test", root / "val"):
         if held_out.is_dir():
             unknown = sorted(set(_subfolders(held_out)) - set(classes))
@@ -33,7 +30,7 @@ def load_folder(root: Path, size: int | None) -> tuple[ImageSet, ImageSet | None
                 raise DataError(
                     f"class '{unknown[0]}' of '{held_out}' has no folder in '{root / 'train'}': add or remove it"
                 )
-            return train, _load_split(held_out, f"{root.name} ({held_out.name})", classes, size)
+            return train, _load_split(held_out, f"{root.name} ({held_out.name})", classes, size, on_progress)
     return train, None
 
 
@@ -63,41 +60,9 @@ def _image_files(folder: Path) -> list[Path]:
     )
 
 
-def _load_split(folder: Path, name: str, classes: list[str], size: int | None) -> ImageSet:
-    images: list[Tensor] = []
-    labels: list[int] = []
-    for label, class_name in enumerate(classes):
-        for path in _image_files(folder / class_name):
-            image = _read_image(path)
-            if size is not None:
-                image = resize(image, size)
-            if images and image.shape != images[0].shape:
-                raise DataError(
-                    f"'{path}' is {_shape(image)}, other images of '{folder}' are {_shape(images[0])}: "
-                    "set image_size=32, or another side in pixels, to resize all"
-                )
-            images.append(image)
-            labels.append(label)
-    if not images:
+def _load_split(folder: Path, name: str, classes: list[str], size: int | None, on_progress: Progress) -> ImageSet:
+    files = [(path, label) for label, entry in enumerate(classes) for path in _image_files(folder / entry)]
+    if not files:
         raise DataError(f"'{folder}' holds no image files: add images of each class")
-    return image_set(name, torch.cat(images), labels, classes)
-
-
-def _read_image(path: Path) -> Tensor:
-    """uint8 (1, 3, H, W)."""
-    try:
-        with Image.open(path) as image:
-            # Pillow would cut deeper pixels off at 255 instead of scaling them.
-            deep = image.mode.startswith(("I", "F"))
-            pixels = np.array(image.convert("RGB"))
-    # Broken files make Pillow's decoders raise almost anything, SyntaxError included.
-    except Exception as error:
-        raise DataError(f"'{path}' is not a readable image: repair or remove it") from error
-    if deep:
-        raise DataError(f"'{path}' has more than 8 bits a channel: convert it to 8 bits")
-    return torch.from_numpy(pixels).permute(2, 0, 1)[None].contiguous()
-
-
-def _shape(image: Tensor) -> str:
-    height, width = image.shape[-2:]
-    return f"{height} x {width} pixels"
+    paths, labels = zip(*files, strict=True)
+    return labelled(name, read_image_files(paths, size, str(folder), on_progress), labels, classes)

@@ -78,6 +78,10 @@ class ImageSet:
             raise ConfigurationError(f"size={size} for '{self.name}' is out of range: give at least 1 pixel")
         return replace(self, images=resize(self.images, size))
 
+    def on(self, device: torch.device) -> "ImageSet":
+        """The same images on a device."""
+        return replace(self, images=self.images.to(device), labels=self.labels.to(device))
+
     def few_per_class(self, n: int, seed: int) -> tuple["ImageSet", "ImageSet"]:
         """Draw ``n`` images of every class at random.
 
