@@ -6,7 +6,13 @@ The command line prints that sentence and exits with a non-zero code; a Python c
 
 
 class UserError(Exception):
-    """Something that the user gave cannot be used. ``str(error)`` is one line: culprit, then remedy."""
+    """Something that the user gave cannot be used. ``str(error)`` is one line: culprit, then remedy.
+
+    Attributes:
+        on_every_rank: all processes of a run raise it alike, so that one of them is enough to say it.
+    """
+
+    on_every_rank = False
 
 
 class PhiError(UserError):

@@ -15,14 +15,16 @@ except ImportError:  # not on Windows, where two processes in one folder are not
 
 REPORT = "report.json"
 SETTINGS = "settings.json"
-LAST_CHECKPOINT = "last.ckpt"
 _LOCK = ".lock"
 _NOT_RELEVANT: dict[str, set[str] | None] = {
     "run": None,
     "hydra": None,
     "command": None,
+    "data_root": None,
+    "logger": None,
     "trainer": {
         *("accelerator", "devices", "num_nodes", "strategy", "default_root_dir"),
+        *("limit_train_batches", "max_time"),  # they end a command early, and the next one continues
         *("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "log_every_n_steps", "profiler"),
     },
 }
@@ -74,13 +76,16 @@ class RunFolder:
         path: the folder; it is made if it is absent.
         settings: the run's :func:`relevant_settings`; a folder keeps those of its run.
         fresh: move what an earlier run left into a subfolder ``previous-K`` and start anew.
+        owner: whether this process keeps the folder; of several that train together one does, and the others only read.
 
     Raises:
         RunFolderError: the folder cannot be written, another process works in it, or it holds a run of other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], fresh: bool = False) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any], fresh: bool = False, owner: bool = True) -> None:
         self.path = path
+        if not owner:
+            return
         try:
             path.mkdir(parents=True, exist_ok=True)
             self._lock()
@@ -89,11 +94,6 @@ class RunFolder:
             self._claim(settings)
         except OSError as error:
             raise unusable(path, error) from error
-
-    def checkpoint(self) -> Path | None:
-        """The last checkpoint, if there is one."""
-        path = self.checkpoints / LAST_CHECKPOINT
-        return path if path.is_file() else None
 
     @property
     def checkpoints(self) -> Path:
@@ -109,8 +109,15 @@ class RunFolder:
         return report if isinstance(report, dict) else None
 
     def finish(self, report: dict[str, Any]) -> None:
-        """Mark the run as finished, with its report."""
-        _write_whole(self.path / REPORT, report)
+        """Mark the run as finished, with its report.
+
+        Raises:
+            RunFolderError: it cannot be written.
+        """
+        try:
+            write_whole(self.path / REPORT, report)
+        except OSError as error:
+            raise unusable(self.path, error) from error
 
     def _lock(self) -> None:
         """Keep other processes out of the folder until this one ends, however it ends."""
@@ -133,7 +140,7 @@ class RunFolder:
         except (FileNotFoundError, ValueError):
             before = None
         if not isinstance(before, dict):
-            _write_whole(path, settings)
+            write_whole(path, settings)
             return
         different = differences(before, settings)
         if different:
@@ -163,7 +170,8 @@ def unusable(path: Path, error: OSError) -> RunFolderError:
     )
 
 
-def _write_whole(path: Path, content: dict[str, Any]) -> None:
+def write_whole(path: Path, content: dict[str, Any]) -> None:
+    """Write a JSON file so that at any time either the old content is there or the new one."""
     partial = path.with_name(f"{path.name}.partial")
     partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     os.replace(partial, path)

@@ -1,10 +1,12 @@
 """metrics.csv: its rows, and what a resumed run does with those of the run before."""
 
+import math
 from pathlib import Path
 
 import pytest
 
-from mp_lightning.meta.history import ROWS, History
+from mp_lightning.meta.history import ROWS, History, rows_every
+from mp_lightning.runs import RunFolderError
 
 
 def add_steps(history: History, first: int, last: int, steps: int = 10) -> None:
@@ -12,8 +14,8 @@ def add_steps(history: History, first: int, last: int, steps: int = 10) -> None:
     for step in range(first, last + 1):
         history.add(step, {"a": (float(step), 2.0 * step), "b": (0.1 * step, 1.0)})
         if step % 2 == 0 or step == 1:
-            for task in ("a", "b"):
-                history.observe(task, [0.5, 0.25 + step], [0.75, 0.8])
+            sites = {"scale": [0.5, 0.25 + step], "noise": [0.75, 0.8], "multiplier": [0.4, 0.3 * step]}
+            history.observe(0.5 * step, {"a": sites, "b": sites})
             history.write(step)
 
 
@@ -26,6 +28,43 @@ def test_rows_hold_the_mean_since_the_last_row(tmp_path: Path) -> None:
     assert table["a/valid_loss"] == [2, 4, 7]
     assert table["b/site1/scale"] == [1.25, 2.25, 4.25]
     assert table["b/site0/noise"] == [0.75] * 3
+    assert table["a/site1/multiplier"] == [0.3 * 1, 0.3 * 2, 0.3 * 4]
+    assert table["phi/gradient_norm"] == [0.5, 1, 2]
+
+
+def test_a_row_is_returned_as_it_is_written(tmp_path: Path) -> None:
+    history = History(tmp_path / "metrics.csv")
+    history.add(1, {"a": (1.0, 2.0)})
+    history.observe(0.25, {"a": {"scale": [0.5]}})
+    row = history.write(1)
+    assert row == {"a/train_loss": 1.0, "a/valid_loss": 2.0, "a/site0/scale": 0.5, "phi/gradient_norm": 0.25}
+    assert history.read() == {"step": [1.0], **{name: [value] for name, value in row.items()}}
+
+
+def test_steps_that_a_task_was_left_out_of_do_not_count_for_its_loss(tmp_path: Path) -> None:
+    history = History(tmp_path / "metrics.csv")
+    for step, loss in enumerate((1.0, math.nan, 3.0), start=1):
+        history.add(step, {"a": (loss, 2 * loss), "b": (math.nan, math.nan)})
+    row = history.write(3)
+    assert (row["a/train_loss"], row["a/valid_loss"]) == (2.0, 4.0)
+    assert math.isnan(row["b/train_loss"]) and math.isnan(row["b/valid_loss"])
+
+
+def test_a_table_that_cannot_be_written_names_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    history = History(tmp_path / "run" / "metrics.csv")
+    history.add(1, {"a": (1.0, 2.0)})
+    with pytest.raises(RunFolderError, match=r"run' cannot be written \(Not a directory\); choose another with"):
+        history.write(1)
+
+
+def test_a_table_that_cannot_be_cut_names_its_folder(tmp_path: Path) -> None:
+    history = History(tmp_path / "metrics.csv")
+    add_steps(history, 1, 4)
+    (tmp_path / "metrics.partial").mkdir()
+    with pytest.raises(RunFolderError, match=r"cannot be written \(Is a directory\); choose another with"):
+        history.resume(2, {})
+    assert history.read()["step"] == [1, 2, 4]
 
 
 def test_rows_are_due_about_a_hundred_times() -> None:
@@ -33,6 +72,7 @@ def test_rows_are_due_about_a_hundred_times() -> None:
         due = [step for step in range(1, steps + 1) if History.is_due(step, steps)]
         assert due[0] == 1 and due[-1] == steps
         assert min(steps, ROWS) <= len(due) <= 2 * ROWS + 2
+        assert all(step % rows_every(steps) == 0 for step in due[1:-1])
 
 
 @pytest.mark.parametrize("stop", [3, 4, 5])

@@ -5,6 +5,8 @@ import torch
 
 from conftest import assert_close_to_golden, golden_phi
 from mp_lightning.backbones import build_backbone
+from mp_lightning.meta.joint import JointGradient
+from mp_lightning.meta.learner import TaskStep
 from mp_lightning.meta.step import phi_gradient, theta_step
 from mp_lightning.perturbation import MetaPerturb, Phi
 from mp_lightning.sites import attach
@@ -43,7 +45,7 @@ class JointRun:
 
     def gradients(self, step: int):
         """Losses of both tasks and the mean gradient of phi at one step, after the steps on theta."""
-        losses, gradients = [], []
+        joint = JointGradient(self.phi, len(TASKS))
         for task in TASKS:
             batch = {
                 k: torch.tensor(self.z[f"step{step}.task{task}.{k}"])
@@ -51,9 +53,9 @@ class JointRun:
             }
             train = theta_step(self.models[task], self.thetas[task], batch["train.x"], batch["train.y"])
             valid, gradient = phi_gradient(self.models[task], self.phi, batch["valid.x"], batch["valid.y"])
-            losses.append((float(train), float(valid)))
-            gradients.append(gradient)
-        return losses, [torch.stack(pair).mean(dim=0) for pair in zip(*gradients, strict=True)]
+            joint.add(task, TaskStep(train, valid, gradient))
+        joint.reduce()
+        return joint.losses, joint.mean()
 
 
 def initial_phi_of_the_golden_run(z) -> Phi:

@@ -7,7 +7,7 @@ import torch
 
 from mp_lightning.data import ImageSet, image_set
 from mp_lightning.errors import ConfigurationError, DataError
-from mp_lightning.meta.tasks import Architecture, Source, Task, derived_seed, make_tasks
+from mp_lightning.meta.tasks import Source, Split, Task, make_tasks
 
 
 def numbered_images(classes: int = 4, per_class: int = 6, name: str = "set") -> ImageSet:
@@ -18,8 +18,9 @@ def numbered_images(classes: int = 4, per_class: int = 6, name: str = "set") -> 
 
 
 def tasks_of(*sources: ImageSet, architectures=("conv4-4", "resnet20-4"), flip=False, seed=0, **options) -> list[Task]:
-    options = {"groups": 1, "train_per_class": None, "valid_per_class": None, **options}
-    return make_tasks([Source(images, flip) for images in sources], list(architectures), seed=seed, **options)
+    options = {"groups": 1, "classes": None, "train_per_class": None, "valid_per_class": None, **options}
+    split = Split(architectures=list(architectures), **options)
+    return make_tasks([Source(images, flip, split) for images in sources], seed=seed)
 
 
 def numbers(images: ImageSet) -> set[int]:
@@ -93,7 +94,7 @@ def test_batches_leave_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
     task = tasks_of(numbered_images(), flip=True)[0]
     task.batch("train", 0, 4, 0, torch.device("cpu"))
-    task.architecture.build(resized(task.train), 1)
+    task.architecture.build(task.train.resized(16), 1)
     assert torch.equal(state, torch.get_rng_state())
 
 
@@ -117,23 +118,6 @@ def test_split_follows_the_seed() -> None:
     assert halves[0] == halves[1] != halves[2]
 
 
-def test_derived_seed_is_the_same_in_every_process() -> None:
-    assert derived_seed(3, "set-a", "theta") == 4807587424409711
-    assert derived_seed(3, "set-a", "theta") != derived_seed(3, "set-b", "theta") != derived_seed(4, "set-b", "theta")
-    assert 0 <= derived_seed("x") < 2**63
-
-
-def test_same_seed_builds_the_same_network() -> None:
-    images = numbered_images()
-    first, again, other = (Architecture("conv4", 4).build(resized(images), seed) for seed in (0, 0, 1))
-    assert torch.equal(first.fc.weight, again.fc.weight)
-    assert not torch.equal(first.fc.weight, other.fc.weight)
-
-
-def resized(images: ImageSet) -> ImageSet:
-    return images.resized(16)
-
-
 def test_too_few_classes_are_refused() -> None:
     with pytest.raises(DataError, match=r"'set' has 5 classes, too few for tasks.groups=3"):
         tasks_of(numbered_images(classes=5), groups=3)
@@ -152,25 +136,6 @@ def test_more_images_than_there_are_cannot_be_asked_for() -> None:
 def test_two_sources_of_one_name_are_refused() -> None:
     with pytest.raises(DataError, match="two sources are called 'twin'; give the files"):
         tasks_of(numbered_images(name="twin"), numbered_images(name="other"), numbered_images(name="twin"))
-
-
-@pytest.mark.parametrize("text", ["conv4-0", "conv4-x", "conv4--4", "conv4-1.5", "conv4-"])
-def test_a_width_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"architecture '{text}'"):
-        Architecture.parse(text)
-
-
-def test_architectures_print_as_they_are_written() -> None:
-    for text in ("conv4", "resnet20-8"):
-        assert str(Architecture.parse(text)) == text
-
-
-@pytest.mark.parametrize(
-    ("text", "size", "message"), [("alexnet", 32, "choose one of .*conv4"), ("conv4", 8, "at least 16 pixels")]
-)
-def test_an_architecture_that_cannot_be_built_is_refused(text: str, size: int, message: str) -> None:
-    with pytest.raises(ConfigurationError, match=f"architecture '{text}': .*{message}"):
-        Architecture.parse(text).check(size)
 
 
 def test_no_architecture_is_refused() -> None:

@@ -1,26 +1,19 @@
 """Joint meta-training on tiny tasks: it learns, and a run that was killed ends as if it had not been."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
-from typing import Any
 
-import lightning as L
-import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from tiny_runs import NAMES, SETTINGS, BeforeStep, assert_same, fit, new_module, tiny_tasks
 
-from mp_lightning.data import image_set
-from mp_lightning.meta.checkpoint import KeepCheckpoint, RunCheckpointError, read_checkpoint
+from mp_lightning.meta.checkpoint import RunCheckpointError, checkpoints, read_checkpoint
 from mp_lightning.meta.history import History
-from mp_lightning.meta.module import DivergedError, JointMetaTraining, MetaSettings
-from mp_lightning.meta.tasks import Source, Task, make_tasks
+from mp_lightning.meta.module import JointMetaTraining
+from mp_lightning.meta.settings import MetaSettings
 from mp_lightning.perturbation import initial_phi
-from mp_lightning.runs import LAST_CHECKPOINT
-
-SETTINGS = MetaSettings(
-    steps=6, lr=1e-2, weight_decay=1e-4, theta_lr=1e-2, theta_weight_decay=5e-4, batch_size=4, restart_after=None
-)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*before the epoch ended.*", "ignore:.*LeafSpec.*")
 
@@ -29,183 +22,164 @@ class Killed(Exception):
     """Stands for the end of a process in the middle of a step."""
 
 
-class KillAfter(L.Callback):
-    def __init__(self, step: int | None) -> None:
-        self.step = step
-
-    def on_train_batch_start(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
-        if trainer.global_step == self.step:
-            # What a kill in the middle leaves behind: networks that have moved on since the checkpoint.
-            pl_module._task_step(0, pl_module.tasks[0], False)
-            raise Killed
+def kill(module: JointMetaTraining) -> None:
+    """Leave behind what a kill in the middle does: networks that have moved on since the checkpoint."""
+    module.learner("first-a").step(module.meta_step)
+    raise Killed
 
 
-def tiny_tasks(seed: int = 0) -> list[Task]:
-    sources = []
-    for number, name in enumerate(("first", "second")):
-        images = np.random.default_rng(number).integers(0, 255, (18, 3, 16, 16), dtype=np.uint8)
-        sources.append(Source(image_set(name, images, np.arange(18) % 3), flip=bool(number)))
-    options = {"groups": 1, "train_per_class": None, "valid_per_class": None}
-    return make_tasks(sources, ["conv4-3", "resnet20-2"], seed=seed, **options)
-
-
-def train(
-    folder: Path, settings: MetaSettings = SETTINGS, kill_after: int | None = None, every: int = 2
-) -> JointMetaTraining:
+def train(folder: Path, settings: MetaSettings = SETTINGS, kill_after: int | None = None) -> JointMetaTraining:
     """Meta-train in ``folder``, from the checkpoint there if there is one."""
-    module = JointMetaTraining(tiny_tasks(), settings, 7, History(folder / "metrics.csv"))
-    trainer = L.Trainer(
-        default_root_dir=folder,
-        accelerator="cpu",
-        logger=False,
-        max_steps=settings.steps,
-        max_epochs=1,
-        callbacks=[KeepCheckpoint(folder, every), KillAfter(kill_after)],
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    checkpoint = folder / LAST_CHECKPOINT
-    loader = DataLoader(range(settings.steps), batch_size=None)
-    trainer.fit(module, loader, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
-    return module
+    module = new_module(settings, history=History(folder / "metrics.csv"))
+    return fit(module, folder, *([] if kill_after is None else [BeforeStep(kill_after, kill)]))
 
 
-def assert_same(module: JointMetaTraining, other: JointMetaTraining) -> None:
-    """phi, all networks, the optimizers' and the sites' state, bit for bit."""
-    own, its = module.state_dict(), other.state_dict()
-    assert own.keys() == its.keys()
-    different = [key for key in own if not torch.equal(own[key], its[key])]
-    assert not different, f"different: {different[:5]}"
-    for task in module.tasks:
-        states = [m.theta_optimizers[task.name].state_dict()["state"] for m in (module, other)]
-        for number, state in states[0].items():
-            assert all(torch.equal(state[key], states[1][number][key]) for key in state)
-        first, second = (m.attachments[task.name].state() for m in (module, other))
-        assert (first["seed"], first["counters"]) == (second["seed"], second["counters"])
-        for site, statistics in first["sites"].items():
-            assert all(torch.equal(statistics[key], second["sites"][site][key]) for key in statistics)
+def newest(folder: Path) -> Path:
+    return checkpoints(folder / "checkpoints")[0]
+
+
+def assert_same_training(module: JointMetaTraining, other: JointMetaTraining) -> None:
+    """phi; all networks, their optimizers' and the sites' state, bit for bit."""
+    assert module.meta_step == other.meta_step and module.names == other.names
+    assert_same(module.state_dict(), other.state_dict())
+    for name in module.names:
+        assert_same(module.learner(name).state(), other.learner(name).state(), name)
 
 
 def test_three_steps_change_phi_and_every_network(tmp_path: Path) -> None:
     settings = replace(SETTINGS, steps=3)
-    fresh = JointMetaTraining(tiny_tasks(), settings, 7, History(tmp_path / "unused.csv"))
+    fresh = new_module(settings)
     for value, initial in zip(fresh.perturbation.phi, initial_phi(7), strict=True):
         assert torch.equal(value, initial)
     trained = train(tmp_path, settings)
     assert trained.meta_step == 3
     for name, before in fresh.perturbation.named_parameters():
         assert not torch.equal(before, trained.perturbation.get_parameter(name)), name
-    for task in trained.tasks:
-        before = dict(fresh.thetas[task.name].named_parameters())
-        moved = [not torch.equal(before[n], p) for n, p in trained.thetas[task.name].named_parameters()]
-        assert sum(moved) > 0.9 * len(moved), task.name
+    for name in NAMES:
+        before = dict(fresh.learner(name).model.named_parameters())
+        moved = [not torch.equal(before[n], p) for n, p in trained.learner(name).model.named_parameters()]
+        assert sum(moved) > 0.9 * len(moved), name
 
 
 def test_all_tasks_share_one_phi(tmp_path: Path) -> None:
     module = train(tmp_path, replace(SETTINGS, steps=1))
-    for task in module.tasks:
-        assert module.attachments[task.name].perturbation is module.perturbation
+    for name in NAMES:
+        assert module.learner(name).attachment.perturbation is module.perturbation
     assert sum(p.numel() for p in module.perturbation.parameters()) == 82
 
 
-def test_networks_differ_between_tasks_and_seeds(tmp_path: Path) -> None:
-    one, other = (JointMetaTraining(tiny_tasks(), SETTINGS, seed, History(tmp_path / "h.csv")) for seed in (0, 1))
-    weight = one.thetas["first-a"].fc.weight
-    assert not torch.equal(weight, other.thetas["first-a"].fc.weight)
-    assert not torch.equal(weight, one.thetas["second-a"].fc.weight)
+def test_networks_differ_between_tasks_and_seeds() -> None:
+    one, other = (new_module(seed=seed) for seed in (0, 1))
+    weight = one.learner("first-a").model.fc.weight
+    assert not torch.equal(weight, other.learner("first-a").model.fc.weight)
+    assert not torch.equal(weight, one.learner("second-a").model.fc.weight)
     assert not torch.equal(one.perturbation.scale_weight, other.perturbation.scale_weight)
 
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int | None], tuple[JointMetaTraining, Path]]:
+    """By ``restart_after``, what a run without interruption ends with, and its folder."""
+
+    @cache
+    def run(restart_after: int | None) -> tuple[JointMetaTraining, Path]:
+        folder = tmp_path_factory.mktemp("whole")
+        return train(folder, replace(SETTINGS, restart_after=restart_after)), folder
+
+    return run
+
+
 @pytest.mark.parametrize(("kill_after", "restart_after"), [(1, None), (2, 4), (5, None), (5, 4)])
-def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, kill_after: int, restart_after: int | None) -> None:
+def test_killed_and_resumed_equals_uninterrupted(
+    tmp_path: Path, uninterrupted: Callable, kill_after: int, restart_after: int | None
+) -> None:
     settings = replace(SETTINGS, restart_after=restart_after)
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    whole.mkdir()
-    broken.mkdir()
-    expected = train(whole, settings)
+    expected, whole = uninterrupted(restart_after)
     with pytest.raises(Killed):
-        train(broken, settings, kill_after)
-    assert (broken / LAST_CHECKPOINT).exists() == (kill_after >= 2)
-    assert_same(train(broken, settings), expected)
-    assert (broken / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+        train(tmp_path, settings, kill_after)
+    assert bool(checkpoints(tmp_path / "checkpoints")) == (kill_after >= 2)
+    assert_same_training(train(tmp_path, settings), expected)
+    own, its = (read_checkpoint(newest(folder)) for folder in (tmp_path, whole))
+    for key in ("state_dict", "optimizer_states", "meta_step", "history", "description", "tasks"):
+        assert_same(own[key], its[key], key)
+    assert (tmp_path / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
+
+
+def test_a_run_continues_before_a_damaged_checkpoint(
+    tmp_path: Path, uninterrupted: Callable, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected, whole = uninterrupted(None)
+    with pytest.raises(Killed):
+        train(tmp_path, kill_after=5)
+    damaged = newest(tmp_path)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    assert_same_training(train(tmp_path), expected)
+    assert f"'{damaged}' is damaged and cannot be continued from; continuing from the one" in capsys.readouterr().out
+    assert (tmp_path / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
 
 
 def test_a_finished_run_is_not_trained_further(tmp_path: Path) -> None:
     first = train(tmp_path)
     again = train(tmp_path)
     assert again.meta_step == SETTINGS.steps
-    assert_same(again, first)
+    assert_same_training(again, first)
 
 
-def test_networks_restart_one_after_the_other(tmp_path: Path) -> None:
+def test_networks_restart_one_after_the_other() -> None:
     """With four tasks restarted every four steps, one network is new at each step."""
-    module = JointMetaTraining(tiny_tasks(), replace(SETTINGS, restart_after=4), 7, History(tmp_path / "h.csv"))
+    module = new_module(replace(SETTINGS, restart_after=4))
     restarted = []
     for step in range(1, 9):
         module.meta_step = step
-        before = {task.name: module.thetas[task.name] for task in module.tasks}
-        for index, task in enumerate(module.tasks):
-            module._task_step(index, task, False)
-        restarted.append([task.name for task in module.tasks if module.thetas[task.name] is not before[task.name]])
-    names = [task.name for task in module.tasks]
-    assert restarted == [[name] for name in reversed(names)] * 2
-
-
-def test_a_restarted_network_is_another_one(tmp_path: Path) -> None:
-    module = JointMetaTraining(tiny_tasks(), SETTINGS, 7, History(tmp_path / "h.csv"))
-    task = module.tasks[0]
-    first, seed = module.thetas[task.name].fc.weight.clone(), module.attachments[task.name].seed
-    module._start_theta(task, generation=1)
-    assert not torch.equal(module.thetas[task.name].fc.weight, first)
-    assert module.attachments[task.name].seed != seed
-    assert not module.theta_optimizers[task.name].state_dict()["state"]
+        before = {name: module.learner(name).model for name in NAMES}
+        for number in range(len(NAMES)):
+            module._restart_when_due(number)
+        restarted.append([name for name in NAMES if module.learner(name).model is not before[name]])
+    assert restarted == [[name] for name in reversed(NAMES)] * 2
 
 
 def test_checkpoint_holds_plain_values_and_phi_once(tmp_path: Path) -> None:
-    train(tmp_path)
-    content = torch.load(tmp_path / LAST_CHECKPOINT, weights_only=True)
+    module = train(tmp_path)
+    content = torch.load(newest(tmp_path), weights_only=True)
     assert content["meta_step"] == SETTINGS.steps
-    assert set(content["tasks"]) == {"first-a", "first-b", "second-a", "second-b"}
-    phi = [key for key in content["state_dict"] if "scale_weight" in key]
-    assert phi == ["perturbation.scale_weight"]
-    assert not list(tmp_path.glob("*.partial")) and len(list(tmp_path.glob("*.ckpt"))) == 1
+    assert set(content["tasks"]) == set(NAMES)
+    assert content["state_dict"].keys() == {f"perturbation.{field}" for field in module.perturbation.phi._fields}
+    for name, task in content["tasks"].items():
+        assert "phi" not in task["attachment"]
+        theta = {key for key, _ in task_parameters(module, name)}
+        assert theta <= set(task["theta"]) and not [key for key in task["theta"] if "scale_weight" in key]
 
 
-@pytest.mark.parametrize("keep", [0, 1, 100, -1])
-def test_a_damaged_checkpoint_is_refused(tmp_path: Path, keep: int) -> None:
-    train(tmp_path, replace(SETTINGS, steps=1))
-    path = tmp_path / LAST_CHECKPOINT
-    path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(RunCheckpointError, match=r"last.ckpt' is damaged .* run.fresh=true"):
-        read_checkpoint(path)
+def task_parameters(module: JointMetaTraining, name: str) -> list[tuple[str, torch.Tensor]]:
+    """theta of one task: what its optimizer holds, by name."""
+    learner = module.learner(name)
+    held = {id(p) for group in learner.optimizer.param_groups for p in group["params"]}
+    return [(key, p) for key, p in learner.model.named_parameters() if id(p) in held]
 
 
-def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
-    torch.save({"state_dict": {}}, tmp_path / LAST_CHECKPOINT)
-    with pytest.raises(RunCheckpointError, match="not written by this version"):
-        read_checkpoint(tmp_path / LAST_CHECKPOINT)
+def test_a_process_with_some_of_the_tasks_takes_them_out_of_the_checkpoint_of_all(tmp_path: Path) -> None:
+    train(tmp_path, replace(SETTINGS, steps=2))
+    content = read_checkpoint(newest(tmp_path))
+    part = new_module(replace(SETTINGS, steps=2), mine=[3, 1])
+    assert set(part.learners) == {"first-b", "second-b"}
+    part.on_load_checkpoint(content)
+    part.load_state_dict(content["state_dict"])
+    assert part.meta_step == 2
+    for name in part.learners:
+        assert_same(part.learner(name).state(), content["tasks"][name], name)
+
+
+def test_ddp_would_see_phi_alone() -> None:
+    module = new_module()
+    ignored = set(module._ddp_params_and_buffers_to_ignore)
+    seen = {name: p for name, p in module.named_parameters(remove_duplicate=False) if name not in ignored}
+    assert {id(p) for p in seen.values()} == {id(p) for p in module.perturbation.parameters()} and len(seen) < 10
+    assert not {name for name, _ in module.named_buffers(remove_duplicate=False)} - ignored
 
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     train(tmp_path, replace(SETTINGS, steps=2))
-    with pytest.raises(RunCheckpointError, match=r"made with meta.lr=0.01, not 0.02; meta.steps=2, not 6: .*fresh"):
+    with pytest.raises(RunCheckpointError, match=r"made with meta.lr=0.01, not 0.02; meta.steps=2, not 6; .*fresh"):
         train(tmp_path, replace(SETTINGS, lr=2e-2))
-    other = JointMetaTraining(tiny_tasks(seed=1), replace(SETTINGS, steps=2), 7, History(tmp_path / "h.csv"))
+    other = new_module(replace(SETTINGS, steps=2), tasks=tiny_tasks(seed=1))
     with pytest.raises(RunCheckpointError, match=r"tasks.first-a.digest="):
-        other.check_checkpoint(read_checkpoint(tmp_path / LAST_CHECKPOINT))
-
-
-def test_a_task_that_diverges_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DivergedError, match=r"task '(first|second)-[ab]' diverged at meta-step \d: .*meta.theta_lr"):
-        train(tmp_path, replace(SETTINGS, theta_lr=1e30))
-
-
-def test_images_that_give_no_number_are_named(tmp_path: Path) -> None:
-    module = JointMetaTraining(tiny_tasks(), SETTINGS, 7, History(tmp_path / "h.csv"))
-    task = module.tasks[2]
-    with torch.no_grad():
-        module.thetas[task.name].fc.bias.fill_(torch.nan)
-    with pytest.raises(DivergedError, match=f"task '{task.name}' diverged at meta-step 1"):
-        module._task_step(2, task, False)
+        other.check_checkpoint(read_checkpoint(newest(tmp_path)))

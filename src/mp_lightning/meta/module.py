@@ -1,6 +1,7 @@
 """Meta-training as a LightningModule: one training step is one joint step of all tasks."""
 
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from typing import Any
 
 import lightning as L
@@ -8,65 +9,80 @@ import torch
 from torch import Tensor, nn
 
 from mp_lightning.errors import UserError
+from mp_lightning.meta import exchange
 from mp_lightning.meta.checkpoint import RunCheckpointError
 from mp_lightning.meta.history import History
-from mp_lightning.meta.step import phi_gradient, theta_step
-from mp_lightning.meta.tasks import Task, derived_seed
+from mp_lightning.meta.joint import JointGradient
+from mp_lightning.meta.learner import Learner
+from mp_lightning.meta.settings import LEAVE_OUT, MetaSettings
+from mp_lightning.meta.tasks import Task
 from mp_lightning.meta.watched import WatchedMetaPerturb
 from mp_lightning.perturbation import initial_phi
 from mp_lightning.runs import differences
-from mp_lightning.sites import Attachment, attach
-from mp_lightning.sites.attachment import NAME
 
-_PHI_KEYS = f".{NAME}."
-
-
-@dataclass(frozen=True)
-class MetaSettings:
-    """Settings of meta-training; ``steps`` are joint meta-steps, ``lr`` and ``weight_decay`` those of phi."""
-
-    steps: int
-    lr: float
-    weight_decay: float
-    theta_lr: float
-    theta_weight_decay: float
-    batch_size: int
-    restart_after: int | None
+_LEARNERS = "learners."
 
 
 class DivergedError(UserError):
-    """The loss of a task is not finite."""
+    """The loss or gradient of a task is not finite."""
+
+    on_every_rank = True
+
+
+class DriftError(UserError):
+    """The processes of a run no longer hold the same phi."""
+
+    on_every_rank = True
 
 
 class JointMetaTraining(L.LightningModule):
-    """Learns phi over all tasks at once (Algorithm 1 of the paper), on one device.
+    """Learns phi over all tasks at once (Algorithm 1 of the paper).
+
+    With several processes each learns some of the tasks: theta stays there, and a step exchanges phi's gradients alone.
 
     Args:
         tasks: the tasks; each gets a network of its own, and all share one perturbation.
         settings: see :class:`MetaSettings`.
         seed: seed of phi, of the networks, of the batches and of the noise.
-        history: where losses, scale and noise are written.
+        history: where losses, scale, noise and multiplier are written; on the first process alone.
+        mine: the numbers of the tasks that this process learns; None: all.
+        tell: shows a line to the user.
     """
 
-    def __init__(self, tasks: list[Task], settings: MetaSettings, seed: int, history: History) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[Task],
+        settings: MetaSettings,
+        seed: int,
+        history: History | None,
+        mine: Sequence[int] | None = None,
+        tell: Callable[[str], None] = print,
+    ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.tasks = tasks
         self.settings = settings
         self.seed = seed
         self.history = history
         self.meta_step = 0
+        self.names = [task.name for task in tasks]
         self.perturbation = WatchedMetaPerturb(initial_phi(seed))
-        self.thetas = nn.ModuleDict()
-        self.theta_optimizers: dict[str, torch.optim.Optimizer] = {}
-        self.attachments: dict[str, Attachment] = {}
-        for task in tasks:
-            self._start_theta(task)
+        self.mine = list(range(len(tasks)) if mine is None else mine)
+        self.learners = nn.ModuleDict(
+            {tasks[number].name: Learner(tasks[number], self.perturbation, settings, seed) for number in self.mine}
+        )
         self.description: dict[str, Any] = {
             "seed": seed,
             "meta": asdict(settings),
             "tasks": {task.name: task.description() for task in tasks},
         }
+        self._tell = tell
+        self._keep_theta_from_ddp()
+
+    def learner(self, name: str) -> Learner:
+        """The learner of a task that this process has."""
+        learner = self.learners[name]
+        assert isinstance(learner, Learner)
+        return learner
 
     def check_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another run.
@@ -78,18 +94,19 @@ class JointMetaTraining(L.LightningModule):
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise RunCheckpointError(
-                f"the checkpoint in the run folder was made with {'; '.join(different[:3])}{more}: set it back, choose "
-                "another folder with hydra.run.dir=, or start anew with run.fresh=true"
+                f"the checkpoint in the run folder was made with {'; '.join(different[:3])}{more}",
+                "set it back, choose another folder with hydra.run.dir=, or start anew with run.fresh=true",
             )
 
     def on_fit_start(self) -> None:
-        # Checkpoints are read before the networks move to the device; this takes the optimizers' state after them.
-        for optimizer in self.theta_optimizers.values():
-            optimizer.load_state_dict(optimizer.state_dict())
+        # Checkpoints are read before the networks move to the device; this takes what does not move with them.
+        for number in self.mine:
+            self.learner(self.names[number]).settle_on_device()
 
     def on_train_start(self) -> None:
-        if self.meta_step == 0:
+        if self.meta_step == 0 and self.history is not None:
             self.history.resume(0, {})
+        self._check_drift()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(
@@ -98,90 +115,115 @@ class JointMetaTraining(L.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> None:
         """One joint step. ``batch`` is ignored: each task draws its own by the number of the step."""
-        watch = self.history.is_due(self.meta_step + 1, self.settings.steps)
-        results = [self._task_step(index, task, watch) for index, task in enumerate(self.tasks)]
+        watch = History.is_due(self.meta_step + 1, self.settings.steps)
         phi = list(self.perturbation.parameters())
-        for position, parameter in enumerate(phi):
-            parameter.grad = torch.stack([gradients[position] for _, _, gradients in results]).mean(dim=0)
+        joint = JointGradient(phi, len(self.names))
+        observed: dict[str, Any] = {}
+        for number in self.mine:
+            learner = self.learner(self.names[number])
+            self._restart_when_due(number)
+            step = learner.step(self.meta_step, watch)
+            joint.add(number, step)
+            if step.observed is not None:
+                observed[self.names[number]] = step.observed
+        joint.reduce()
+        if joint.invalid:
+            self._leave_out(joint.invalid)
+        for parameter, gradient in zip(phi, joint.mean(), strict=True):
+            parameter.grad = gradient
         optimizer = self.optimizers()
         assert not isinstance(optimizer, list)
         optimizer.step()
         self.meta_step += 1
-        train_losses, valid_losses = [float(r[0]) for r in results], [float(r[1]) for r in results]
-        self.log("train_loss", sum(train_losses) / len(results), prog_bar=True)
-        self.log("valid_loss", sum(valid_losses) / len(results), prog_bar=True)
-        names = [task.name for task in self.tasks]
-        self.history.add(self.meta_step, dict(zip(names, zip(train_losses, valid_losses, strict=True), strict=True)))
-        if watch:
-            self.history.write(self.meta_step)
+        self._record(joint, phi, observed if watch else None)
 
-    def _task_step(self, index: int, task: Task, watch: bool) -> tuple[Tensor, Tensor, list[Tensor]]:
-        settings, step = self.settings, self.meta_step
-        if settings.restart_after is not None:
-            # Staggered, so that at any step phi sees networks of all ages.
-            age = step + index * settings.restart_after // len(self.tasks)
-            if step > 0 and age % settings.restart_after == 0:
-                self._start_theta(task, generation=age // settings.restart_after)
-        model = self.thetas[task.name].train()
-        phi = list(self.perturbation.parameters())
-        x, y = task.batch("train", step, settings.batch_size, self.seed, self.device)
-        train_loss = theta_step(model, self.theta_optimizers[task.name], x, y)
-        x, y = task.batch("valid", step, settings.batch_size, self.seed, self.device)
-        if watch:
-            with self.perturbation.watching() as (scales, noises):
-                valid_loss, gradients = phi_gradient(model, phi, x, y)
-            self.history.observe(task.name, [float(s) for s in scales], [float(z) for z in noises])
-        else:
-            valid_loss, gradients = phi_gradient(model, phi, x, y)
-        if not all(bool(value.isfinite().all()) for value in (train_loss, valid_loss, *gradients)):
+    def _restart_when_due(self, number: int) -> None:
+        """Staggered, so that at any step phi sees networks of all ages."""
+        after, step = self.settings.restart_after, self.meta_step
+        if after is not None and step > 0 and (step + number * after // len(self.names)) % after == 0:
+            self.learner(self.names[number]).restart()
+
+    def _leave_out(self, invalid: list[int]) -> None:
+        names = ", ".join(f"'{self.names[number]}'" for number in invalid)
+        what = f"task {names}" if len(invalid) == 1 else f"tasks {names}"
+        if self.settings.on_divergence != LEAVE_OUT or len(invalid) == len(self.names):
             raise DivergedError(
-                f"task '{task.name}' diverged at meta-step {step + 1}: its loss or gradient is not finite; lower "
-                "meta.theta_lr or meta.lr, or look at its images"
+                f"{what} diverged at meta-step {self.meta_step + 1}: loss or gradient is not finite; lower "
+                "meta.theta_lr or meta.lr, look at the images, or leave such tasks out by meta.on_divergence=leave_out"
             )
-        return train_loss, valid_loss, gradients
+        self._tell(
+            f"{what} diverged at meta-step {self.meta_step + 1} and left this step's mean; the network starts afresh"
+        )
+        for number in set(invalid) & set(self.mine):
+            self.learner(self.names[number]).restart()
 
-    def _start_theta(self, task: Task, generation: int = 0) -> None:
-        model = task.architecture.build(task.train, derived_seed(self.seed, task.name, "theta", generation))
-        model.to(next(self.perturbation.parameters()).device)
-        self.attachments[task.name] = attach(
-            model,
-            perturbation=self.perturbation,
-            seed=derived_seed(self.seed, task.name, "noise", generation),
-        )
-        self.thetas[task.name] = model
-        theta = [p for name, p in model.named_parameters() if not name.startswith(NAME)]
-        self.theta_optimizers[task.name] = torch.optim.Adam(
-            theta, lr=self.settings.theta_lr, weight_decay=self.settings.theta_weight_decay
-        )
+    def _record(self, joint: JointGradient, phi: Sequence[Tensor], observed: dict[str, Any] | None) -> None:
+        valid = [pair for pair in joint.losses if pair[0] == pair[0]]
+        for index, name in enumerate(("train_loss", "valid_loss")):
+            self.log(name, sum(pair[index] for pair in valid) / len(valid), prog_bar=True, logger=False)
+        if self.history is not None:
+            self.history.add(self.meta_step, dict(zip(self.names, joint.losses, strict=True)))
+        if observed is None:
+            return
+        self._check_drift()
+        norm = torch.cat([p.grad.flatten() for p in phi if p.grad is not None]).norm()
+        observed = exchange.collect(observed, phi[0].device)
+        if self.history is not None:
+            self.history.observe(float(norm), observed)
+            row = self.history.write(self.meta_step)
+            for logger in self.loggers:
+                logger.log_metrics(row, self.meta_step)
+
+    def _check_drift(self) -> None:
+        step = torch.tensor([float(self.meta_step)], device=self._phi_device)
+        if not exchange.same_everywhere(
+            torch.cat([step, *(p.detach().flatten() for p in self.perturbation.parameters())])
+        ):
+            raise DriftError(
+                f"after meta-step {self.meta_step} phi is not the same on all processes; let all of them read the same "
+                "run folder and have the same versions; the same command continues from the last checkpoint"
+            )
+
+    @property
+    def _phi_device(self) -> torch.device:
+        return next(self.perturbation.parameters()).device
+
+    def _keep_theta_from_ddp(self) -> None:
+        """The names that DistributedDataParallel must neither compare nor overwrite: all but phi."""
+        names = [
+            *dict(self.named_parameters(remove_duplicate=False)),
+            *dict(self.named_buffers(remove_duplicate=False)),
+        ]
+        self._ddp_params_and_buffers_to_ignore = [name for name in names if name.startswith(_LEARNERS)]
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
-        """theta of every task and phi, which the tasks share, once."""
-        full = super().state_dict(*args, **kwargs)
-        return {key: value for key, value in full.items() if _PHI_KEYS not in key}
+        """phi alone; theta is kept by task in a checkpoint, see :meth:`on_save_checkpoint`."""
+        state: dict[str, Any] = self.perturbation.state_dict(prefix="perturbation.")
+        return state
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        shared = {key: value for key, value in super().state_dict().items() if _PHI_KEYS in key}
-        for key in shared:
-            shared[key] = state_dict[f"perturbation.{key.rpartition('.')[2]}"]
-        return super().load_state_dict({**state_dict, **shared}, strict, assign)
+        phi = {key.removeprefix("perturbation."): value for key, value in state_dict.items()}
+        return self.perturbation.load_state_dict(phi, strict, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # How far the run has come is the module's to know: a trainer gets the remaining steps only.
+        del checkpoint["loops"]
         checkpoint["description"] = self.description
         checkpoint["meta_step"] = self.meta_step
-        checkpoint["history"] = self.history.pending()
-        checkpoint["tasks"] = {
-            task.name: {
-                "optimizer": self.theta_optimizers[task.name].state_dict(),
-                "attachment": self.attachments[task.name].state(),
-            }
-            for task in self.tasks
-        }
+        if self.history is not None:
+            checkpoint["history"] = self.history.pending()
+        states = {self.names[number]: self.learner(self.names[number]).state() for number in self.mine}
+        checkpoint["tasks"] = exchange.collect(states, self._phi_device)
+
+    def continue_from(self, checkpoint: dict[str, Any]) -> None:
+        """Take over a checkpoint without a trainer, as where no step is left."""
+        self.on_load_checkpoint(checkpoint)
+        self.load_state_dict(checkpoint["state_dict"])
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
         self.meta_step = checkpoint["meta_step"]
-        self.history.resume(self.meta_step, checkpoint["history"])
-        for task in self.tasks:
-            saved = checkpoint["tasks"][task.name]
-            self.theta_optimizers[task.name].load_state_dict(saved["optimizer"])
-            self.attachments[task.name].load_state(saved["attachment"])
+        if self.history is not None:
+            self.history.resume(self.meta_step, checkpoint["history"])
+        for number in self.mine:
+            self.learner(self.names[number]).load_state(checkpoint["tasks"][self.names[number]])

@@ -2,12 +2,12 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mp_lightning.data import ImageSet, generate_textures, load_digits, load_images
+from mp_lightning.data import ImageSet, Progress, generate_textures, list_datasets, load_digits, load_source, mirrors
 from mp_lightning.errors import DataError
-from mp_lightning.meta.tasks import Source
+from mp_lightning.meta.tasks import Source, Split
 from mp_lightning.meta.transfer import Target
 
 HELD_OUT_FRACTION = 0.2
@@ -15,43 +15,109 @@ _LEAST_IMAGES = 4  # of a class: two held out to train and test on, two for the 
 _LEAST_CLASSES = 4  # with fewer, holding classes out leaves nothing to learn from
 
 
-def built_in(
-    size: int, seed: int, train_per_class: int, evaluation: str | None, flip: bool
-) -> tuple[list[Source], Target]:
+@dataclass(frozen=True)
+class SourceSettings:
+    """One source as configured.
+
+    Attributes:
+        dataset: a name of :func:`~mp_lightning.data.list_datasets`, or the path of an npz or an ImageFolder.
+        name: what tasks are called after; None: what the data call themselves.
+        image_size: side in pixels.
+        flip: whether images may be mirrored; None: unless the dataset is one of digits.
+        split: how it is cut into tasks.
+    """
+
+    dataset: str
+    name: str | None
+    image_size: int
+    flip: bool | None
+    split: Split
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The target as configured: a dataset as in :class:`SourceSettings` or None, and training images a class."""
+
+    dataset: str | None
+    train_per_class: int
+    image_size: int
+    flip: bool | None
+
+
+class ImageSource:
+    """Reads images by name or path.
+
+    Args:
+        root: the folder in which named datasets lie, or are downloaded to.
+        on_progress: told how far long reading has come.
+    """
+
+    def __init__(self, root: Path, on_progress: Progress | None = None) -> None:
+        self._root = root
+        self._on_progress = on_progress
+
+    def load(self, dataset: str, size: int) -> tuple[ImageSet, ImageSet | None]:
+        """Training and test images, under a name that can be a part of a task's name."""
+        train, test = load_source(dataset, self._root, size, self._on_progress)
+        return replace(train, name=plain_name(train.name)), test
+
+    def source(self, settings: SourceSettings) -> tuple[Source, ImageSet | None]:
+        """The training images as a source, and the test images."""
+        train, test = self.load(settings.dataset, settings.image_size)
+        train = replace(train, name=settings.name or train.name)
+        return Source(train, may_mirror(settings.dataset, settings.flip), settings.split), test
+
+    def target(self, evaluation: Evaluation, seed: int) -> Target:
+        """The images that phi is judged on."""
+        assert evaluation.dataset is not None
+        train, test = self.load(evaluation.dataset, evaluation.image_size)
+        flip = may_mirror(evaluation.dataset, evaluation.flip)
+        return _target(train, test, evaluation.train_per_class, seed, flip)
+
+
+def plain_name(name: str) -> str:
+    """A name without what cannot stand in that of a submodule, such as dots, or of a file."""
+    return re.sub(r"[^0-9A-Za-z_-]+", "-", name)
+
+
+def may_mirror(dataset: str, flip: bool | None) -> bool:
+    """Whether images are mirrored: as asked for, and where nothing is asked for, unless it changes their class."""
+    return flip if flip is not None else dataset not in list_datasets() or mirrors(dataset)
+
+
+def built_in(split: Split, evaluation: Evaluation, seed: int, images: ImageSource) -> tuple[list[Source], Target]:
     """Real digits 0 to 4 and generated textures to learn from; digits 5 to 9, with few labels, held out.
 
-    Where a path ``evaluation`` is given, its images are the target instead, mirrored if ``flip`` is set.
+    Where a dataset is given for the evaluation, its images are the target instead.
     """
-    digits = load_digits(size)
-    textures = generate_textures(num_classes=8, per_class=120, size=size, seed=seed)
+    digits = load_digits(evaluation.image_size)
+    textures = generate_textures(num_classes=8, per_class=120, size=evaluation.image_size, seed=seed)
     sources = [
-        Source(digits.select_classes(range(5), name="digits04"), flip=False),
-        Source(textures, flip=True),
+        Source(digits.select_classes(range(5), name="digits04"), False, split),
+        Source(textures, True, split),
     ]
-    if evaluation is not None:
-        train, test = _load(evaluation, size)
-        return sources, _target(train, test, train_per_class, seed, flip)
+    if evaluation.dataset is not None:
+        return sources, images.target(evaluation, seed)
     held_out = digits.select_classes(range(5, 10), name="digits59")
-    return sources, _target(held_out, None, train_per_class, seed, flip=False)
+    return sources, _target(held_out, None, evaluation.train_per_class, seed, flip=False)
 
 
-def from_files(
-    paths: Sequence[str], evaluation: str | None, size: int | None, seed: int, train_per_class: int, flip: bool
+def from_settings(
+    settings: Sequence[SourceSettings], evaluation: Evaluation, seed: int, images: ImageSource
 ) -> tuple[list[Source], Target]:
-    """Sources from files or folders of images, and a target.
+    """Sources as configured, and a target.
 
-    The target is ``evaluation`` where given; otherwise a fifth of the classes of the last source, which is not used as
-    a source; or, where that has fewer than four classes, a fifth of its images of every class.
+    The target is the dataset of ``evaluation`` where given; otherwise a fifth of the classes of the last source, which
+    is not used as a source; or, where that has fewer than four classes, a fifth of its images of every class.
 
     Raises:
-        DataError: a path is missing, damaged, empty, or has one class only.
+        DataError: a dataset is unknown or missing, damaged, empty, or has one class only.
     """
-    loaded = [_load(path, size) for path in paths]
-    sources = [Source(train, flip) for train, _ in loaded]
-    if evaluation is not None:
-        train, test = _load(evaluation, size)
-        return sources, _target(train, test, train_per_class, seed, flip)
-    last, last_test = loaded[-1]
+    loaded = [images.source(one) for one in settings]
+    sources = [source for source, _ in loaded]
+    if evaluation.dataset is not None:
+        return sources, images.target(evaluation, seed)
+    last, last_test = sources[-1].images, loaded[-1][1]
     held_out_test = None
     if last.num_classes >= _LEAST_CLASSES:
         kept = last.num_classes - max(2, round(HELD_OUT_FRACTION * last.num_classes))
@@ -69,15 +135,8 @@ def from_files(
         count = max(2, round(HELD_OUT_FRACTION * fewest))
         held_out, remaining = last.few_per_class(count, seed)
         held_out, remaining = replace(held_out, name=f"{last.name}-held-out"), replace(remaining, name=last.name)
-    sources[-1] = Source(remaining, flip)
-    return sources, _target(held_out, held_out_test, train_per_class, seed, flip)
-
-
-def _load(path: str, size: int | None) -> tuple[ImageSet, ImageSet | None]:
-    train, test = load_images(Path(path), size=size)
-    # Task names become names of submodules, in which torch allows no dots.
-    name = re.sub(r"[^0-9A-Za-z_-]+", "-", train.name)
-    return replace(train, name=name), test
+    sources[-1] = replace(sources[-1], images=remaining)
+    return sources, _target(held_out, held_out_test, evaluation.train_per_class, seed, sources[-1].flip)
 
 
 def _target(train: ImageSet, test: ImageSet | None, train_per_class: int, seed: int, flip: bool) -> Target:

@@ -1,9 +1,13 @@
 """Does phi transfer? A small network trained afresh on few images of a target, with and without it."""
 
+import hashlib
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -11,8 +15,10 @@ from torch import Tensor, nn
 
 from mp_lightning.data import ImageSet, batch_indices, normalize, standard_augment
 from mp_lightning.inference import MonteCarlo
-from mp_lightning.meta.tasks import Architecture, derived_seed
+from mp_lightning.meta.architecture import Architecture
+from mp_lightning.meta.randomness import derived_seed, random_state
 from mp_lightning.perturbation import Phi
+from mp_lightning.runs import unusable, write_whole
 from mp_lightning.sites import attach
 
 
@@ -56,13 +62,49 @@ class ArmResult:
         return f"{self.arm:<12} NLL {_spread(self.nll, 3)}   accuracy {_spread([100 * a for a in self.accuracy], 1)} %"
 
 
+class KeptRuns:
+    """The finished runs of a comparison in a file, so that one that was killed continues with what is missing.
+
+    Args:
+        path: a JSON file; it need not exist.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            content = {}
+        self._runs: dict[str, Any] = content if isinstance(content, dict) else {}
+
+    def get(self, key: str) -> tuple[float, float] | None:
+        """NLL and accuracy of a run, if it was finished."""
+        match self._runs.get(key):
+            case [float(nll), float(accuracy)]:
+                return nll, accuracy
+        return None
+
+    def put(self, key: str, result: tuple[float, float]) -> None:
+        """Keep a run.
+
+        Raises:
+            RunFolderError: the file cannot be written.
+        """
+        self._runs[key] = list(result)
+        try:
+            write_whole(self._path, self._runs)
+        except OSError as error:
+            raise unusable(self._path.parent, error) from error
+
+
 def compare_transfer(
     target: Target,
     arms: dict[str, Phi | None],
     settings: TransferSettings,
     seed: int,
     device: torch.device,
-    on_progress: Callable[[str, int, int | None], None],
+    on_progress: Callable[[str, int, int], None],
+    kept: KeptRuns,
 ) -> list[ArmResult]:
     """Train every arm with the same seeds: initialisation, batches and augmentation of one seed are shared by all arms.
 
@@ -72,19 +114,37 @@ def compare_transfer(
         settings: how to train.
         seed: seed of the whole comparison.
         device: where to train.
-        on_progress: called after every step with the arm's name, the number of its seed and of the step, and before
-            the test with None in place of the step.
+        on_progress: called with the arm's name, the number of its seed and how many steps were done since the last
+            call; 0 before the test.
+        kept: the runs that are finished.
     """
     results = []
     for arm, phi in arms.items():
-        runs = [
-            _train_and_test(
-                target, phi, settings, derived_seed(seed, "transfer", i), device, partial(on_progress, arm, i)
-            )
-            for i in range(settings.seeds)
-        ]
+        runs = []
+        for i in range(settings.seeds):
+            key = _key(target, arm, phi, settings, seed, i)
+            result = kept.get(key)
+            if result is None:
+                result = _train_and_test(
+                    target, phi, settings, derived_seed(seed, "transfer", i), device, partial(on_progress, arm, i)
+                )
+                kept.put(key, result)
+            else:
+                on_progress(arm, i, settings.steps)
+            runs.append(result)
         results.append(ArmResult(arm, [nll for nll, _ in runs], [accuracy for _, accuracy in runs]))
     return results
+
+
+def _key(target: Target, arm: str, phi: Phi | None, settings: TransferSettings, seed: int, number: int) -> str:
+    """A name of a run that everything which decides its result has a part in."""
+    digest = hashlib.sha256(f"{target}/{target.flip}/{settings}/{seed}".encode())
+    for images in (target.train, target.test):
+        digest.update(images.images.numpy().data)
+        digest.update(images.labels.numpy().data)
+    for value in phi or ():
+        digest.update(value.detach().cpu().numpy().tobytes())
+    return f"{arm}/{number}/{digest.hexdigest()[:16]}"
 
 
 def _train_and_test(
@@ -93,24 +153,26 @@ def _train_and_test(
     settings: TransferSettings,
     seed: int,
     device: torch.device,
-    on_progress: Callable[[int | None], None],
+    on_progress: Callable[[int], None],
 ) -> tuple[float, float]:
     model = Architecture.parse(settings.architecture).build(target.train, derived_seed(seed, "theta")).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=settings.lr, weight_decay=settings.weight_decay)
     attachment = None
     if phi is not None:
-        attachment = attach(model, phi, total_steps=settings.steps, seed=derived_seed(seed, "noise"))
+        # One process trains here, however many learned phi.
+        attachment = attach(model, phi, total_steps=settings.steps, seed=derived_seed(seed, "noise"), distributed=False)
     for step in range(settings.steps):
         chosen = batch_indices(len(target.train), settings.batch_size, step, derived_seed(seed, "batches"))
         generator = torch.Generator().manual_seed(derived_seed(seed, "augmentation", step))
         x = standard_augment(target.train.images[chosen], generator, flip=target.flip).to(device)
         optimizer.zero_grad()
-        F.cross_entropy(model(x), target.train.labels[chosen].to(device)).backward()
+        with random_state(derived_seed(seed, "step", step), device):
+            F.cross_entropy(model(x), target.train.labels[chosen].to(device)).backward()
         optimizer.step()
         if attachment is not None:
             attachment.step()
-        on_progress(step)
-    on_progress(None)
+        on_progress(1)
+    on_progress(0)
     if attachment is not None:
         attachment.inference = MonteCarlo(settings.samples, output="logits")
     return evaluate(model.eval(), target.test, device)

@@ -57,6 +57,7 @@ class Attachment(KeepsPrecision):
         synchronize: bool,
         persistent: bool,
         path: PathName = "auto",
+        distributed: bool = True,
     ) -> None:
         super().__init__()
         check_path(path)
@@ -69,8 +70,9 @@ class Attachment(KeepsPrecision):
         self.synchronize = synchronize
         self.path: PathName = path
         self._can_fuse = isinstance(perturbation, FusedPerturbation)
+        self.distributed = distributed
         self.ramp_steps: int | None = None
-        self.shard = _shard()
+        self.shard = self._shard()
         self.sampling = True
         self.inference: Inference | None = None
         self.evaluation_buffers: dict[str, Tensor] | None = None
@@ -147,7 +149,7 @@ class Attachment(KeepsPrecision):
         self.training_forward = training
         if training:
             self.evaluation_buffers = self.constants = None  # they belong to the weights before this step
-        self.shard = _shard()  # now: a model may be attached before the processes know of each other
+        self.shard = self._shard()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:
             block.calls = 0
@@ -282,6 +284,9 @@ class Attachment(KeepsPrecision):
         self.evaluation_buffers, self.constants = state["evaluation_buffers"], state.get("constants")
         self.update_coeff()
 
+    def _shard(self) -> tuple[int, int]:
+        return _rank_and_world() if self.distributed else (0, 1)
+
     def _sites(self) -> list[Site]:
         return [site for site in self.sites if isinstance(site, Site)]
 
@@ -336,7 +341,7 @@ def _note_input_size(module: nn.Module, incompatible: Any) -> None:
     module._set_size_source(_FINAL if bool(module.input_size > 0) else 0)
 
 
-def _shard() -> tuple[int, int]:
+def _rank_and_world() -> tuple[int, int]:
     """(rank, number of processes): where this process's samples stand in the global batch."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -37,6 +37,7 @@ def attach(
     synchronize: bool = False,
     persistent: bool = False,
     path: PathName = "auto",
+    distributed: bool = True,
 ) -> Attachment:
     """Perturb the feature maps of ``model`` at its sites.
 
@@ -57,6 +58,8 @@ def attach(
         persistent: keep phi and the statistics in the model's ``state_dict``.
         path: 'auto' computes the perturbation by the fast path wherever this machine has one, 'reference' by the
             readable one; the function is the same.
+        distributed: several processes hold parts of one global batch, and draw the noise of their own part; False where
+            each of them trains a model of its own.
 
     Returns:
         The attachment; call its ``step()`` after each training batch and ``detach()`` to undo.
@@ -89,6 +92,7 @@ def attach(
         synchronize=synchronize,
         persistent=persistent,
         path=path,
+        distributed=distributed,
     )
     parameter = next(model.parameters(), None)
     if parameter is not None:

@@ -22,6 +22,12 @@ def test_the_kernels_of_this_machine_pass_their_own_check(unknown):
     assert backends._error_on_a_small_map(gpu, paths.GPU) < 1e-6
 
 
+def test_the_check_may_come_first_inside_autocast(unknown, recwarn):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert backends.available("cpu", torch.float32)
+    assert len(recwarn) == 0
+
+
 def test_wrong_numbers_are_noticed(unknown, monkeypatch):
     original = cpu.forward
     monkeypatch.setattr(cpu, "forward", lambda *a: (out := original(*a))._replace(y=1.001 * out.y))

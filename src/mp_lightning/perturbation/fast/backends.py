@@ -61,7 +61,9 @@ def _gpu_is_usable() -> bool:
 def _computes_rightly(device: torch.device) -> bool:
     """Whether the kernels that a compiler has just made here give the numbers of the reference, on a small map."""
     try:
-        error = _error_on_a_small_map(backend_for(device), device)
+        # The first use may be inside autocast, in which the reference would compute in 16 bits.
+        with torch.autocast(device.type, enabled=False):
+            error = _error_on_a_small_map(backend_for(device), device)
     except Exception as failure:  # of the many kinds that compilers and drivers raise
         first = (str(failure).strip().splitlines() or [""])[0][:200]
         return _refuse(f"its kernels fail on this {device.type.upper()} ({type(failure).__name__}: {first})")

@@ -1,0 +1,30 @@
+"""Settings of meta-training."""
+
+from dataclasses import dataclass
+
+STOP, LEAVE_OUT = "stop", "leave_out"
+POLICIES = (STOP, LEAVE_OUT)
+
+
+@dataclass(frozen=True)
+class MetaSettings:
+    """Settings of meta-training.
+
+    Attributes:
+        steps: joint meta-steps.
+        lr, weight_decay: of phi (Adam; the decay is an L2 penalty).
+        theta_lr, theta_weight_decay: of the networks (likewise).
+        batch_size: images for theta and, again as many, for phi; in each task.
+        restart_after: meta-steps after which each network starts afresh, staggered over the tasks; None: never.
+        on_divergence: what happens when the loss or a gradient of a task is not finite: 'stop' ends the run,
+            'leave_out' leaves the task out of this step's mean and starts its network afresh.
+    """
+
+    steps: int
+    lr: float
+    weight_decay: float
+    theta_lr: float
+    theta_weight_decay: float
+    batch_size: int
+    restart_after: int | None
+    on_divergence: str = STOP

@@ -1,0 +1,94 @@
+"""theta of one task: how it is learned, and how it is thrown away."""
+
+from copy import deepcopy
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_runs import SETTINGS, assert_same, new_module
+from torch import nn
+
+from mp_lightning.meta.learner import Learner
+
+
+def test_phi_is_learned_at_full_strength_and_with_the_clip_of_the_paper() -> None:
+    attachment = new_module().learner("first-a").attachment
+    assert (float(attachment.coeff), attachment.clip, attachment.ramp_steps) == (1.0, 100.0, None)
+
+
+def test_theta_is_optimized_by_adam_with_its_own_settings() -> None:
+    learner = new_module(replace(SETTINGS, theta_lr=0.25, theta_weight_decay=0.125)).learner("second-b")
+    (group,) = learner.optimizer.param_groups
+    assert isinstance(learner.optimizer, torch.optim.Adam)
+    assert (group["lr"], group["weight_decay"], group["betas"]) == (0.25, 0.125, (0.9, 0.999))
+
+
+def test_a_restarted_network_is_another_one() -> None:
+    learner = new_module().learner("first-a")
+    first, seed = learner.model.fc.weight.clone(), learner.attachment.seed
+    learner.step(0)
+    assert learner.optimizer.state_dict()["state"]
+    learner.restart()
+    assert learner.generation == 1
+    assert not torch.equal(learner.model.fc.weight, first)
+    assert learner.attachment.seed != seed
+    assert not learner.optimizer.state_dict()["state"]
+
+
+def with_dropout() -> Learner:
+    """One whose network draws from torch's generator."""
+    learner = new_module().learner("second-a")
+    learner.model.fc = nn.Sequential(nn.Dropout(0.5), learner.model.fc)
+    return learner
+
+
+def test_a_step_depends_on_its_number_and_state_alone() -> None:
+    """Not on what was drawn before it, by this task or by others."""
+    one, other = with_dropout(), with_dropout()
+    torch.rand(3)
+    first = one.step(0)
+    torch.rand(5)
+    again = other.step(0)
+    assert_same(list(first), list(again))
+    assert_same(one.state(), other.state())
+    assert not torch.equal(one.step(1).train_loss, other.step(2).train_loss)
+
+
+def test_a_step_leaves_the_global_generator_and_phi_alone() -> None:
+    learner = with_dropout()
+    phi = list(learner.attachment.perturbation.parameters())
+    state, before = torch.get_rng_state(), [p.detach().clone() for p in phi]
+    learner.step(0)
+    assert torch.equal(state, torch.get_rng_state())
+    assert_same([p.detach() for p in phi], before)
+    assert all(p.grad is None for p in phi)
+
+
+@pytest.mark.parametrize("generation", [0, 2])
+def test_a_learner_goes_on_from_its_state(generation: int) -> None:
+    learner = new_module().learner("second-b")
+    for _ in range(generation):
+        learner.restart()
+    learner.step(0)
+    twin = new_module().learner("second-b")
+    twin.load_state(deepcopy(learner.state()))
+    assert_same(list(twin.step(1)), list(learner.step(1)))
+    assert_same(twin.state(), learner.state())
+
+
+def test_watching_changes_no_number_and_sees_every_site() -> None:
+    blind, watched = (new_module().learner("first-b").step(0, watch) for watch in (False, True))
+    assert blind.observed is None and watched.observed is not None
+    assert torch.equal(blind.train_loss, watched.train_loss)
+    # The readable path, which is watched, computes the same function with other roundings.
+    torch.testing.assert_close(blind.valid_loss, watched.valid_loss)
+    torch.testing.assert_close(blind.gradients, watched.gradients, rtol=1e-3, atol=1e-6)
+    sites = len(new_module().learner("first-b").attachment.plan)
+    assert {quantity: len(values) for quantity, values in watched.observed.items()} == {
+        "scale": sites,
+        "noise": sites,
+        "multiplier": sites,
+    }
+    for s, z, product in zip(*(watched.observed[name] for name in ("scale", "noise", "multiplier")), strict=True):
+        assert 0 < s < 1 and z > 0
+        assert product == pytest.approx(s * z, rel=0.05)

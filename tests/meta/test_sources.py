@@ -1,0 +1,162 @@
+"""Where images come from: several sources with settings of their own, and the target that none of them holds."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mp_lightning.data import ImageSet, list_datasets
+from mp_lightning.errors import DataError
+from mp_lightning.meta.sources import (
+    Evaluation,
+    ImageSource,
+    SourceSettings,
+    built_in,
+    from_settings,
+    may_mirror,
+    plain_name,
+)
+from mp_lightning.meta.tasks import Split, make_tasks
+
+SPLIT = Split(groups=1, classes=None, architectures=["conv4-2"], train_per_class=None, valid_per_class=None)
+NO_TARGET = Evaluation(dataset=None, train_per_class=3, image_size=16, flip=None)
+
+
+def save(path: Path, classes: int = 5, per_class: int = 8, test: bool = False) -> str:
+    """An npz in which every image is of one shade of its own; returns the path."""
+    count = classes * per_class
+    labels = np.arange(count) % classes
+    shades = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 20, 20, 3))
+    more = {"x_test": 255 - shades[: 2 * classes], "y_test": labels[: 2 * classes]} if test else {}
+    np.savez(path, x_train=shades, y_train=labels, **more)
+    return str(path)
+
+
+def source(dataset: str, name: str | None = None, **changes: object) -> SourceSettings:
+    settings = SourceSettings(dataset=dataset, name=name, image_size=16, flip=None, split=SPLIT)
+    return replace(settings, **changes)
+
+
+@pytest.fixture
+def images(tmp_path: Path) -> ImageSource:
+    return ImageSource(tmp_path / "datasets")
+
+
+def shades(*sets: ImageSet) -> set[int]:
+    return {shade for one in sets for shade in one.images[:, 0, 0, 0].tolist()}
+
+
+def halves(tasks: Iterable) -> list[ImageSet]:
+    return [half for task in tasks for half in (task.train, task.valid)]
+
+
+def test_every_source_is_cut_by_its_own_settings(tmp_path: Path, images: ImageSource) -> None:
+    settings = [
+        source(
+            save(tmp_path / "a.npz", classes=4),
+            "large",
+            image_size=32,
+            flip=False,
+            split=replace(SPLIT, groups=2, architectures=["resnet20-2", "wrn28_2-2"], train_per_class=2),
+        ),
+        source(save(tmp_path / "b.npz", classes=6), split=replace(SPLIT, classes=3)),
+    ]
+    target = replace(NO_TARGET, dataset=save(tmp_path / "t.npz", classes=3), image_size=24)
+    sources, held_out = from_settings(settings, target, 0, images)
+    tasks = make_tasks(sources, 0)
+    assert [task.name for task in tasks] == ["large-0-a", "large-0-b", "large-1-a", "large-1-b", "b-a", "b-b"]
+    assert [str(task.architecture) for task in tasks] == [
+        *("resnet20-2", "wrn28_2-2", "wrn28_2-2", "resnet20-2"),
+        *("conv4-2", "conv4-2"),
+    ]
+    assert [task.train.image_size for task in tasks] == [32] * 4 + [16] * 2
+    assert [task.train.num_classes for task in tasks] == [2] * 4 + [3] * 2
+    assert [len(task.train) for task in tasks] == [4] * 4 + [12] * 2
+    assert [len(task.valid) for task in tasks] == [8] * 4 + [12] * 2
+    assert [task.flip for task in tasks] == [False] * 4 + [True] * 2
+    assert (held_out.train.image_size, held_out.train.name, held_out.flip) == (24, "t", True)
+
+
+def test_the_target_is_a_fifth_of_the_classes_of_the_last_source(tmp_path: Path, images: ImageSource) -> None:
+    settings = [source(save(tmp_path / "a.npz")), source(save(tmp_path / "b.npz", classes=10), "birds")]
+    sources, target = from_settings(settings, NO_TARGET, 0, images)
+    assert [one.images.name for one in sources] == ["a", "birds"]
+    assert sources[0].images.classes == ("0", "1", "2", "3", "4")
+    assert sources[1].images.classes == ("0", "1", "2", "3", "4", "5", "6", "7")
+    assert target.train.name == "birds-held-out"
+    assert target.train.classes == target.test.classes == ("8", "9")
+    assert torch.bincount(target.train.labels).tolist() == [3, 3]
+    learned = halves(make_tasks(sources[1:], 0))
+    assert shades(*learned).isdisjoint(shades(target.train, target.test))
+    assert shades(target.train).isdisjoint(shades(target.test))
+
+
+def test_of_few_classes_images_are_held_out(tmp_path: Path, images: ImageSource) -> None:
+    sources, target = from_settings([source(save(tmp_path / "a.npz", classes=3))], NO_TARGET, 0, images)
+    assert target.train.num_classes == sources[0].images.num_classes == 3
+    learned = shades(*halves(make_tasks(sources, 0)))
+    assert len(learned) == 18 and learned.isdisjoint(shades(target.train, target.test))
+
+
+def test_test_images_of_the_last_source_are_those_of_the_target(tmp_path: Path, images: ImageSource) -> None:
+    sources, target = from_settings([source(save(tmp_path / "a.npz", test=True))], NO_TARGET, 0, images)
+    assert target.test.classes == ("3", "4") and sources[0].images.classes == ("0", "1", "2")
+    assert shades(target.test) == {255 - shade for shade in (3, 4, 8, 9)}
+
+
+def test_a_target_of_its_own_leaves_the_sources_whole(tmp_path: Path, images: ImageSource) -> None:
+    target = replace(NO_TARGET, dataset=save(tmp_path / "t.npz", classes=3, test=True))
+    sources, held_out = from_settings([source(save(tmp_path / "a.npz"))], target, 0, images)
+    assert len(sources[0].images) == 40
+    assert len(held_out.train) == 9 and shades(held_out.test) == {255 - shade for shade in range(6)}
+
+
+def test_the_same_file_under_two_names_makes_two_sources(tmp_path: Path, images: ImageSource) -> None:
+    path = save(tmp_path / "a.npz", classes=3)
+    target = replace(NO_TARGET, dataset=path)
+    sources, _ = from_settings([source(path, "small"), source(path, "large", image_size=32)], target, 0, images)
+    names = [task.name for task in make_tasks(sources, 0)]
+    assert names == ["small-a", "small-b", "large-a", "large-b"]
+
+
+@pytest.mark.parametrize("place", ["source", "target"])
+def test_an_unknown_dataset_lists_the_known_ones(tmp_path: Path, images: ImageSource, place: str) -> None:
+    path = save(tmp_path / "a.npz")
+    settings = [source("cifar11" if place == "source" else path)]
+    target = replace(NO_TARGET, dataset=path if place == "source" else "cifar11")
+    with pytest.raises(DataError, match="no images at 'cifar11': give one of the datasets") as caught:
+        from_settings(settings, target, 0, images)
+    assert all(name in str(caught.value) for name in list_datasets())
+
+
+def test_names_of_datasets_go_before_what_lies_in_the_working_folder(
+    tmp_path: Path, images: ImageSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "digits").mkdir()
+    sources, _ = from_settings([source("digits")], NO_TARGET, 0, images)
+    assert sources[0].images.num_classes == 8 and sources[0].flip is False
+
+
+def test_digits_are_not_mirrored_unless_it_is_asked_for() -> None:
+    assert not may_mirror("svhn", None) and not may_mirror("digits", None)
+    assert may_mirror("cifar10", None) and may_mirror("pictures.npz", None)
+    assert may_mirror("svhn", True) and not may_mirror("cifar10", False)
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("my.pictures", "my-pictures"), ("a b/c", "a-b-c"), ("CUB_200-2011", "CUB_200-2011")]
+)
+def test_names_can_be_parts_of_modules_and_files(name: str, plain: str) -> None:
+    assert plain_name(name) == plain
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_what_needs_no_download_holds_five_digits_out(images: ImageSource, size: int) -> None:
+    sources, target = built_in(SPLIT, replace(NO_TARGET, image_size=size), 0, images)
+    assert [(one.images.name, one.flip) for one in sources] == [("digits04", False), ("textures", True)]
+    assert target.train.classes == ("5", "6", "7", "8", "9") and not target.flip
+    assert {one.images.image_size for one in sources} == {target.train.image_size} == {size}

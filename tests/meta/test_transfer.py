@@ -1,0 +1,164 @@
+"""The comparison on held-out images: what of it is kept, and what is trained again."""
+
+import re
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mp_lightning.data import ImageSet, image_set
+from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, TransferSettings, compare_transfer, evaluate
+from mp_lightning.perturbation import Phi, initial_phi
+from mp_lightning.runs import RunFolderError
+
+SETTINGS = TransferSettings(
+    architecture="conv4-2", steps=2, seeds=2, batch_size=4, lr=1e-2, weight_decay=0.0, samples=1
+)
+CPU = torch.device("cpu")
+ARMS: dict[str, Phi | None] = {"final phi": initial_phi(1), "no phi": None}
+RUNS = [("final phi", 0), ("final phi", 1), ("no phi", 0), ("no phi", 1)]
+
+
+def pictures(seed: int) -> ImageSet:
+    images = np.random.default_rng(seed).integers(0, 255, (6, 3, 16, 16), dtype=np.uint8)
+    return image_set("pictures", images, np.arange(6) % 3)
+
+
+TARGET = Target(pictures(0), pictures(1), flip=True)
+
+
+class Killed(Exception):
+    """Stands for the end of a process."""
+
+
+def compare(
+    kept: KeptRuns,
+    *,
+    target: Target = TARGET,
+    arms: dict[str, Phi | None] = ARMS,
+    settings: TransferSettings = SETTINGS,
+    seed: int = 0,
+    kill_at: int | None = None,
+) -> tuple[list[ArmResult], list[tuple[str, int]]]:
+    """The results, and which runs were trained; killed where so many were trained and the last not yet tested."""
+    trained: list[tuple[str, int]] = []
+
+    def on_progress(arm: str, number: int, steps: int) -> None:
+        if steps == 0:
+            trained.append((arm, number))
+            if len(trained) == kill_at:
+                raise Killed
+
+    return compare_transfer(target, arms, settings, seed, CPU, on_progress, kept), trained
+
+
+def test_an_interrupted_comparison_continues_with_the_rest(tmp_path: Path) -> None:
+    expected, trained = compare(KeptRuns(tmp_path / "whole.json"))
+    assert trained == RUNS
+    for kill_at in (1, 2, 4):
+        path = tmp_path / f"{kill_at}.json"
+        with pytest.raises(Killed):
+            compare(KeptRuns(path), kill_at=kill_at)
+        results, trained = compare(KeptRuns(path))
+        assert trained == RUNS[kill_at - 1 :]
+        assert results == expected
+        assert path.read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_a_finished_comparison_trains_nothing_and_counts_all_its_steps(tmp_path: Path) -> None:
+    path, steps = tmp_path / "kept.json", Counter[str]()
+    first, _ = compare(KeptRuns(path))
+    again = compare_transfer(
+        TARGET, ARMS, SETTINGS, 0, CPU, lambda arm, number, done: steps.update({arm: done}), KeptRuns(path)
+    )
+    assert again == first
+    assert steps == {"final phi": 4, "no phi": 4}
+
+
+def with_other_pixel(images: ImageSet) -> ImageSet:
+    changed = images.images.clone()
+    changed[-1, -1, -1, -1] ^= 1
+    return replace(images, images=changed)
+
+
+def with_other_label(images: ImageSet) -> ImageSet:
+    return replace(images, labels=images.labels.roll(1))
+
+
+CHANGES: dict[str, Callable[[], dict[str, object]]] = {
+    "a pixel to train on": lambda: {"target": replace(TARGET, train=with_other_pixel(TARGET.train))},
+    "a pixel to test on": lambda: {"target": replace(TARGET, test=with_other_pixel(TARGET.test))},
+    "labels": lambda: {"target": replace(TARGET, test=with_other_label(TARGET.test))},
+    "mirroring": lambda: {"target": replace(TARGET, flip=False)},
+    "a setting": lambda: {"settings": replace(SETTINGS, lr=2e-2)},
+    "the seed": lambda: {"seed": 1},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_whatever_changes_is_trained_again(tmp_path: Path, change: str) -> None:
+    path = tmp_path / "kept.json"
+    compare(KeptRuns(path))
+    changed = CHANGES[change]()
+    results, trained = compare(KeptRuns(path), **changed)
+    assert trained == RUNS
+    assert results == compare(KeptRuns(tmp_path / "other.json"), **changed)[0]
+
+
+def test_another_phi_is_trained_again_and_the_other_arms_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    compare(KeptRuns(path))
+    phi = initial_phi(1)
+    phi.scale_weight.view(-1)[-1] += 1e-6
+    assert compare(KeptRuns(path), arms={**ARMS, "final phi": phi})[1] == RUNS[:2]
+    assert compare(KeptRuns(path))[1] == [], "what was kept before is gone"
+
+
+@pytest.mark.parametrize("left", ["", "{", "[1, 2]", "null", "\x00\x01"])
+def test_a_damaged_file_is_ignored(tmp_path: Path, left: str) -> None:
+    path = tmp_path / "kept.json"
+    path.write_text(left)
+    results, trained = compare(KeptRuns(path))
+    assert trained == RUNS
+    assert compare(KeptRuns(path)) == (results, [])
+
+
+def test_bytes_that_are_no_text_are_ignored(tmp_path: Path) -> None:
+    path = tmp_path / "kept.json"
+    path.write_bytes(b"\xff\xfe{}")
+    assert KeptRuns(path).get("any") is None
+
+
+def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "run").touch()
+    with pytest.raises(RunFolderError, match=re.escape(f"run folder '{tmp_path / 'run'}' cannot be written")):
+        KeptRuns(tmp_path / "run" / "kept.json").put("any", (1.0, 0.5))
+
+
+def test_arms_of_one_seed_differ_in_the_perturbation_alone(tmp_path: Path) -> None:
+    """Initialisation, batches, augmentation and noise follow from the seed."""
+    arms: dict[str, Phi | None] = {"one": initial_phi(1), "twin": initial_phi(1), "no phi": None}
+    one, twin, without = compare(KeptRuns(tmp_path / "kept.json"), arms=arms)[0]
+    assert one.nll == twin.nll and one.accuracy == twin.accuracy
+    assert one.nll != without.nll
+    assert one.nll[0] != one.nll[1]
+
+
+def test_evaluation_is_the_mean_over_all_images() -> None:
+    """Also where the last batch is smaller than the others."""
+    rows = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 3.0], [1.0, 0.0, 0.0]])
+
+    class Known(torch.nn.Module):
+        """Gives these rows, in turn, from the first in every batch."""
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return rows[torch.arange(len(x)) % 3]
+
+    nll, accuracy = evaluate(Known(), pictures(2), CPU, batch_size=4)
+    given, labels = rows[[0, 1, 2, 0, 0, 1]], torch.tensor([0, 1, 2, 0, 1, 2])
+    assert nll == pytest.approx(-float(torch.log_softmax(given, dim=1)[torch.arange(6), labels].mean()))
+    assert accuracy == pytest.approx(3 / 6)
