@@ -1,0 +1,199 @@
+"""From the overrides of a sweep's jobs to their results."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Quote, QuotedString
+from hydra.core.utils import JobReturn, JobStatus
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hydra_plugins.mp_lightning_launcher._processes import (
+    POLL,
+    ProcessGroup,
+    collected_signals,
+    environment_without_ranks,
+    stop,
+)
+from mp_lightning.errors import UserError
+from mp_lightning.runs import REPORT
+
+OUTPUT = "output.log"
+TERMINATED = 143  # 128 + SIGTERM
+_ERROR = "mp_lightning: "
+# What a job must not inherit from the sweep: how there are several of it, and where they lie.
+_OF_THE_SWEEP = ("hydra.mode", "hydra.run", "hydra.sweep", "hydra/sweep", "hydra.launcher", "hydra/launcher")
+
+
+class SweepError(UserError):
+    """Jobs of a sweep failed."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A job of a sweep; ``name`` is what sets it apart from the others."""
+
+    number: int
+    name: str
+    overrides: list[str]
+    command: list[str]
+    folder: Path
+    config: DictConfig
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The score of a job (held-out NLL in nats, None where its verb gives none), or its error in one line."""
+
+    score: float | None = None
+    error: str | None = None
+
+
+class FailedJob(JobReturn):
+    """Asked for its value it raises, without the lines that Hydra prints in that case."""
+
+    @property
+    def return_value(self) -> Any:
+        """Never returns."""
+        raise self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
+def make_job(loader: ConfigLoader, sweep: DictConfig, number: int, overrides: list[str]) -> Job:
+    """The job of these overrides, as a command that runs it in single-run mode."""
+    config = loader.load_sweep_config(sweep, overrides)
+    with open_dict(config):
+        config.hydra.job.id, config.hydra.job.num = str(number), number
+    HydraConfig.instance().set_config(config)
+    folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
+    verb = str(sweep.hydra.job.config_name)
+    own = [word for word in overrides if not word.startswith("command=")]
+    kept = [word for word in sweep.hydra.overrides.hydra if not word.lstrip("+~").startswith(_OF_THE_SWEEP)]
+    where = QuotedString(str(folder).replace("${", r"\${"), Quote.single).with_quotes()
+    given = OverridesParser.create().parse_overrides(list(sweep.hydra.overrides.task))
+    common = {override.get_key_element() for override in given if not override.is_sweep_override()}
+    return Job(
+        number=number,
+        name=" ".join([word for word in own if word.partition("=")[0] not in common] or own) or verb,
+        overrides=overrides,
+        command=[sys.executable, "-m", "mp_lightning.meta", verb, *kept, *own, f"hydra.run.dir={where}"],
+        folder=folder,
+        config=config,
+    )
+
+
+def run_jobs(jobs: Sequence[Job], at_a_time: int) -> list[tuple[Job, Outcome]]:
+    """Run every job to its end, and say on the terminal which starts and how it ends.
+
+    Jobs that share a folder are the same run, which runs once.
+
+    Raises:
+        KeyboardInterrupt: the sweep was interrupted.
+        SystemExit: the sweep was terminated.
+    """
+    first_of: dict[Path, Job] = {}
+    for job in jobs:
+        first_of.setdefault(job.folder, job)
+    waiting = list(first_of.values())
+    running: dict[Path, ProcessGroup] = {}
+    outcomes: dict[Path, Outcome] = {}
+    environment = _environment(at_a_time)
+    with collected_signals() as received:
+        try:
+            while (waiting or running) and not received:
+                while waiting and len(running) < at_a_time:
+                    job = waiting.pop(0)
+                    try:
+                        running[job.folder] = _start(job, environment, show_output=at_a_time == 1)
+                    except OSError as error:
+                        outcomes[job.folder] = _tell(job, Outcome(error=_unwritable(job.folder, error)))
+                for folder in [folder for folder, group in running.items() if group.code() is not None]:
+                    group = running.pop(folder)
+                    outcomes[folder] = _tell(first_of[folder], _outcome(folder, group))
+                    group.close()
+                time.sleep(POLL)
+        finally:
+            stop(running.values(), received)
+    if signal.SIGTERM in received:
+        print("mp_lightning: terminated; the same command continues this sweep", file=sys.stderr)
+        raise SystemExit(TERMINATED)
+    if received:
+        raise KeyboardInterrupt
+    return [(job, outcomes[job.folder]) for job in jobs]
+
+
+def job_returns(outcomes: Sequence[tuple[Job, Outcome]], failed: list[str], total: int) -> list[JobReturn]:
+    """The results as sweepers read them.
+
+    Args:
+        outcomes: of the jobs of this launch.
+        failed: names of the jobs that failed up to now, with their errors.
+        total: number of jobs up to now.
+    """
+    error = SweepError(f"{len(failed)} of {total} jobs failed: {'; '.join(failed)}")
+    returns: list[JobReturn] = []
+    for job, outcome in outcomes:
+        result = FailedJob() if outcome.error else JobReturn()
+        result.status = JobStatus.FAILED if outcome.error else JobStatus.COMPLETED
+        result.return_value = error if outcome.error else outcome.score
+        result.overrides = job.overrides
+        result.hydra_cfg = OmegaConf.masked_copy(job.config, ["hydra"])
+        result.cfg = OmegaConf.masked_copy(job.config, [str(key) for key in job.config if key != "hydra"])
+        result.working_dir = os.getcwd()
+        result.task_name = job.config.hydra.job.name
+        returns.append(result)
+    return returns
+
+
+def _environment(at_a_time: int) -> dict[str, str]:
+    environment = environment_without_ranks(os.environ)
+    if at_a_time > 1:
+        # Each process would otherwise compute with as many threads as there are cores, and wait for the others'.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // at_a_time)))
+    return environment
+
+
+def _start(job: Job, environment: dict[str, str], show_output: bool) -> ProcessGroup:
+    print(f"Job {job.number} ({job.name}) starts in {job.folder}", flush=True)
+    return ProcessGroup(job.command, environment, job.folder / OUTPUT, show_output)
+
+
+def _tell(job: Job, outcome: Outcome) -> Outcome:
+    result = f"failed: {outcome.error}" if outcome.error else "finished"
+    score = f" with NLL {outcome.score:.4f}" if outcome.score is not None else ""
+    print(f"Job {job.number} ({job.name}) {result}{score}", flush=True)
+    return outcome
+
+
+def _outcome(folder: Path, group: ProcessGroup) -> Outcome:
+    code = group.code()
+    if code == 0:
+        return Outcome(score=_score(folder))
+    errors = [line.removeprefix(_ERROR) for line in group.output() if line.startswith(_ERROR)]
+    if errors:
+        return Outcome(error=errors[-1])
+    return Outcome(error=f"ended with {code}, see {shlex.quote(str(folder / OUTPUT))}")
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    return f"run folder '{folder}' cannot be written ({error.strerror}); choose another place with hydra.sweep.dir="
+
+
+def _score(folder: Path) -> float | None:
+    try:
+        return float(json.loads((folder / REPORT).read_text(encoding="utf-8"))["nll"])
+    except FileNotFoundError:  # the verb scores nothing
+        return None
