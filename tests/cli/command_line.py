@@ -9,9 +9,11 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,20 +24,26 @@ SERVER = """
 import json, os, runpy, signal, sys
 import torch
 torch.set_num_threads(1)
-import hydra, matplotlib.backends.backend_agg, mp_lightning.cli.fit, mp_lightning.meta
+import hydra, matplotlib.backends.backend_agg, torch.utils.tensorboard, mp_lightning.cli.fit, mp_lightning.meta
 for line in sys.stdin:
     order = json.loads(line)
-    child = os.fork()
-    if child == 0:
+    children = []
+    for number, environment in enumerate(order["environments"]):
+        child = os.fork()
+        if child:
+            children.append(child)
+            continue
         os.setsid()
-        for number, name in ((0, os.devnull), (1, order["stdout"]), (2, order["stderr"])):
-            file = os.open(name, os.O_RDWR | os.O_CREAT, 0o600)
-            os.dup2(file, number)
+        for stream, name in ((0, os.devnull), (1, order["stdout"]), (2, order["stderr"])):
+            file = os.open(name if stream == 0 else f"{name}{number}", os.O_RDWR | os.O_CREAT, 0o600)
+            os.dup2(file, stream)
         signal.signal(signal.SIGINT, signal.default_int_handler)
         os.chdir(order["folder"])
+        os.environ.update(environment)
         sys.argv = ["mp_lightning.meta", *order["words"]]
         code = 0
         try:
+            exec(order["first"].get(str(number), ""))
             runpy.run_module("mp_lightning.meta", run_name="__main__", alter_sys=True)
         except SystemExit as error:
             code = error.code if isinstance(error.code, int) else (0 if error.code is None else 1)
@@ -46,9 +54,10 @@ for line in sys.stdin:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-    print(json.dumps(child), flush=True)
-    _, status = os.waitpid(child, 0)
-    print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
+    print(json.dumps(children), flush=True)
+    for child in children:
+        _, status = os.waitpid(child, 0)
+        print(json.dumps(os.waitstatus_to_exitcode(status)), flush=True)
 """
 
 # The smallest run that still goes through every stage.
@@ -57,6 +66,9 @@ TINY = [
     *("evaluation.steps=2", "evaluation.seeds=1", "evaluation.samples=1", "evaluation.architecture=conv4-2"),
     "trainer.enable_progress_bar=false",
 ]
+
+
+_LONGEST = 200.0  # seconds
 
 
 @dataclass(frozen=True)
@@ -92,21 +104,66 @@ class CommandLine:
         self, folder: Path, *words: str, signal_when: tuple[Callable[[], bool], signal.Signals] | None = None
     ) -> Done:
         """Run ``python -m mp_lightning.meta WORDS`` in ``folder``; send it a signal once something holds."""
+        (done,) = self.together(folder, *words, signal_when=signal_when)
+        return done
+
+    def together(
+        self,
+        folder: Path,
+        *words: str,
+        ranks: int = 1,
+        first: dict[int, str] | None = None,
+        signal_when: tuple[Callable[[], bool], signal.Signals] | None = None,
+        signalled: int = 0,
+    ) -> list[Done]:
+        """Run it as that many processes of one run, as torchrun or SLURM would start them.
+
+        Args:
+            folder: where.
+            words: of the command, without the number of devices.
+            ranks: how many processes.
+            first: by rank, Python code that its process runs before the command.
+            signal_when: once the first holds, a process is sent the second.
+            signalled: the rank of that process.
+        """
         assert self._server.stdin is not None and self._server.stdout is not None
         self._count += 1
         out, err = (self._scratch / f"{self._count}.{name}" for name in ("out", "err"))
-        order = {"folder": str(folder), "words": list(words), "stdout": str(out), "stderr": str(err)}
+        environments: list[dict[str, str]] = [{}]
+        if ranks > 1:
+            words = (*words, f"trainer.devices={ranks}")
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
+            environments = [{**meeting, "LOCAL_RANK": str(rank), "NODE_RANK": "0"} for rank in range(ranks)]
+        order = {
+            **{"folder": str(folder), "words": list(words), "stdout": str(out), "stderr": str(err)},
+            **{"environments": environments, "first": first or {}},
+        }
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()
-        child = int(self._server.stdout.readline())
+        children = json.loads(self._server.stdout.readline())
         if signal_when is not None:
             holds, which = signal_when
             deadline = time.monotonic() + 60
             while not holds() and time.monotonic() < deadline:
                 time.sleep(0.005)
-            os.kill(child, which)
-        code = int(self._server.stdout.readline())
-        return Done(code, out.read_text(), err.read_text())
+            os.kill(children[signalled], which)
+        # Whoever waits forever must not keep the other tests waiting.
+        end = threading.Timer(_LONGEST, lambda: [os.kill(child, signal.SIGKILL) for child in children])
+        end.start()
+        codes = [int(self._server.stdout.readline()) for _ in children]
+        end.cancel()
+        return [
+            Done(code, Path(f"{out}{rank}").read_text(), Path(f"{err}{rank}").read_text())
+            for rank, code in enumerate(codes)
+        ]
+
+
+def free_port() -> int:
+    """A port that no one listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 @cache

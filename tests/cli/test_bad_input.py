@@ -13,6 +13,7 @@ from images_on_disk import save_archive, save_folder
 from PIL import Image
 
 from mp_lightning.cli.card import without_folders
+from mp_lightning.meta.checkpoint import checkpoints
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +71,10 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "infinite lr": (["fit", "meta.lr=inf"], ["meta.lr=inf cannot"]),
     "lr of text": (["fit", "evaluation.lr=fast"], ["evaluation.lr=fast cannot"]),
     "no batch": (["fit", "meta.batch_size=0"], ["meta.batch_size=0 cannot"]),
+    "unknown policy": (
+        ["fit", "meta.on_divergence=ignore"],
+        ["meta.on_divergence=ignore is unknown; use one of stop, leave_out"],
+    ),
     "restart never": (["fit", "meta.restart_after=0"], ["meta.restart_after=0 cannot", "or null"]),
     "negative seed": (["fit", "seed=-1"], ["seed=-1 cannot be used; give a whole number from 0"]),
     "seed of text": (["fit", "seed=x"], ["seed=x cannot"]),
@@ -87,9 +92,20 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "data of numbers": (["fit", "data=[1,2]"], ["data=[1, 2] is not a path"]),
     "empty list of data": (["fit", "data=[]"], ["data=[] is not a path"]),
     # Trainer
-    "two devices": (["fit", "trainer.devices=2"], ["trainer.devices=2: fit runs on one device"]),
-    "all devices": (["fit", "trainer.devices=-1"], ["trainer.devices=-1: fit runs on one device"]),
-    "two nodes": (["fit", "+trainer.num_nodes=2"], ["trainer.num_nodes=2: fit runs on one device"]),
+    "unknown strategy": (
+        ["fit", "trainer.strategy=fsdp"],
+        ["trainer.strategy=fsdp is unknown; use one of auto, task_parallel, ddp"],
+    ),
+    "plugins of the trainer": (["fit", "+trainer.plugins=[]"], ["trainer.plugins cannot be set: fit adds its own"]),
+    "logger of the trainer": (
+        ["fit", "+trainer.logger=true"],
+        ["trainer.logger cannot be set: choose one with logger="],
+    ),
+    "synchronised batch norm": (
+        ["fit", "+trainer.sync_batchnorm=true"],
+        ["trainer.sync_batchnorm cannot be set", "never leaves its process"],
+    ),
+    "half precision": (["fit", "trainer.precision=16-mixed"], ["trainer.precision=16-mixed cannot", "bf16-mixed"]),
     "steps of the trainer": (["fit", "+trainer.max_steps=3"], ["trainer.max_steps cannot be set", "meta.steps"]),
     "epochs of the trainer": (["fit", "+trainer.max_epochs=3"], ["trainer.max_epochs cannot be set", "meta.steps"]),
     "double precision": (["fit", "trainer.precision=64-true"], ["trainer.precision=64-true cannot", "32-true"]),
@@ -115,7 +131,9 @@ def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     [
         ("+trainer.foo=1", ["trainer: no argument 'foo'", "lightning.pytorch.Trainer"]),
         ("trainer.accelerator=nope", ["trainer: ", "nope"]),
-        ("+trainer.strategy=nope", ["trainer: ", "nope"]),
+        ("trainer.devices=0", ["trainer: ", "devices=0", "lightning.pytorch.Trainer"]),
+        ("trainer.devices=-1", ["trainer: ", "`devices`", "lightning.pytorch.Trainer"]),
+        ("trainer.devices=5", ["4 tasks cannot be shared by 5 devices: use at most 4 devices, or more tasks"]),
     ],
 )
 def test_what_the_trainer_refuses(mp: CommandLine, tmp_path: Path, word: str, parts: list[str]) -> None:
@@ -292,9 +310,10 @@ def test_source_that_has_changed(mp: CommandLine, tmp_path: Path) -> None:
 def test_damaged_checkpoint(mp: CommandLine, tmp_path: Path) -> None:
     words = ["fit", *PINNED]
     assert_refused(mp, tmp_path, words, "stopped after 2 of 4")
-    path = tmp_path / "pinned" / "checkpoints" / "last.ckpt"
-    path.write_bytes(path.read_bytes()[:-2000])
-    assert_refused(mp, tmp_path, words, "last.ckpt' is damaged", "run.fresh=true")
+    found = checkpoints(tmp_path / "pinned" / "checkpoints")
+    for path in found:
+        path.write_bytes(path.read_bytes()[:-2000])
+    assert_refused(mp, tmp_path, words, f"{found[-1].name}' is damaged", "run.fresh=true")
     done = mp(tmp_path, *[word for word in words if "limit" not in word], "run.fresh=true")
     assert done.code == 0, done.stderr
     assert json.loads((tmp_path / "pinned" / "report.json").read_text())["results"]

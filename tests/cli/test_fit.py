@@ -17,6 +17,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from mp_lightning import MetaPerturbCallback
+from mp_lightning.meta.checkpoint import checkpoints, read_checkpoint
 from mp_lightning.perturbation import load_phi
 
 CALLBACK_IN_USE = re.compile(r"^ *(trainer = L\.Trainer\(.*\))$", re.MULTILINE)
@@ -58,19 +59,25 @@ def test_fit_leaves_phi_card_table_and_picture(finished: tuple[Path, Done]) -> N
         "phi.json",
         "metrics.csv",
         "training.png",
+        "evaluation.json",
         "report.json",
         "settings.json",
+        "tensorboard",
         "checkpoints",
     }
     assert names == expected
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000001.ckpt", "step-00000002.ckpt"]
+    assert list((run / "tensorboard").glob("events.*"))
+    assert len(json.loads((run / "evaluation.json").read_text())) == 3
     with Image.open(run / "training.png") as picture:
         picture.verify()
         assert picture.format == "PNG" and min(picture.size) > 400
     header, *rows = (run / "metrics.csv").read_text().splitlines()
     assert [row.partition(",")[0] for row in rows] == ["1", "2"]
     for task in ("digits04-a", "digits04-b", "textures-a", "textures-b"):
-        assert f"{task}/train_loss" in header and f"{task}/site0/noise" in header
+        assert f"{task}/train_loss" in header
+        assert all(f"{task}/site0/{quantity}" in header for quantity in ("scale", "noise", "multiplier"))
+    assert "phi/gradient_norm" in header
 
 
 def test_card_says_where_phi_comes_from(finished: tuple[Path, Done]) -> None:
@@ -166,23 +173,28 @@ def test_killed_run_continues_to_the_same_phi(mp: CommandLine, tmp_path: Path, u
     assert killed.code == -signal.SIGKILL
     run = only_run(tmp_path)
     assert not (run / "phi.safetensors").exists()
-    checkpoint = (run / "checkpoints" / "last.ckpt").exists()
-    assert checkpoint or row == 1
+    steps = [str(read_checkpoint(path)["meta_step"]) for path in checkpoints(run / "checkpoints")]
+    assert steps or row == 1
     done = fit(mp, tmp_path, *LONGER)
-    assert ("Continuing from the last checkpoint" in done.stdout) == checkpoint
+    assert re.findall(r"Continuing after meta-step (\d+) of this run", done.stdout) == steps[:1]
     assert phi_bytes(run) == phi_bytes(uninterrupted)
-    for name in ("metrics.csv", "report.json"):
+    for name in ("metrics.csv", "report.json", "evaluation.json"):
         assert (run / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
-def test_a_run_killed_before_its_report_only_judges_again(mp: CommandLine, tmp_path: Path) -> None:
+@pytest.mark.parametrize("judged", [True, False])
+def test_a_run_killed_before_its_report_only_judges_again(mp: CommandLine, tmp_path: Path, judged: bool) -> None:
     fit(mp, tmp_path)
     run = only_run(tmp_path)
-    before = phi_bytes(run), (run / "metrics.csv").read_bytes(), (run / "report.json").read_bytes()
-    (run / "report.json").unlink()
-    (run / "phi.safetensors").unlink()
-    assert "Continuing from the last checkpoint" in fit(mp, tmp_path).stdout
-    assert (phi_bytes(run), (run / "metrics.csv").read_bytes(), (run / "report.json").read_bytes()) == before
+    names = ("phi.safetensors", "metrics.csv", "report.json", "evaluation.json")
+    before = {name: (run / name).read_bytes() for name in names}
+    checkpoint = checkpoints(run / "checkpoints")[0]
+    written = checkpoint.stat().st_mtime_ns
+    for name in ("report.json", "phi.safetensors", *(() if judged else ("evaluation.json",))):
+        (run / name).unlink()
+    assert "Continuing after meta-step 2 of this run" in fit(mp, tmp_path).stdout
+    assert {name: (run / name).read_bytes() for name in names} == before
+    assert checkpoint.stat().st_mtime_ns == written
 
 
 def test_ctrl_c_ends_with_one_line_and_130(mp: CommandLine, tmp_path: Path) -> None:
@@ -207,7 +219,9 @@ def test_time_limit_keeps_what_was_done(mp: CommandLine, tmp_path: Path) -> None
     words = ["meta.steps=4", "+trainer.limit_train_batches=3", "hydra.run.dir=pinned"]
     done = fit(mp, tmp_path, *words, code=2)
     assert done.stderr == "mp_lightning: stopped after 3 of 4 meta-steps; the same command continues\n"
-    assert (tmp_path / "pinned" / "checkpoints" / "last.ckpt").is_file()
+    assert (tmp_path / "pinned" / "checkpoints" / "step-00000003.ckpt").is_file()
+    again = fit(mp, tmp_path, words[0], words[2])
+    assert "Continuing after meta-step 3 of this run" in again.stdout
 
 
 def test_archive_as_source(mp: CommandLine, tmp_path: Path) -> None:
@@ -238,6 +252,21 @@ def test_two_sources_and_a_target(mp: CommandLine, tmp_path: Path) -> None:
     assert "target: 12 training and 12 test images of 3 classes" in done.stdout
 
 
+def test_sources_of_unlike_kinds(mp: CommandLine, tmp_path: Path) -> None:
+    save_archive(tmp_path / "a.npz", classes=4)
+    save_archive(tmp_path / "b.npz")
+    words = ["+sources.large.dataset=a.npz", "+sources.large.image_size=32", "+sources.large.groups=2"]
+    words += ["+sources.large.architectures=[wrn28_2-2]", "+sources.small.dataset=b.npz"]
+    done = fit(mp, tmp_path, *words)
+    card = json.loads((only_run(tmp_path) / "phi.json").read_text())
+    kinds = [(task["name"], task["architecture"], task["image_size"], task["classes"]) for task in card["tasks"]]
+    assert kinds == [
+        *((f"large-{group}-{half}", "wrn28_2-2", 32, 2) for group in (0, 1) for half in "ab"),
+        *(("small-a", "conv4-2", 16, 3), ("small-b", "resnet20-2", 16, 3)),
+    ]
+    assert "small-held-out: 8 training and 8 test images of 2 classes" in done.stdout
+
+
 def test_target_with_the_built_in_sources(mp: CommandLine, tmp_path: Path) -> None:
     save_archive(tmp_path / "target.npz", classes=3)
     done = fit(mp, tmp_path, "evaluation.data=target.npz")
@@ -259,7 +288,9 @@ def test_experiment_of_the_package(mp: CommandLine, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("first", [True, False])
 def test_sweep(mp: CommandLine, tmp_path: Path, first: bool) -> None:
-    words = ["-m", *TINY, "seed=1,2"] if first else [*TINY, "seed=1,2", "-m"]
+    """In one process, with the launcher of Hydra itself."""
+    words = [*TINY, "seed=1,2", "hydra/launcher=basic"]
+    words = ["-m", *words] if first else [*words, "-m"]
     done = mp(tmp_path, "fit", *words)
     assert done.code == 0, done.stderr
     assert done.stderr == ""
@@ -299,7 +330,9 @@ def test_in_a_terminal(tmp_path: Path) -> None:
     os.close(primary)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
     assert child.returncode == 0, text
-    assert re.search(r"meta-training \S+ 2/2 train \d\.\d{3} valid \d\.\d{3} ETA 0:00:00", text), text
+    assert re.search(
+        r"meta-training \S+ 2/2 train \d\.\d{3} valid \d\.\d{3} \d+\.\d+ (steps/s|s/step) ETA 0:00:00", text
+    ), text
     assert "testing with no phi, seed 1/1" in text
     for word in ("Epoch", "max_steps", "LeafSpec", "litlogger", "workers", "Warning", "deprecated"):
         assert word not in text

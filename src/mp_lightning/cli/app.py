@@ -2,23 +2,32 @@
 
 import importlib
 import logging
+import os
+import shlex
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from mp_lightning.cli.words import CONFIGURATION, PROGRAM, compose, run_folder, split_words
+from mp_lightning.cli.help import help_page
+from mp_lightning.cli.words import CONFIGURATION, HELP, PROGRAM, SWEEP, compose, first_lines, run_folder, split_words
 from mp_lightning.errors import UserError
 from mp_lightning.runs import run_name, unusable
 
-VERBS = {"fit": "meta-train a perturbation and write phi.safetensors"}
+VERBS = {
+    "fit": "meta-train a perturbation and write phi.safetensors",
+    "select": "name the best run of a sweep and write its phi, with a card that lists the others",
+}
 USER_ERROR = 2
 INTERRUPTED = 130
+_FULL_ERROR = "HYDRA_FULL_ERROR"
 # Advice of Lightning and torch about what the commands here do on purpose.
 _NO_CONCERN_OF_THE_USER = (
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -32,7 +41,7 @@ _NO_CONCERN_OF_THE_USER = (
 
 def main(arguments: list[str]) -> None:
     """Run a verb; leaves the process with 0, or 2 and one line on standard error for what the user can mend."""
-    if not arguments or arguments[0] in ("-h", "--help"):
+    if not arguments or arguments[0] in HELP:
         print(_usage())
         if not arguments:
             fail(f"no verb given; use one of: {', '.join(VERBS)}")
@@ -41,20 +50,27 @@ def main(arguments: list[str]) -> None:
     verb = arguments[0].removeprefix("command=")
     if verb not in VERBS:
         fail(f"unknown verb '{verb}'; use one of: {', '.join(VERBS)}")
+    if not HELP.isdisjoint(arguments):
+        print(help_page(verb, VERBS[verb]))
+        sys.exit(0)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
+    what = "run"
     try:
         options, overrides = split_words(arguments[1:])
-        if not options:
-            _try_out(verb, overrides)
-        elif "-m" in options or "--multirun" in options:
-            compose(verb, overrides, sweep=True)
         # Hydra reads overrides only where they stand in one row.
         sys.argv = [sys.argv[0], *options, f"command={verb}", *overrides]
-        hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGURATION}", config_name=verb)(_job)()
+        start = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGURATION}", config_name=verb)(_job)
+        if SWEEP.isdisjoint(options):
+            if not options:
+                _try_out(verb, overrides)
+            start()
+        else:
+            what = "sweep"
+            _sweep(verb, overrides, start)
     except UserError as error:
         fail(str(error))
     except KeyboardInterrupt:
-        _interrupted()
+        _interrupted(what)
 
 
 def fail(message: str) -> None:
@@ -75,8 +91,33 @@ def _try_out(verb: str, overrides: list[str]) -> None:
             fail(str(unusable(folder, error)))
 
 
+def _sweep(verb: str, overrides: list[str], start: Callable[[], Any]) -> None:
+    """Run a sweep; what a sweeper raises, which may be of another package, ends in one line as well."""
+    config = compose(verb, overrides, sweep=True)
+    folder = Path(str(config.hydra.sweep.dir))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"sweep folder '{folder}' cannot be written ({error.strerror}); choose another with hydra.sweep.dir=")
+    # What sweepers log about failed jobs is said in the line at the end.
+    logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)
+    wanted = os.environ.get(_FULL_ERROR)
+    os.environ[_FULL_ERROR] = "1"  # otherwise Hydra prints a traceback and leaves
+    try:
+        start()
+    except UserError:
+        raise
+    except Exception as error:
+        if wanted == "1":
+            raise
+        fail(f"the sweep stopped: {first_lines(error) or type(error).__name__}; {_FULL_ERROR}=1 shows where")
+    if verb == "fit":
+        print(f"Compare the runs: {PROGRAM} select sweep={shlex.quote(str(folder))}")
+
+
 def _job(config: DictConfig) -> Any:
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NO_CONCERN_OF_THE_USER:
         warnings.filterwarnings("ignore", message=message)
     return _guarded(lambda: _module(config.command).run(config, Path(HydraConfig.get().runtime.output_dir)))
@@ -87,17 +128,17 @@ def _guarded(function: Any) -> Any:
     try:
         return function()
     except UserError as error:
+        if error.on_every_rank and getattr(rank_zero_only, "rank", 0) > 0:
+            sys.exit(USER_ERROR)
         fail(str(error))
     except OmegaConfBaseException as error:
-        fail(
-            f"the configuration cannot be read: {str(error).partition(chr(10))[0]}; '{PROGRAM} fit --cfg job' shows it"
-        )
+        fail(f"the configuration cannot be read: {str(error).partition(chr(10))[0]}; '--cfg job' shows it")
     except KeyboardInterrupt:
-        _interrupted()
+        _interrupted("run")
 
 
-def _interrupted() -> None:
-    print("mp_lightning: interrupted; the same command continues this run", file=sys.stderr)
+def _interrupted(what: str) -> None:
+    print(f"mp_lightning: interrupted; the same command continues this {what}", file=sys.stderr)
     sys.exit(INTERRUPTED)
 
 
@@ -113,4 +154,4 @@ def _run_name(*, _root_: DictConfig) -> str:
 
 def _usage() -> str:
     verbs = "\n".join(f"  {name:<8} {what}" for name, what in VERBS.items())
-    return f"usage: {PROGRAM} VERB key=value ...\n\nverbs:\n{verbs}\n\n'{PROGRAM} fit --cfg job' shows every key."
+    return f"usage: {PROGRAM} VERB key=value ...\n\nverbs:\n{verbs}\n\n'{PROGRAM} VERB --help' shows every key."

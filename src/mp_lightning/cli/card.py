@@ -4,37 +4,56 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
 from mp_lightning.meta.module import JointMetaTraining
+from mp_lightning.meta.tasks import Task
 from mp_lightning.meta.transfer import ArmResult, Target, TransferSettings
 
 
+def task_entries(tasks: Sequence[Task]) -> list[dict[str, Any]]:
+    """What the card says of each task."""
+    return [
+        {
+            "name": task.name,
+            "architecture": str(task.architecture),
+            "classes": task.train.num_classes,
+            "image_size": task.train.image_size,
+            "training_images": len(task.train),
+            "validation_images": len(task.valid),
+        }
+        for task in tasks
+    ]
+
+
 def make_card(
-    seed: int, module: JointMetaTraining, target: Target, results: list[ArmResult], transfer: TransferSettings
+    tasks: list[dict[str, Any]],
+    module: JointMetaTraining,
+    processes: int,
+    target: Target,
+    results: list[ArmResult],
+    transfer: TransferSettings,
 ) -> dict[str, Any]:
-    """Plain values for :func:`mp_lightning.perturbation.save_phi`."""
-    tasks = module.tasks
+    """Plain values for :func:`mp_lightning.perturbation.save_phi`.
+
+    Args:
+        tasks: of :func:`task_entries`.
+        module: what was trained.
+        processes: how many trained it.
+        target, results, transfer: how phi was judged.
+    """
     return {
         "kind": "MetaPerturb phi, 82 numbers (arXiv 2006.07540)",
-        "sources": sorted({f"{task.name.rpartition('-')[0]} ({task.train.num_classes} classes)" for task in tasks}),
-        "architectures": sorted({str(task.architecture) for task in tasks}),
-        "tasks": [
-            {
-                "name": task.name,
-                "architecture": str(task.architecture),
-                "classes": task.train.num_classes,
-                "image_size": task.train.image_size,
-                "training_images": len(task.train),
-                "validation_images": len(task.valid),
-            }
-            for task in tasks
-        ],
-        "seed": seed,
+        "sources": sorted({f"{task['name'].rpartition('-')[0]} ({task['classes']} classes)" for task in tasks}),
+        "architectures": sorted({task["architecture"] for task in tasks}),
+        "tasks": tasks,
+        "seed": module.seed,
         "steps": module.settings.steps,
+        "processes": processes,
         "settings": asdict(module.settings),
         "held_out": {"target": str(target), "settings": asdict(transfer), "results": [asdict(r) for r in results]},
         "command": f"python -m mp_lightning.meta {shlex.join(map(without_folders, sys.argv[1:]))}",

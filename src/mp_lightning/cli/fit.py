@@ -1,188 +1,152 @@
 """``fit``: meta-train phi, write it with its card and a picture, and judge it on images it has not seen."""
 
-from dataclasses import dataclass
+import math
 from pathlib import Path
 from typing import Any
 
+import hydra
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
+from rich.table import Table
 
-from mp_lightning.cli.card import make_card
-from mp_lightning.cli.options import check, check_keys, plain_section, settings
-from mp_lightning.cli.training import device_options, meta_train
+from mp_lightning.cli.card import make_card, task_entries
+from mp_lightning.cli.fit_settings import FitSettings, read
+from mp_lightning.cli.training import make_trainer, meta_train
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.meta.history import History
-from mp_lightning.meta.module import JointMetaTraining, MetaSettings
+from mp_lightning.meta.module import JointMetaTraining
 from mp_lightning.meta.picture import draw_training
-from mp_lightning.meta.progress import progress_display
-from mp_lightning.meta.sources import Source, built_in, from_files
-from mp_lightning.meta.tasks import Architecture, Task, make_tasks
-from mp_lightning.meta.transfer import ArmResult, Target, TransferSettings, compare_transfer
+from mp_lightning.meta.placement import place
+from mp_lightning.meta.progress import progress_display, reading_display
+from mp_lightning.meta.sources import ImageSource, built_in, from_settings
+from mp_lightning.meta.table import training_table
+from mp_lightning.meta.tasks import Task, make_tasks
+from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, compare_transfer
 from mp_lightning.perturbation import Phi, initial_phi, save_phi
-from mp_lightning.runs import RunFolder, relevant_settings
+from mp_lightning.runs import RunFolder, unusable
+
+__all__ = ["read", "run"]
 
 PHI = "phi.safetensors"
-_SMALLEST_IMAGES = 8
-_MOST_SEED = 2**63 - 1
-_TOP_LEVEL = ("meta", "tasks", "evaluation", "trainer", "run", "command", "seed", "data", "image_size", "flip")
-
-
-@dataclass(frozen=True)
-class FitSettings:
-    """Everything that ``fit`` reads from its configuration, checked."""
-
-    seed: int
-    fresh: bool
-    data: list[str] | None
-    image_size: int
-    flip: bool
-    evaluation_data: str | None
-    evaluation_per_class: int
-    architectures: list[str]
-    groups: int
-    classes: int | None
-    train_per_class: int | None
-    valid_per_class: int | None
-    meta: MetaSettings
-    transfer: TransferSettings
-    trainer: dict[str, Any]
-    relevant: dict[str, Any]
-
-
-def read(config: DictConfig) -> FitSettings:
-    """The settings of a configuration.
-
-    Raises:
-        ConfigurationError: a key is unknown or missing, or a value of the wrong kind; the message names it.
-    """
-    check_keys([str(key) for key in config if key != "hydra"], _TOP_LEVEL)
-    tasks, evaluation, folder = (plain_section(config, name) for name in ("tasks", "evaluation", "run"))
-    check_keys(tasks, ("groups", "classes", "architectures", "train_per_class", "valid_per_class"), "tasks.")
-    check_keys(folder, ("fresh",), "run.")
-    image_size = check(config.image_size, int, "image_size")
-    if image_size < _SMALLEST_IMAGES:
-        raise ConfigurationError(f"image_size={image_size} is too small; give at least {_SMALLEST_IMAGES} pixels")
-    architectures = tasks.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
-        raise ConfigurationError(
-            f"tasks.architectures={architectures} is not a list of networks; write for example [conv4-16,resnet20-8]"
-        )
-    evaluation_data = check(evaluation.pop("data", None), str | None, "evaluation.data")
-    per_class = check(evaluation.pop("train_per_class", None), int, "evaluation.train_per_class")
-    transfer = settings(TransferSettings, evaluation, "evaluation")
-    for text in (*architectures, transfer.architecture):
-        Architecture.parse(text).check(image_size)
-    whole = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    assert isinstance(whole, dict)
-    return FitSettings(
-        seed=_seed(config.seed),
-        fresh=check(folder.get("fresh"), bool, "run.fresh"),
-        data=_paths(config.data),
-        image_size=image_size,
-        flip=check(config.flip, bool, "flip"),
-        evaluation_data=evaluation_data,
-        evaluation_per_class=per_class,
-        architectures=[str(text) for text in architectures],
-        groups=check(tasks.get("groups"), int, "tasks.groups"),
-        classes=check(tasks.get("classes"), int | None, "tasks.classes"),
-        train_per_class=check(tasks.get("train_per_class"), int | None, "tasks.train_per_class"),
-        valid_per_class=check(tasks.get("valid_per_class"), int | None, "tasks.valid_per_class"),
-        meta=settings(MetaSettings, plain_section(config, "meta"), "meta"),
-        transfer=transfer,
-        trainer=device_options(plain_section(config, "trainer")),
-        relevant=relevant_settings({str(key): value for key, value in whole.items()}),
-    )
+_LEAST_WIDTH = 100  # of tables, where the output is not a terminal
 
 
 def run(config: DictConfig, path: Path) -> float:
-    """Meta-train in the run folder ``path``; returns the held-out NLL (nats) with the final phi."""
+    """Meta-train in the run folder ``path``; returns the selection score: held-out NLL (nats) with the final phi.
+
+    Of several processes the first alone judges phi and returns its score; the others return NaN.
+    """
     given = read(config)
     console = Console(highlight=False, soft_wrap=True)
-    folder = RunFolder(path, given.relevant, fresh=given.fresh)
-    report = folder.report()
+    trainer = make_trainer(given.trainer, given.meta.steps, path, console, _logger(given.logger, path))
+    first = trainer.is_global_zero
+    console.quiet = not first
+    folder = RunFolder(path, given.relevant, fresh=given.fresh, owner=first)
+    report = None if given.fresh and not first else folder.report()
     if report is not None and (path / PHI).is_file():
         console.print(f"This run is finished; run.fresh=true starts it anew. It left in {_bold(path)}:")
         _print_report(console, report, path)
         return float(report["nll"])
-    sources, target = _images(given)
-    tasks = make_tasks(
-        sources,
-        given.architectures,
-        groups=given.groups,
-        classes=given.classes,
-        train_per_class=given.train_per_class,
-        valid_per_class=given.valid_per_class,
-        seed=given.seed,
-    )
-    history = History(path / "metrics.csv")
-    module = JointMetaTraining(tasks, given.meta, given.seed, history)
-    _announce(console, tasks, given.meta, folder)
-    device = meta_train(module, given.trainer, folder, console)
-    draw_training(history, path / "training.png", {task.name: str(task.architecture) for task in tasks})
+    with reading_display(console) as on_progress:
+        images = ImageSource(given.data_root, on_progress)
+        if given.sources:
+            sources, target = from_settings(given.sources, given.evaluation, given.seed, images)
+        else:
+            sources, target = built_in(given.split, given.evaluation, given.seed, images)
+    tasks = make_tasks(sources, given.seed)
+    del sources
+    placed = _place(tasks, trainer.world_size)
+    _announce(console, tasks, placed, given.meta.steps)
+    history = History(path / "metrics.csv") if first else None
+    mine = [number for number, rank in enumerate(placed) if rank == trainer.global_rank]
+    module = JointMetaTraining(tasks, given.meta, given.seed, history, mine, console.print)
+    entries = task_entries(tasks)
+    del tasks  # the module keeps the images of its own
+    meta_train(trainer, module, folder, given.fresh and not first, console)
+    if history is None:
+        return math.nan
     final = module.perturbation.phi
-    results = _judge(console, given, target, final, device)
-    save_phi(path / PHI, final, make_card(given.seed, module, target, results, given.transfer))
+    results = _judge(console, given, target, final, trainer.strategy.root_device, path / "evaluation.json")
+    card = make_card(entries, module, trainer.world_size, target, results, given.transfer)
+    descriptions = module.description["tasks"]
+    try:
+        draw_training(history, path / "training.png", descriptions)
+        save_phi(path / PHI, final, card)
+    except OSError as error:
+        raise unusable(path, error) from error
+    table = training_table(history, descriptions)
+    return _finish(console, folder, target, results, table)
+
+
+def _finish(console: Console, folder: RunFolder, target: Target, results: list[ArmResult], table: Table) -> float:
+    """Mark the run as finished and say what it left; returns the score."""
+    path = folder.path
+    nll = sum(results[0].nll) / len(results[0].nll)
     report = {
-        "nll": sum(results[0].nll) / len(results[0].nll),
+        "nll": nll,
         "target": str(target),
         "results": [str(result) for result in results],
     }
     folder.finish(report)
+    wide = console if console.is_terminal else Console(highlight=False, width=max(console.width, _LEAST_WIDTH))
+    wide.print(table)
     console.print(f"Written to {_bold(path)}: {PHI}, phi.json, metrics.csv, training.png")
     _print_report(console, report, path)
-    return float(report["nll"])
+    return nll
 
 
-def _seed(seed: Any) -> int:
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MOST_SEED:
-        raise ConfigurationError(f"seed={seed} cannot be used; give a whole number from 0 to 2**63 - 1")
-    return seed
-
-
-def _paths(data: Any) -> list[str] | None:
-    if data is None:
+def _logger(section: dict[str, Any], path: Path) -> Any:
+    """The logger that the section describes, with its files in the run folder."""
+    if not section:
         return None
-    paths = OmegaConf.to_container(data) if OmegaConf.is_config(data) else [data]
-    if not isinstance(paths, list) or not paths or not all(isinstance(path, str) and path for path in paths):
-        raise ConfigurationError(f"data={data} is not a path or a list of paths; write for example data=[a.npz,b.npz]")
-    return paths
+    try:
+        return hydra.utils.instantiate({"save_dir": str(path), **section})
+    # Whatever a logger raises in its constructor, such as for a package that is not installed.
+    except Exception as error:
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        raise ConfigurationError(
+            f"logger: {section.get('_target_')} cannot be made ({reason}); install what it needs, or choose another: "
+            "logger=tensorboard, logger=wandb, logger=csv"
+        ) from error
 
 
-def _images(given: FitSettings) -> tuple[list[Source], Target]:
-    if given.data is None:
-        return built_in(given.image_size, given.seed, given.evaluation_per_class, given.evaluation_data, given.flip)
-    return from_files(
-        given.data, given.evaluation_data, given.image_size, given.seed, given.evaluation_per_class, given.flip
-    )
+def _place(tasks: list[Task], ranks: int) -> list[int]:
+    costs: dict[tuple[Any, ...], float] = {}
+    keys = [(task.architecture, task.train.num_classes, task.train.image_size) for task in tasks]
+    for key in keys if ranks > 1 else ():
+        if key not in costs:
+            costs[key] = float(key[0].forward_flops(*key[1:]))
+    return place([costs.get(key, 1.0) for key in keys], ranks)
 
 
-def _announce(console: Console, tasks: list[Task], meta: MetaSettings, folder: RunFolder) -> None:
-    console.print(f"Meta-training phi (82 numbers) over {len(tasks)} tasks, {meta.steps} joint steps:")
-    for task in tasks:
+def _announce(console: Console, tasks: list[Task], placed: list[int], steps: int) -> None:
+    ranks = max(placed) + 1
+    shared = f", shared by {ranks} processes" if ranks > 1 else ""
+    console.print(f"Meta-training phi (82 numbers) over {len(tasks)} tasks{shared}, {steps} joint steps:")
+    for task, rank in zip(tasks, placed, strict=True):
         console.print(
             f"  {task.name:<18} {task.architecture!s:<12} {task.train.num_classes} classes, "
-            f"{len(task.train)} + {len(task.valid)} images"
+            f"{len(task.train)} + {len(task.valid)} images of {task.train.image_size} pixels"
+            + (f", process {rank}" if ranks > 1 else "")
         )
-    if folder.checkpoint() is not None:
-        console.print("Continuing from the last checkpoint of this run (run.fresh=true starts anew).")
 
 
-def _judge(console: Console, given: FitSettings, target: Target, final: Phi, device: torch.device) -> list[ArmResult]:
+def _judge(
+    console: Console, given: FitSettings, target: Target, final: Phi, device: torch.device, kept: Path
+) -> list[ArmResult]:
     transfer = given.transfer
     arms = {"final phi": final, "initial phi": initial_phi(given.seed), "no phi": None}
     enabled = bool(given.trainer.get("enable_progress_bar"))
     with progress_display(console, enabled=enabled, transient=True) as progress:
         bar = progress.add_task("held-out images", total=len(arms) * transfer.seeds * transfer.steps)
 
-        def advance(arm: str, number: int, step: int | None) -> None:
-            doing = "testing" if step is None else "training"
-            progress.update(
-                bar, advance=step is not None, description=f"{doing} with {arm}, seed {number + 1}/{transfer.seeds}"
-            )
+        def advance(arm: str, number: int, steps: int) -> None:
+            doing = "training" if steps else "testing"
+            progress.update(bar, advance=steps, description=f"{doing} with {arm}, seed {number + 1}/{transfer.seeds}")
 
-        return compare_transfer(target, arms, transfer, given.seed, device, advance)
+        return compare_transfer(target, arms, transfer, given.seed, device, advance, KeptRuns(kept))
 
 
 def _print_report(console: Console, report: dict[str, Any], path: Path) -> None:

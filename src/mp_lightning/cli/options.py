@@ -57,6 +57,17 @@ def check_keys(given: Iterable[str], known: Sequence[str], prefix: str = "") -> 
             raise ConfigurationError(f"unknown key '{prefix}{key}'; {hint}")
 
 
+def check_choice(value: str, choices: Sequence[str], key: str) -> str:
+    """``value``, if it is one of ``choices``.
+
+    Raises:
+        ConfigurationError: it is not; the message lists them.
+    """
+    if value not in choices:
+        raise ConfigurationError(f"{key}={value} is unknown; use one of {', '.join(choices)}")
+    return value
+
+
 def check(value: Any, kind: Any, key: str) -> Any:
     """``value`` as ``kind`` (int, float, str, bool, or one of them or None); an error that names ``key`` otherwise."""
     optional = isinstance(kind, types.UnionType)

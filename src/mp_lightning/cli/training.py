@@ -3,6 +3,7 @@
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -11,8 +12,11 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from mp_lightning.cli.options import check_choice
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.meta.checkpoint import KeepCheckpoint, read_checkpoint
+from mp_lightning.meta import strategy
+from mp_lightning.meta.checkpoint import KeepCheckpoint, WholeFiles, newest_readable
+from mp_lightning.meta.history import rows_every
 from mp_lightning.meta.module import JointMetaTraining
 from mp_lightning.meta.progress import MetaTrainingBar
 from mp_lightning.runs import RunFolder, RunFolderError
@@ -24,12 +28,17 @@ _OWN = {
     "max_epochs": "meta.steps sets the number of joint steps",
     "callbacks": "fit adds its own",
     "barebones": "fit needs callbacks",
+    "logger": "choose one with logger=",
+    "plugins": "fit adds its own",
+    "use_distributed_sampler": "tasks are shared out, not images",
+    "sync_batchnorm": "batch norm belongs to a task, which never leaves its process",
 }
 _PRECISIONS = ("32-true", "32", 32, "bf16-mixed")
+_STRATEGIES = ("auto", strategy.NAME, "ddp")
 
 
 def device_options(section: dict[str, Any]) -> dict[str, Any]:
-    """The Trainer's arguments, limited to what meta-training on one device can do.
+    """The Trainer's arguments, limited to what meta-training can do.
 
     Raises:
         ConfigurationError: an argument is out of that range.
@@ -37,37 +46,41 @@ def device_options(section: dict[str, Any]) -> dict[str, Any]:
     for key, reason in _OWN.items():
         if key in section:
             raise ConfigurationError(f"trainer.{key} cannot be set: {reason}")
-    devices = section.get("devices")
-    one = devices in (1, "1", "auto") or (isinstance(devices, list) and len(devices) == 1)
-    if isinstance(devices, bool) or not one or section.get("num_nodes", 1) != 1:
-        key = "devices" if not one else "num_nodes"
-        raise ConfigurationError(f"trainer.{key}={section[key]}: fit runs on one device; use trainer.{key}=1")
     if section.get("precision", "32-true") not in _PRECISIONS:
         raise ConfigurationError(
             f"trainer.precision={section['precision']} cannot be used; meta-training runs in 32-true or bf16-mixed"
         )
-    return {**section, "devices": 1 if devices == "auto" else devices}
+    given = str(section.get("strategy", "auto"))
+    check_choice(given, _STRATEGIES, "trainer.strategy")
+    accelerator, devices = section.get("accelerator", "auto"), section.get("devices", 1)
+    if accelerator == "auto":
+        accelerator = "cuda" if torch.cuda.is_available() else "cpu"
+    if accelerator == "cpu" and devices == "auto":
+        devices = 1
+    one = devices in (1, "1") and section.get("num_nodes", 1) == 1
+    if given == "auto" and not (one and not isinstance(devices, bool)):
+        given = strategy.NAME
+    return {**section, "accelerator": accelerator, "devices": devices, "strategy": given}
 
 
-def meta_train(module: JointMetaTraining, options: dict[str, Any], folder: RunFolder, console: Console) -> torch.device:
-    """Train ``module`` to its last step, from the folder's checkpoint if there is one; returns the device used.
+def make_trainer(options: dict[str, Any], steps: int, path: Path, console: Console, logger: Any = None) -> L.Trainer:
+    """A Trainer of ``steps`` joint steps in the run folder ``path``; it knows how many processes there will be.
 
     Raises:
         ConfigurationError: Lightning refuses the options.
-        RunCheckpointError: the checkpoint is damaged or of another run.
-        RunFolderError: training stopped before its last step.
-        KeyboardInterrupt: the user stopped it.
     """
-    steps = module.settings.steps
-    callbacks: list[L.Callback] = [KeepCheckpoint(folder.checkpoints, every=max(1, steps // CHECKPOINTS))]
+    rows = rows_every(steps)
+    callbacks: list[L.Callback] = [KeepCheckpoint(path / "checkpoints", every=max(1, steps // CHECKPOINTS), rows=rows)]
     if options.get("enable_progress_bar"):
         callbacks.append(MetaTrainingBar(console))
     try:
-        trainer = L.Trainer(
-            **{"default_root_dir": folder.path, "logger": False, **options},
-            max_steps=steps,
+        return L.Trainer(
+            **{"default_root_dir": path, **options},
+            logger=logger or False,
             max_epochs=1,
             callbacks=callbacks,
+            plugins=[WholeFiles()],
+            use_distributed_sampler=False,
         )
     # Lightning refuses with TypeError, ValueError, RuntimeError, ImportError and its own.
     except Exception as error:
@@ -79,15 +92,43 @@ def meta_train(module: JointMetaTraining, options: dict[str, Any], folder: RunFo
         raise ConfigurationError(
             f"trainer: {message}; its keys are the arguments of lightning.pytorch.Trainer"
         ) from error
-    checkpoint = folder.checkpoint()
-    if checkpoint is not None:
-        module.check_checkpoint(read_checkpoint(checkpoint))
-    loader: DataLoader[Any] = DataLoader(range(steps), batch_size=None)  # type: ignore[arg-type]
+
+
+def meta_train(trainer: L.Trainer, module: JointMetaTraining, folder: RunFolder, fresh: bool, console: Console) -> None:
+    """Train ``module`` to its last step, from the folder's newest readable checkpoint if there is one.
+
+    Args:
+        trainer: of :func:`make_trainer`.
+        module: what to train.
+        folder: the run folder.
+        fresh: whatever checkpoint there is belongs to an earlier run.
+        console: where to say it.
+
+    Raises:
+        RunCheckpointError: no checkpoint can be read, or it is of another run.
+        RunFolderError: training stopped before its last step.
+        KeyboardInterrupt: the user stopped it.
+    """
+    steps = module.settings.steps
+    found = None if fresh else newest_readable(folder.checkpoints, console.print)
+    checkpoint, done = None, 0
+    if found is not None:
+        checkpoint, content = found
+        module.check_checkpoint(content)
+        done = content["meta_step"]
+        console.print(f"Continuing after meta-step {done} of this run (run.fresh=true starts anew).")
+        if done == steps:
+            module.continue_from(content)
+            return
+        del content, found
+    # Any data would do: each task draws its own by the number of the step.
+    loader: DataLoader[Any] = DataLoader(range(done, steps), batch_size=None)  # type: ignore[arg-type]
     with _interruption(trainer):
         trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
     if module.meta_step < steps:
-        raise RunFolderError(f"stopped after {module.meta_step} of {steps} meta-steps; the same command continues")
-    return trainer.strategy.root_device
+        error = RunFolderError(f"stopped after {module.meta_step} of {steps} meta-steps; the same command continues")
+        error.on_every_rank = True
+        raise error
 
 
 @contextlib.contextmanager
@@ -96,7 +137,8 @@ def _interruption(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except SIGTERMException as error:
-        print("mp_lightning: terminated; the same command continues this run", file=sys.stderr)
+        if trainer.is_global_zero:
+            print("mp_lightning: terminated; the same command continues this run", file=sys.stderr)
         raise SystemExit(TERMINATED) from error
     except SystemExit as error:
         if trainer.interrupted:

@@ -7,6 +7,7 @@ from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -15,8 +16,11 @@ from mp_lightning.errors import ConfigurationError
 
 PROGRAM = "python -m mp_lightning.meta"
 CONFIGURATION = "mp_lightning.conf"
-_OPTIONS = {"-m", "--multirun", "--resolve", "--help", "-h", "--hydra-help", "--version", "--info", "-i"}
+HELP = {"--help", "-h"}
+SWEEP = {"-m", "--multirun"}
+_OPTIONS = {*HELP, *SWEEP, "--resolve", "--hydra-help", "--version", "--info", "-i"}
 _OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p"}
+_OPTUNA = "hydra/sweeper/optuna"
 _KEY = re.compile(r"(\+{0,2}|~)[A-Za-z_][\w/@-]*(\.[\w/@-]+|\[[^]]*\])*")
 
 
@@ -55,18 +59,19 @@ def compose(verb: str, overrides: list[str], sweep: bool = False) -> DictConfig:
     Raises:
         ConfigurationError: an override cannot be read or does not fit; the message names it.
     """
-    words = [_single(word, sweep) for word in overrides]
+    read = [_read(word, sweep) for word in overrides]
+    words = [word for override in read for word in _single(override)]
     with hydra.initialize_config_module(CONFIGURATION, version_base="1.3"):
         try:
-            return _compose(verb, words)
+            config = _compose(verb, words)
         except Exception as error:  # Hydra raises ValueError, AssertionError and more for what it did not foresee
-            known = _compose(verb, [])
-            for word in words:
-                try:
-                    _compose(verb, [word])
-                except Exception as alone:
-                    raise ConfigurationError(_explain(word, alone, known)) from error
-            raise ConfigurationError(f"these overrides do not go together: {_first_lines(error)}") from error
+            raise ConfigurationError(_explain(verb, words)) from error
+    intervals = [str(override.input_line) for override in read if override.is_interval_sweep()]
+    if intervals and "BasicSweeper" in config.hydra.sweeper._target_:
+        raise ConfigurationError(
+            f"'{intervals[0]}' needs a sweeper that can search; add hydra/sweeper=optuna, or list the values, a,b,c"
+        )
+    return config
 
 
 def run_folder(config: DictConfig) -> Path | None:
@@ -84,37 +89,62 @@ def _compose(verb: str, words: list[str]) -> DictConfig:
     return config
 
 
-def _single(word: str, sweep: bool) -> str:
+def _read(word: str, sweep: bool) -> Override:
     key = word.partition("=")[0]
     if not _KEY.fullmatch(key) or ("=" not in word and not key.startswith("~")):
         raise ConfigurationError(f"'{word}' cannot be read; write key=value, for example meta.steps=200")
     try:
         override = OverridesParser.create().parse_override(word)
-        if not override.is_sweep_override():
-            return word
     except HydraException as error:
         raise ConfigurationError(
             f"'{word}' cannot be read; lists are written [a,b]; several values to try, a,b, need -m; a value with "
             f"commas, brackets or the like in it needs quotes inside quotes: \"{key}='...'\""
         ) from error
-    if not sweep:
+    if override.is_sweep_override() and not sweep:
         raise ConfigurationError(f"'{word}' names several values; add -m to run one after the other, or write [a,b]")
-    return f"{key}={next(iter(override.sweep_string_iterator()))}"
+    return override
 
 
-def _explain(word: str, error: Exception, known: DictConfig) -> str:
+def _single(override: Override) -> list[str]:
+    """The override with the first of its values; nothing for a pattern, which only the configuration can resolve."""
+    if not override.is_sweep_override():
+        return [str(override.input_line)]
+    if override.value_type == ValueType.GLOB_CHOICE_SWEEP:
+        return []
+    value = override.value()
+    first = str(value.start) if isinstance(value, IntervalSweep) else next(override.sweep_string_iterator(), None)
+    if first is None:
+        raise ConfigurationError(f"'{override.input_line}' names no value; give at least one")
+    return [f"{override.get_key_element()}={first}"]
+
+
+def _explain(verb: str, words: list[str]) -> str:
+    """What is wrong with these words, of which at least one is."""
+    # A choice of a group may bring the keys that other words set.
+    words = sorted(words, key=lambda word: "." in word.partition("=")[0])
+    for index, word in enumerate(words):
+        try:
+            _compose(verb, words[: index + 1])
+        except Exception as error:
+            return _sentence(verb, word, error, _compose(verb, []))
+    return f"these overrides do not go together: {' '.join(words)}"
+
+
+def _sentence(verb: str, word: str, error: Exception, known: DictConfig) -> str:
     key = word.partition("=")[0].lstrip("+~")
     text = str(error)
     if re.search(r"Could not (override|delete)|is not in struct|Key '.*' not in", text):
         near = difflib.get_close_matches(key, _keys(known), n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
-        return f"unknown key '{key}'; {hint}'{PROGRAM} fit --cfg job' shows every key"
+        return f"unknown key '{key}'; {hint}'{PROGRAM} {verb} --help' shows every key"
     missing = re.search(r"Could not find '([^']+)'", text)
     if missing:
         choices = re.search(r"Available options in '[^']*':\s*((?:\S+\s*?\n?\s*)+?)(?:Config search path|$)", text)
         there = f"; there are: {', '.join(choices.group(1).split())}" if choices else ""
+        if missing.group(1) == _OPTUNA:
+            there += "; install it with pip install 'mp_lightning[sweep]'"
         return f"'{word}': no configuration '{missing.group(1)}'{there}"
-    return f"'{word}' does not fit the configuration ({_first_lines(error)}); '{PROGRAM} fit --cfg job' shows it"
+    return f"'{word}' does not fit the configuration ({first_lines(error)}); '{PROGRAM} {verb} --cfg job' shows it"
 
 
 def _keys(config: DictConfig) -> list[str]:
@@ -129,8 +159,9 @@ def _keys(config: DictConfig) -> list[str]:
     container = OmegaConf.to_container(config, resolve=False)
     assert isinstance(container, dict)
     own = {key: value for key, value in container.items() if key != "hydra"}
-    return [*walk(own, ""), "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir"]
+    return [*walk(own, ""), "hydra.run.dir", "hydra.sweep.dir", "hydra.sweep.subdir", "hydra.launcher.jobs"]
 
 
-def _first_lines(error: Exception) -> str:
+def first_lines(error: Exception) -> str:
+    """The beginning of an error's message, in one line."""
     return " ".join(str(error).split("\n")[:2]).strip()
