@@ -115,6 +115,7 @@ class CommandLine:
         first: dict[int, str] | None = None,
         signal_when: tuple[Callable[[], bool], signal.Signals] | None = None,
         signalled: int = 0,
+        environments: list[dict[str, str]] | None = None,
     ) -> list[Done]:
         """Run it as that many processes of one run, as torchrun or SLURM would start them.
 
@@ -125,18 +126,19 @@ class CommandLine:
             first: by rank, Python code that its process runs before the command.
             signal_when: once the first holds, a process is sent the second.
             signalled: the rank of that process.
+            environments: what tells each process its rank; None: as torchrun would on one node.
         """
         assert self._server.stdin is not None and self._server.stdout is not None
         self._count += 1
         out, err = (self._scratch / f"{self._count}.{name}" for name in ("out", "err"))
-        environments: list[dict[str, str]] = [{}]
         if ranks > 1:
             words = (*words, f"trainer.devices={ranks}")
+        if environments is None and ranks > 1:
             meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
             environments = [{**meeting, "LOCAL_RANK": str(rank), "NODE_RANK": "0"} for rank in range(ranks)]
         order = {
             **{"folder": str(folder), "words": list(words), "stdout": str(out), "stderr": str(err)},
-            **{"environments": environments, "first": first or {}},
+            **{"environments": environments or [{}], "first": first or {}},
         }
         self._server.stdin.write(json.dumps(order) + "\n")
         self._server.stdin.flush()

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from conftest import assert_close_to_golden, golden_phi
+from golden_files import assert_close_to_golden, golden_phi
 from mp_lightning.backbones import build_backbone
 from mp_lightning.meta.joint import JointGradient
 from mp_lightning.meta.learner import TaskStep

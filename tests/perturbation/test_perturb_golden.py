@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from conftest import assert_close_to_golden, golden_phi
+from golden_files import assert_close_to_golden, golden_phi
 from mp_lightning.perturbation import MetaPerturb, Norms, Phi
 from mp_lightning.perturbation import mathematics as maths
 from mp_lightning.sites.site import MOMENTUM

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from conftest import assert_close_to_golden, golden_phi
+from golden_files import assert_close_to_golden, golden_phi
 from mp_lightning.backbones import build_backbone
 from mp_lightning.perturbation import MetaPerturb
 from mp_lightning.sites import attach

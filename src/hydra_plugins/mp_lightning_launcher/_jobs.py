@@ -25,12 +25,11 @@ from hydra_plugins.mp_lightning_launcher._processes import (
     environment_without_ranks,
     stop,
 )
+from mp_lightning.cli.output import OUTPUT, error_line, last_error, start_line
 from mp_lightning.errors import UserError
 from mp_lightning.runs import REPORT
 
-OUTPUT = "output.log"
 TERMINATED = 143  # 128 + SIGTERM
-_ERROR = "mp_lightning: "
 # What a job must not inherit from the sweep: how there are several of it, and where they lie.
 _OF_THE_SWEEP = ("hydra.mode", "hydra.run", "hydra.sweep", "hydra/sweep", "hydra.launcher", "hydra/launcher")
 
@@ -128,7 +127,7 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int) -> list[tuple[Job, Outcome]]:
         finally:
             stop(running.values(), received)
     if signal.SIGTERM in received:
-        print("mp_lightning: terminated; the same command continues this sweep", file=sys.stderr)
+        print(error_line("terminated; the same command continues this sweep"), file=sys.stderr)
         raise SystemExit(TERMINATED)
     if received:
         raise KeyboardInterrupt
@@ -168,7 +167,8 @@ def _environment(at_a_time: int) -> dict[str, str]:
 
 def _start(job: Job, environment: dict[str, str], show_output: bool) -> ProcessGroup:
     print(f"Job {job.number} ({job.name}) starts in {job.folder}", flush=True)
-    return ProcessGroup(job.command, environment, job.folder / OUTPUT, show_output)
+    title = start_line(shlex.join(job.command))
+    return ProcessGroup(job.command, environment, job.folder / OUTPUT, title, show_output)
 
 
 def _tell(job: Job, outcome: Outcome) -> Outcome:
@@ -182,10 +182,7 @@ def _outcome(folder: Path, group: ProcessGroup) -> Outcome:
     code = group.code()
     if code == 0:
         return Outcome(score=_score(folder))
-    errors = [line.removeprefix(_ERROR) for line in group.output() if line.startswith(_ERROR)]
-    if errors:
-        return Outcome(error=errors[-1])
-    return Outcome(error=f"ended with {code}, see {shlex.quote(str(folder / OUTPUT))}")
+    return Outcome(error=last_error(group.output()) or f"ended with {code}, see {shlex.quote(str(folder / OUTPUT))}")
 
 
 def _unwritable(folder: Path, error: OSError) -> str:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from mp_lightning.cli.help import help_page
+from mp_lightning.cli.output import error_line
 from mp_lightning.cli.words import CONFIGURATION, HELP, PROGRAM, SWEEP, compose, first_lines, run_folder, split_words
 from mp_lightning.errors import UserError
 from mp_lightning.runs import run_name, unusable
@@ -25,6 +26,7 @@ VERBS = {
     "fit": "meta-train a perturbation and write phi.safetensors",
     "select": "name the best run of a sweep and write its phi, with a card that lists the others",
 }
+_ONCE = {"select"}  # verbs of which a sweep makes no sense
 USER_ERROR = 2
 INTERRUPTED = 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
@@ -75,7 +77,7 @@ def main(arguments: list[str]) -> None:
 
 def fail(message: str) -> None:
     """Leave the process with one line on standard error."""
-    print(f"mp_lightning: {' '.join(message.split())}", file=sys.stderr)
+    print(error_line(message), file=sys.stderr)
     sys.exit(USER_ERROR)
 
 
@@ -93,6 +95,8 @@ def _try_out(verb: str, overrides: list[str]) -> None:
 
 def _sweep(verb: str, overrides: list[str], start: Callable[[], Any]) -> None:
     """Run a sweep; what a sweeper raises, which may be of another package, ends in one line as well."""
+    if verb in _ONCE:
+        fail(f"{verb} runs once; leave out -m and give one value for each key")
     config = compose(verb, overrides, sweep=True)
     folder = Path(str(config.hydra.sweep.dir))
     try:
@@ -138,7 +142,7 @@ def _guarded(function: Any) -> Any:
 
 
 def _interrupted(what: str) -> None:
-    print(f"mp_lightning: interrupted; the same command continues this {what}", file=sys.stderr)
+    print(error_line(f"interrupted; the same command continues this {what}"), file=sys.stderr)
     sys.exit(INTERRUPTED)
 
 

@@ -8,7 +8,7 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, currently_in_test_context, given, settings
 from hypothesis import strategies as st
 
-from conftest import assert_close_to_golden, golden_phi
+from golden_files import assert_close_to_golden, golden_phi
 
 FLOAT32, SIXTEEN_BITS = 1e-5, 2e-2
 MARGIN = 1e-6  # below it float32 may fall on the other side of a ReLU

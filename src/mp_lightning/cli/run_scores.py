@@ -1,0 +1,120 @@
+"""The runs below a folder: what was set in each, and how it did on held-out images."""
+
+import json
+import math
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mp_lightning.cli.card import without_folders
+from mp_lightning.cli.output import OUTPUT, last_error, only_stopped
+from mp_lightning.errors import PhiError, UserError
+from mp_lightning.perturbation import NamedPhi, load_phi
+from mp_lightning.runs import REPORT, SETTINGS
+
+PHI = "phi.safetensors"
+_ARM = "final phi"
+
+
+class RunsError(UserError):
+    """Runs cannot be compared, or there are none."""
+
+
+@dataclass
+class Run:
+    """A run folder. ``scores`` (NLL in nats, accuracy from 0 to 1; means over seeds) is empty while it has none."""
+
+    name: str
+    settings: dict[str, Any]
+    state: str = "finished"
+    reason: str = ""
+    scores: dict[str, float] = field(default_factory=dict)
+    target: str = ""
+    evaluation: Any = None
+    phi: NamedPhi | None = None
+
+
+def read_runs(sweep: Path) -> list[Run]:
+    """All run folders below a folder, in the order of their names; those without a score say why in ``state``."""
+    marks = [path for name in (SETTINGS, OUTPUT) for path in sweep.rglob(name)]
+    folders = {mark.parent for mark in marks if "previous-" not in str(mark.relative_to(sweep))}
+    return [_read_run(folder, str(folder.relative_to(sweep))) for folder in sorted(folders)]
+
+
+def check_comparable(finished: list[Run]) -> None:
+    """Refuse runs whose scores mean different things.
+
+    Raises:
+        RunsError: the targets differ, or how networks were trained on them.
+    """
+    first = finished[0]
+    for other in finished[1:]:
+        if other.target != first.target:
+            raise RunsError(
+                f"the runs were judged on different targets, '{first.name}' on {first.target}, '{other.name}' on "
+                f"{other.target}; give sweep= a folder whose runs share one"
+            )
+        if other.evaluation != first.evaluation:
+            raise RunsError(
+                f"the runs '{first.name}' and '{other.name}' were judged with different settings of evaluation; "
+                "give sweep= a folder whose runs share them"
+            )
+
+
+def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
+    """By name of the run, the settings that are not the same in all runs, such as ``seed=1``; paths without folders."""
+    keys = sorted({key for run in runs for key in run.settings})
+    known = [run for run in runs if run.settings]
+    differ = [key for key in keys if any(run.settings.get(key) != known[0].settings.get(key) for run in known)]
+    return {
+        run.name: [without_folders(f"{key}={json.dumps(run.settings.get(key)).strip(chr(34))}") for key in differ]
+        if run.settings
+        else []
+        for run in runs
+    }
+
+
+def _read_run(folder: Path, name: str) -> Run:
+    run = Run(name, _flat(_json(folder / SETTINGS) or {}))
+    report = _json(folder / REPORT)
+    if report is None:
+        try:
+            error = last_error((folder / OUTPUT).read_text(encoding="utf-8", errors="replace").splitlines())
+        except OSError:
+            error = None
+        failed = error is not None and not only_stopped(error)
+        run.state, run.reason = ("failed", str(error)) if failed else ("unfinished", "")
+        return run
+    try:
+        run.phi = load_phi(folder / PHI)
+        held_out = run.phi.card["held_out"]
+        (result,) = [result for result in held_out["results"] if result["arm"] == _ARM]
+        scores = {"nll": float(report["nll"]), "accuracy": statistics.fmean(result["accuracy"])}
+        run.target, run.evaluation = str(report["target"]), held_out.get("settings")
+    except PhiError as error:
+        run.state, run.reason = "failed", str(error)
+        return run
+    except (KeyError, TypeError, ValueError, statistics.StatisticsError):
+        run.state, run.reason = "failed", "its report or card holds no result on held-out images"
+        return run
+    if all(map(math.isfinite, scores.values())):
+        run.scores = scores
+    else:
+        run.state, run.reason = "failed", "its score is not finite"
+    return run
+
+
+def _json(path: Path) -> dict[str, Any] | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return content if isinstance(content, dict) else None
+
+
+def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in section.items():
+        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
