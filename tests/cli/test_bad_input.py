@@ -8,17 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import TINY, CommandLine, shared_command_line
+from command_line import TINY, CommandLine
 from images_on_disk import save_archive, save_folder
 from PIL import Image
 
 from mp_lightning.cli.card import without_folders
 from mp_lightning.meta.checkpoint import checkpoints
-
-
-@pytest.fixture(scope="module")
-def mp() -> CommandLine:
-    return shared_command_line()
 
 
 def assert_refused(mp: CommandLine, folder: Path, words: list[str], *parts: str, leaves_nothing: bool = False) -> None:

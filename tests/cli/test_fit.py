@@ -11,7 +11,7 @@ from pathlib import Path
 
 import lightning as L
 import pytest
-from command_line import TINY, CommandLine, Done, shared_command_line
+from command_line import TINY, CommandLine, Done
 from images_on_disk import save_archive, save_folder
 from omegaconf import OmegaConf
 from PIL import Image
@@ -21,11 +21,6 @@ from mp_lightning.meta.checkpoint import checkpoints, read_checkpoint
 from mp_lightning.perturbation import load_phi
 
 CALLBACK_IN_USE = re.compile(r"^ *(trainer = L\.Trainer\(.*\))$", re.MULTILINE)
-
-
-@pytest.fixture(scope="module")
-def mp() -> CommandLine:
-    return shared_command_line()
 
 
 def fit(mp: CommandLine, folder: Path, *words: str, code: int = 0, **options) -> Done:

@@ -3,22 +3,12 @@
 from pathlib import Path
 
 import pytest
-from command_line import CommandLine, shared_command_line
-from several_processes import TWENTY, assert_phi_close, assert_same_run, run, save_pictures, succeed
+from command_line import CommandLine
+from several_processes import TWENTY, assert_phi_close, assert_same_run, run, succeed
 
 from mp_lightning.meta.checkpoint import checkpoints
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def mp() -> CommandLine:
-    return shared_command_line()
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return save_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 NOT_FINITE = """

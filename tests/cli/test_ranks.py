@@ -9,22 +9,12 @@ import time
 from pathlib import Path
 
 import pytest
-from command_line import TINY, CommandLine, free_port, shared_command_line
-from several_processes import TWENTY, assert_phi_close, run, save_pictures, succeed
+from command_line import TINY, CommandLine, free_port
+from several_processes import TWENTY, assert_phi_close, run, succeed
 
 from mp_lightning.meta.checkpoint import checkpoints
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def mp() -> CommandLine:
-    return shared_command_line()
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return save_pictures(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="module")
@@ -149,3 +139,24 @@ def test_under_slurm(mp: CommandLine, pictures: list[str], alone: Path, tmp_path
     for done in run(mp, tmp_path, [*pictures, *TWENTY], 2, environments=environments):
         assert done.code == 0, done
     assert_phi_close(tmp_path / "run", alone)
+
+
+@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_to_all_processes_ends_them_with_one_line(
+    pictures: list[str], tmp_path: Path, which: signal.Signals, code: int
+) -> None:
+    """As torchrun, a scheduler, or Ctrl-C in a terminal sends it."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    words = command(*pictures, "meta.steps=100000", "trainer.devices=2")
+    with subprocess.Popen(
+        words, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as run:
+        deadline = time.monotonic() + 90
+        while not (tmp_path / "run" / "metrics.csv").exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        os.killpg(run.pid, which)
+        _, errors = run.communicate(timeout=60)
+    what = "terminated" if which == signal.SIGTERM else "interrupted"
+    assert (run.returncode, errors) == (code, f"mp_lightning: {what}; the same command continues this run\n")
+    # Who is terminated has time for a checkpoint.
+    assert (len(checkpoints(tmp_path / "run" / "checkpoints")) > 0) == (which == signal.SIGTERM)

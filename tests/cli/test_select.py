@@ -4,17 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import CommandLine, Done, shared_command_line
+from command_line import CommandLine, Done
 
 from mp_lightning.perturbation import initial_phi, load_phi, save_phi
 from mp_lightning.runs import RunFolder
 
 TARGET = "digits59: 100 training and 796 test images of 5 classes"
-
-
-@pytest.fixture(scope="module")
-def mp() -> CommandLine:
-    return shared_command_line()
+RATES = [1e-3, 3e-4, 1e-3]
+SCORES = {"nll": [1.5, 1.2, 1.4], "accuracy": [0.4, 0.3, 0.5]}
 
 
 def make_run(sweep: Path, seed: int, nll: float, accuracy: float, lr: float = 1e-3, target: str = TARGET) -> Path:
@@ -34,10 +31,9 @@ def make_run(sweep: Path, seed: int, nll: float, accuracy: float, lr: float = 1e
 def sweep(tmp_path: Path) -> Path:
     """Three finished runs, one that is not, one that was refused, and what an earlier run left aside."""
     path = tmp_path / "sweep"
-    make_run(path, 0, nll=1.5, accuracy=0.4)
-    make_run(path, 1, nll=1.2, accuracy=0.3, lr=3e-4)
-    make_run(path, 2, nll=1.4, accuracy=0.5)
-    RunFolder(path / "seed3-0.001", {"seed": 3})
+    for seed, lr in enumerate(RATES):
+        make_run(path, seed, SCORES["nll"][seed], SCORES["accuracy"][seed], lr)
+    RunFolder(path / "seed3-0.001", {"seed": 3, "meta": {"lr": 1e-3, "steps": 3}})
     (path / "refused").mkdir()
     (path / "refused" / "output.log").write_text("mp_lightning: no\n")
     make_run(path / "seed0-0.001" / "previous-1", 7, nll=0.1, accuracy=0.9)
@@ -61,14 +57,14 @@ def test_the_best_is_written_with_a_card_of_all(
     assert all((a == b).all() for a, b in zip(chosen.phi, initial_phi(winner), strict=True))
     card = chosen.card
     assert card["seed"] == winner and card["selected"]["by"] == by and card["selected"]["target"] == TARGET
-    assert card["selected"]["runs"] == 3 and card["selected"]["unfinished"] == ["refused", "seed3-0.001"]
+    without = {entry["run"]: entry["state"] for entry in card["selected"]["without_score"]}
+    assert card["selected"]["runs"] == 3 and without == {"refused": "failed", "seed3-0.001": "unfinished"}
     entries = [card["selected"]["winner"], *card["selected"]["losers"]]
-    assert [entry["settings"] for entry in entries] == [f"meta.lr={[1e-3, 3e-4, 1e-3][n]} seed={n}" for n in order]
-    assert all(len(entry["sha256"]) == 64 for entry in entries)
+    assert [entry["settings"] for entry in entries] == [[f"meta.lr={RATES[n]}", f"seed={n}"] for n in order]
+    assert [entry[by] for entry in entries] == pytest.approx([SCORES[by][n] for n in order])
     assert done.stderr == "" and max(map(len, done.stdout.splitlines())) < 200
-    assert f"Best by {by} on {TARGET}: " in done.stdout and entries[0]["run"] in done.stdout
-    for name in ("refused", "seed3-0.001"):
-        assert f"left out: {sweep}/{name}" in done.stdout
+    assert TARGET in done.stdout and f"The best of 3 by {by} is {entries[0]['run']} (" in done.stdout
+    assert "refused failed: no" in done.stdout and "seed3-0.001 (meta.lr=0.001 seed=3) unfinished" in done.stdout
     after = {path: path.read_bytes() for path in sweep.rglob("*") if path.is_file()}
     assert {path for path in after if after[path] != before.get(path)} == {
         sweep / "best" / "phi.safetensors",
@@ -87,16 +83,17 @@ def test_written_elsewhere(mp: CommandLine, sweep: Path, tmp_path: Path) -> None
 def test_runs_of_two_targets_are_not_compared(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:
     make_run(sweep, 5, nll=0.1, accuracy=0.9, target="birds: 3 images")
     error = select(mp, tmp_path, f"sweep={sweep}", code=2).stderr
-    assert "cannot be compared" in error and "birds" in error and "digits59" in error
+    assert "judged on different targets" in error and "birds" in error and "digits59" in error
 
 
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["sweep=nowhere"], ["no folder 'nowhere'", "sweep="]),
-        (["sweep=empty"], ["'empty' holds no runs"]),
-        (["sweep=begun"], ["holds 1 runs, none of them finished", "the same command continues"]),
-        (["by=loss"], ["by=loss is unknown; use one of nll, accuracy"]),
+        (["sweep=nowhere"], ["there are no runs below 'nowhere'", "start some with"]),
+        (["sweep=empty"], ["there are no runs below 'empty'"]),
+        (["sweep=begun"], ["none of the 1 runs below 'begun' is finished", "repeat the command"]),
+        (["by=loss"], ["by=loss cannot be used; give nll or accuracy"]),
+        (["to=begun/run/phi.safetensors"], ["lies in the folder of a run"]),
         (["to=phi.pt"], ["to=phi.pt cannot be used", ".safetensors"]),
         (["sweeps=x"], ["unknown key 'sweeps'", "'sweep'"]),
         (["+bye=x"], ["unknown key 'bye'"]),
@@ -109,15 +106,17 @@ def test_what_cannot_be_selected(mp: CommandLine, tmp_path: Path, words: list[st
     assert line.startswith("mp_lightning: ") and all(part in line for part in parts), line
 
 
-def test_a_damaged_phi_is_named(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:
-    (sweep / "seed2-0.001" / "phi.safetensors").write_bytes(b"damaged")
-    assert "seed2-0.001" in select(mp, tmp_path, f"sweep={sweep}", code=2).stderr
+def test_a_damaged_phi_has_no_score(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:
+    (sweep / "seed1-0.0003" / "phi.safetensors").write_bytes(b"damaged")
+    done = select(mp, tmp_path, f"sweep={sweep}")
+    assert "The best of 2 by nll is seed2-0.001 " in done.stdout
+    assert "seed1-0.0003 (meta.lr=0.0003 seed=1) failed: " in done.stdout
 
 
-def test_a_card_without_evaluation_is_named(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:
-    path = sweep / "seed2-0.001" / "phi.json"
+def test_a_card_without_evaluation_is_no_score(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:
+    path = sweep / "seed1-0.0003" / "phi.json"
     card = json.loads(path.read_text())
     del card["held_out"]
     path.write_text(json.dumps(card))
-    error = select(mp, tmp_path, f"sweep={sweep}", code=2).stderr
-    assert "seed2-0.001" in error and "run.fresh=true" in error
+    done = select(mp, tmp_path, f"sweep={sweep}")
+    assert "The best of 2 by nll is seed2-0.001 " in done.stdout and "holds no result" in done.stdout

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import sys
@@ -25,7 +26,7 @@ from hydra_plugins.mp_lightning_launcher._processes import (
     environment_without_ranks,
     stop,
 )
-from mp_lightning.cli.output import OUTPUT, error_line, last_error, start_line
+from mp_lightning.cli.output import OUTPUT, error_line, last_error
 from mp_lightning.errors import UserError
 from mp_lightning.runs import REPORT
 
@@ -79,16 +80,16 @@ def make_job(loader: ConfigLoader, sweep: DictConfig, number: int, overrides: li
     HydraConfig.instance().set_config(config)
     folder = Path(str(config.hydra.sweep.dir)) / str(config.hydra.sweep.subdir)
     verb = str(sweep.hydra.job.config_name)
+    program = [sys.executable, "-m", "mp_lightning.meta", verb]
     own = [word for word in overrides if not word.startswith("command=")]
     kept = [word for word in sweep.hydra.overrides.hydra if not word.lstrip("+~").startswith(_OF_THE_SWEEP)]
-    where = QuotedString(str(folder).replace("${", r"\${"), Quote.single).with_quotes()
     given = OverridesParser.create().parse_overrides(list(sweep.hydra.overrides.task))
     common = {override.get_key_element() for override in given if not override.is_sweep_override()}
     return Job(
         number=number,
         name=" ".join([word for word in own if word.partition("=")[0] not in common] or own) or verb,
         overrides=overrides,
-        command=[sys.executable, "-m", "mp_lightning.meta", verb, *kept, *own, f"hydra.run.dir={where}"],
+        command=[*program, *kept, *own, f"hydra.run.dir={_as_value(str(folder))}"],
         folder=folder,
         config=config,
     )
@@ -157,6 +158,13 @@ def job_returns(outcomes: Sequence[tuple[Job, Outcome]], failed: list[str], tota
     return returns
 
 
+def _as_value(text: str) -> str:
+    """The text as Hydra reads it in an override, whatever it holds."""
+    if re.fullmatch(r"[\w./-]+", text):
+        return text
+    return QuotedString(text.replace("${", r"\${"), Quote.single).with_quotes()
+
+
 def _environment(at_a_time: int) -> dict[str, str]:
     environment = environment_without_ranks(os.environ)
     if at_a_time > 1:
@@ -167,8 +175,7 @@ def _environment(at_a_time: int) -> dict[str, str]:
 
 def _start(job: Job, environment: dict[str, str], show_output: bool) -> ProcessGroup:
     print(f"Job {job.number} ({job.name}) starts in {job.folder}", flush=True)
-    title = start_line(shlex.join(job.command))
-    return ProcessGroup(job.command, environment, job.folder / OUTPUT, title, show_output)
+    return ProcessGroup(job.command, environment, job.folder / OUTPUT, show_output)
 
 
 def _tell(job: Job, outcome: Outcome) -> Outcome:
@@ -192,5 +199,5 @@ def _unwritable(folder: Path, error: OSError) -> str:
 def _score(folder: Path) -> float | None:
     try:
         return float(json.loads((folder / REPORT).read_text(encoding="utf-8"))["nll"])
-    except FileNotFoundError:  # the verb scores nothing
+    except (OSError, ValueError, KeyError):  # the verb gives no score
         return None

@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+import shlex
 import signal
 import subprocess
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+
+from mp_lightning.cli.output import start_line
 
 GRACE = 10.0  # seconds between the request to end and the end by force
 POLL = 0.05  # seconds
@@ -34,20 +37,17 @@ class ProcessGroup:
     Args:
         command: the program and its arguments.
         environment: its variables.
-        log: file to which standard error, and standard output unless it is shown, are added.
-        title: a line to write there first.
+        log: file to which the command, its standard error and, unless shown, its standard output are added.
         show_output: pass standard output through, so that progress can be seen.
 
     Raises:
         OSError: the log cannot be written, or the command not started.
     """
 
-    def __init__(
-        self, command: Sequence[str], environment: Mapping[str, str], log: Path, title: str, show_output: bool
-    ) -> None:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, show_output: bool) -> None:
         log.parent.mkdir(parents=True, exist_ok=True)
         self._log = log.open("a+b")
-        self._log.write(f"{title}\n".encode())
+        self._log.write(f"{start_line(shlex.join(command))}\n".encode())
         self._log.flush()
         self._start = self._log.tell()
         self._process = subprocess.Popen(

@@ -41,10 +41,14 @@ class ProcessLauncher(Launcher):
         A job that failed has the status FAILED, and asking for its value raises an error that names all that failed.
 
         Raises:
+            ConfigurationError: there is no job.
             KeyboardInterrupt, SystemExit: the sweep was interrupted or terminated; its jobs are ended.
         """
         from hydra_plugins.mp_lightning_launcher import _jobs
+        from mp_lightning.errors import ConfigurationError
 
+        if not job_overrides:
+            raise ConfigurationError("the sweep has no job, as no configuration fits a pattern; list the names, a,b")
         jobs = [
             _jobs.make_job(self._loader, self._config, initial_job_idx + index, list(overrides))
             for index, overrides in enumerate(job_overrides)

@@ -104,7 +104,8 @@ def _sweep(verb: str, overrides: list[str], start: Callable[[], Any]) -> None:
     except OSError as error:
         fail(f"sweep folder '{folder}' cannot be written ({error.strerror}); choose another with hydra.sweep.dir=")
     # What sweepers log about failed jobs is said in the line at the end.
-    logging.getLogger("hydra_plugins").setLevel(logging.CRITICAL)
+    for name in ("hydra_plugins", "optuna.storages", "optuna.study"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     wanted = os.environ.get(_FULL_ERROR)
     os.environ[_FULL_ERROR] = "1"  # otherwise Hydra prints a traceback and leaves
     try:
@@ -132,7 +133,7 @@ def _guarded(function: Any) -> Any:
     try:
         return function()
     except UserError as error:
-        if error.on_every_rank and getattr(rank_zero_only, "rank", 0) > 0:
+        if error.on_every_rank and _rank() > 0:
             sys.exit(USER_ERROR)
         fail(str(error))
     except OmegaConfBaseException as error:
@@ -142,8 +143,15 @@ def _guarded(function: Any) -> Any:
 
 
 def _interrupted(what: str) -> None:
-    print(error_line(f"interrupted; the same command continues this {what}"), file=sys.stderr)
+    if _rank() == 0:
+        print(error_line(f"interrupted; the same command continues this {what}"), file=sys.stderr)
     sys.exit(INTERRUPTED)
+
+
+def _rank() -> int:
+    """Of this process among those that train together."""
+    rank: int = getattr(rank_zero_only, "rank", 0)
+    return rank
 
 
 def _module(verb: str) -> Any:

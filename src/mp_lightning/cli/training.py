@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch.utils.data import DataLoader
@@ -70,6 +71,10 @@ def make_trainer(options: dict[str, Any], steps: int, path: Path, console: Conso
         ConfigurationError: Lightning refuses the options.
     """
     rows = rows_every(steps)
+    plugins: list[Any] = [WholeFiles()]
+    if SLURMEnvironment.detect():
+        # What Lightning saves when it requeues a job would take precedence over the run's own checkpoints.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
     callbacks: list[L.Callback] = [KeepCheckpoint(path / "checkpoints", every=max(1, steps // CHECKPOINTS), rows=rows)]
     if options.get("enable_progress_bar"):
         callbacks.append(MetaTrainingBar(console))
@@ -79,7 +84,7 @@ def make_trainer(options: dict[str, Any], steps: int, path: Path, console: Conso
             logger=logger or False,
             max_epochs=1,
             callbacks=callbacks,
-            plugins=[WholeFiles()],
+            plugins=plugins,
             use_distributed_sampler=False,
         )
     # Lightning refuses with TypeError, ValueError, RuntimeError, ImportError and its own.
@@ -125,6 +130,8 @@ def meta_train(trainer: L.Trainer, module: JointMetaTraining, folder: RunFolder,
     loader: DataLoader[Any] = DataLoader(range(done, steps), batch_size=None)  # type: ignore[arg-type]
     with _interruption(trainer):
         trainer.fit(module, loader, ckpt_path=checkpoint, weights_only=True)
+    if module.terminated:
+        raise _terminated(trainer)
     if module.meta_step < steps:
         error = RunFolderError(f"stopped after {module.meta_step} of {steps} meta-steps; the same command continues")
         error.on_every_rank = True
@@ -137,10 +144,14 @@ def _interruption(trainer: L.Trainer) -> Iterator[None]:
     try:
         yield
     except SIGTERMException as error:
-        if trainer.is_global_zero:
-            print("mp_lightning: terminated; the same command continues this run", file=sys.stderr)
-        raise SystemExit(TERMINATED) from error
+        raise _terminated(trainer) from error
     except SystemExit as error:
         if trainer.interrupted:
             raise KeyboardInterrupt from error
         raise
+
+
+def _terminated(trainer: L.Trainer) -> SystemExit:
+    if trainer.is_global_zero:
+        print("mp_lightning: terminated; the same command continues this run", file=sys.stderr)
+    return SystemExit(TERMINATED)

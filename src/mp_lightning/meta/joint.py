@@ -19,14 +19,19 @@ class JointGradient:
     Args:
         phi: the tensors that the gradients belong to.
         tasks: number of tasks, of all processes.
+
+    Attributes:
+        stop: whether any process asked to stop, once reduced.
     """
+
+    stop = False
 
     def __init__(self, phi: Sequence[Tensor], tasks: int) -> None:
         self._phi = phi
         self._tasks = tasks
         self._numbers = sum(p.numel() for p in phi)
-        # phi's gradient, the number of valid tasks, the training losses, the validation losses.
-        self._flat = torch.zeros(self._numbers + 1 + 2 * tasks, dtype=torch.float64, device=phi[0].device)
+        # phi's gradient, the number of valid tasks, of requests to stop, the training losses, the validation losses.
+        self._flat = torch.zeros(self._numbers + 2 + 2 * tasks, dtype=torch.float64, device=phi[0].device)
 
     def add(self, task: int, step: TaskStep) -> None:
         """Add the step of the task with this number."""
@@ -36,15 +41,20 @@ class JointGradient:
         self._flat[: self._numbers] += torch.where(valid, gradient, 0.0)
         self._flat[self._numbers] += valid
         # A loss that is not finite is what tells the others which task it was.
-        first = self._numbers + 1 + task
+        first = self._numbers + 2 + task
         self._flat[first :: self._tasks] += torch.where(valid, losses, torch.nan)
+
+    def ask_to_stop(self) -> None:
+        """Let all processes stop after this step, as one of them was told to."""
+        self._flat[self._numbers + 1] = 1.0
 
     def reduce(self) -> None:
         """Add the tasks of all other processes."""
         add_up(self._flat)
         values = self._flat.tolist()
         self._count = round(values[self._numbers])
-        losses = values[self._numbers + 1 :]
+        self.stop = values[self._numbers + 1] > 0
+        losses = values[self._numbers + 2 :]
         self._losses = list(zip(losses[: self._tasks], losses[self._tasks :], strict=True))
 
     @property

@@ -1,5 +1,7 @@
 """Meta-training as a LightningModule: one training step is one joint step of all tasks."""
 
+import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -47,6 +49,10 @@ class JointMetaTraining(L.LightningModule):
         history: where losses, scale, noise and multiplier are written; on the first process alone.
         mine: the numbers of the tasks that this process learns; None: all.
         tell: shows a line to the user.
+
+    Attributes:
+        meta_step: joint steps done.
+        terminated: whether a process was asked to end (SIGTERM); all do so after the step, with a checkpoint.
     """
 
     def __init__(
@@ -64,6 +70,7 @@ class JointMetaTraining(L.LightningModule):
         self.seed = seed
         self.history = history
         self.meta_step = 0
+        self.terminated = False
         self.names = [task.name for task in tasks]
         self.perturbation = WatchedMetaPerturb(initial_phi(seed))
         self.mine = list(range(len(tasks)) if mine is None else mine)
@@ -104,9 +111,15 @@ class JointMetaTraining(L.LightningModule):
             self.learner(self.names[number]).settle_on_device()
 
     def on_train_start(self) -> None:
+        # In place of Lightning's handler, which communicates in the middle of whatever the processes are exchanging.
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._terminate)
         if self.meta_step == 0 and self.history is not None:
             self.history.resume(0, {})
         self._check_drift()
+
+    def _terminate(self, number: int, frame: Any) -> None:
+        self.terminated = True
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.Adam(
@@ -126,6 +139,8 @@ class JointMetaTraining(L.LightningModule):
             joint.add(number, step)
             if step.observed is not None:
                 observed[self.names[number]] = step.observed
+        if self.terminated:
+            joint.ask_to_stop()
         joint.reduce()
         if joint.invalid:
             self._leave_out(joint.invalid)
@@ -135,6 +150,7 @@ class JointMetaTraining(L.LightningModule):
         assert not isinstance(optimizer, list)
         optimizer.step()
         self.meta_step += 1
+        self.terminated = self.trainer.should_stop = joint.stop
         self._record(joint, phi, observed if watch else None)
 
     def _restart_when_due(self, number: int) -> None:
