@@ -1,17 +1,16 @@
 """Sweeps: each job is a process group of its own, in one tree, and whatever happens to it is said."""
 
 import importlib.util
-import os
 import signal
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from command_line import TINY, CommandLine
+from omegaconf import OmegaConf
+from test_bad_input import assert_refused
 
-from hydra_plugins.mp_lightning_launcher._processes import ProcessGroup, environment_without_ranks
 from mp_lightning.perturbation import load_phi
 
 SMALL = [*TINY, "tasks.architectures=[conv4-2]", "logger=csv"]
@@ -20,7 +19,7 @@ SMALL = [*TINY, "tasks.architectures=[conv4-2]", "logger=csv"]
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_a_sweep_over_two_devices_with_a_job_that_fails(mp: CommandLine, tmp_path: Path) -> None:
-    """Also a value with commas, brackets and a space, and a second start, which finds what is finished."""
+    """Also a second start, which finds what is finished."""
     words = ["fit", *SMALL, "trainer.devices=2", "meta.lr=1e-3,-1", "-m"]
     done = mp(tmp_path, *words)
     assert done.code == 2 and "Traceback" not in done.stderr, done.stderr
@@ -33,8 +32,8 @@ def test_a_sweep_over_two_devices_with_a_job_that_fails(mp: CommandLine, tmp_pat
     card = load_phi(finished[0] / "phi.safetensors").card
     assert card["settings"]["lr"] == 1e-3 and card["processes"] == 2
     assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == ["sweep-fit"]
-    again = mp(tmp_path, *words)
-    assert again.code == 2 and "This run is finished" in again.stdout
+    again = mp(tmp_path, *words[:-2], "meta.lr=1e-3", "-m")
+    assert again.code == 0 and "This run is finished" in again.stdout and again.stderr == ""
     chosen = mp(tmp_path, "select")
     assert chosen.code == 0 and finished[0].name in chosen.stdout
     assert "failed: meta.lr=-1 cannot be used" in chosen.stdout
@@ -43,101 +42,114 @@ def test_a_sweep_over_two_devices_with_a_job_that_fails(mp: CommandLine, tmp_pat
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 @pytest.mark.skipif(
-    importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="hydra-optuna-sweeper is not here"
+    importlib.util.find_spec("hydra_plugins.hydra_optuna_sweeper") is None, reason="needs hydra-optuna-sweeper"
 )
 def test_optuna_minimizes_the_score(mp: CommandLine, tmp_path: Path) -> None:
     search = [
         "hydra/sweeper=optuna",
-        "hydra.sweeper.n_trials=2",
-        "hydra.sweeper.n_jobs=1",
-        "hydra.sweeper.sampler.seed=1",
+        *(f"hydra.sweeper.{word}" for word in ("n_trials=2", "n_jobs=1", "sampler.seed=1")),
     ]
-    done = mp(tmp_path, "fit", *SMALL, *search, "meta.lr=interval(1e-4,1e-2)", "-m")
-    assert done.code == 0, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
+    done = mp(tmp_path, "fit", *SMALL, "meta.lr=interval(1e-4,1e-2)", "tasks.groups=choice(1)", *search, "-m")
+    assert done.code == 0 and done.stderr == "", done.stdout + done.stderr
     tree = tmp_path / "runs" / "sweep-fit"
     cards = [load_phi(path).card for path in tree.rglob("phi.safetensors")]
-    rates = {card["settings"]["lr"] for card in cards}
+    rates = {card["settings"]["lr"]: card["held_out"]["results"][0]["nll"][0] for card in cards}
     assert len(rates) == 2 and all(1e-4 <= rate <= 1e-2 for rate in rates)
-    best = (tree / "optimization_results.yaml").read_text()
-    losses = [sum(card["held_out"]["results"][0]["nll"]) for card in cards]
-    assert f"{min(losses):.6f}" in best.replace("\n", " ") or str(min(losses))[:8] in best
+    best = OmegaConf.load(tree / "optimization_results.yaml")
+    assert best.best_value == pytest.approx(min(rates.values()))
+    assert rates[best.best_params["meta.lr"]] == pytest.approx(min(rates.values()))
 
 
-@pytest.mark.parametrize("word", ["hydra/launcher=nope", "hydra/sweeper=nope"])
-def test_unknown_ones_are_refused_with_the_known_ones(mp: CommandLine, tmp_path: Path, word: str) -> None:
-    done = mp(tmp_path, "fit", *SMALL, "seed=1,2", "-m", word)
+REFUSED: dict[str, tuple[list[str], list[str]]] = {
+    "unknown launcher": (["hydra/launcher=nope"], ["'hydra/launcher=nope': no configuration", "basic, processes"]),
+    "unknown sweeper": (["hydra/sweeper=nope"], ["'hydra/sweeper=nope': no configuration", "there are: basic"]),
+    "key of a launcher": (["hydra.launcher.job=2"], ["unknown key 'hydra.launcher.job'", "'hydra.launcher.jobs'"]),
+    "interval": (["meta.lr=interval(1e-4,1e-2)"], ["'meta.lr=interval(1e-4,1e-2)'", "add hydra/sweeper=optuna"]),
+    "empty range": (["meta.steps=range(3,1)"], ["'meta.steps=range(3,1)' names no value"]),
+    "unknown key": (["meta.lrr=1,2"], ["unknown key 'meta.lrr'", "'meta.lr'"]),
+    "folder": (["hydra.sweep.dir=/dev/null/x"], ["sweep folder '/dev/null/x' cannot be written", "hydra.sweep.dir="]),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_before_anything_is_written(mp: CommandLine, tmp_path: Path, case: str) -> None:
+    words, parts = REFUSED[case]
+    assert_refused(mp, tmp_path, ["fit", *SMALL, "seed=1,2", "-m", *words], *parts, leaves_nothing=True)
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["hydra.launcher.jobs=0"], ["hydra.launcher.jobs=0 cannot be used"]),
+        (["hydra.launcher.jobs=two"], ["hydra.launcher.jobs=two cannot be used"]),
+        (["hydra.launcher.jobs=1,2"], ["the sweep stopped: Sweeping over Hydra's configuration is not supported"]),
+        (["experiment=glob(nope*)"], ["the sweep has no job"]),
+    ],
+)
+def test_refused_by_the_sweep(mp: CommandLine, tmp_path: Path, words: list[str], parts: list[str]) -> None:
+    assert_refused(mp, tmp_path, ["fit", *SMALL, "seed=1,2", "-m", *words], *parts)
+    assert not list(tmp_path.rglob("output.log"))
+
+
+def test_several_values_without_a_sweep(mp: CommandLine, tmp_path: Path) -> None:
+    for word in ("meta.lr=interval(0,1)", "seed=range(3)", "seed=choice(1,2)"):
+        assert_refused(mp, tmp_path, ["fit", word], f"'{word}' names several values; add -m", leaves_nothing=True)
+
+
+def test_select_is_not_swept(mp: CommandLine, tmp_path: Path) -> None:
+    assert_refused(mp, tmp_path, ["select", "by=nll,accuracy", "-m"], "select runs once", leaves_nothing=True)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_an_extra_that_is_absent_is_named(mp: CommandLine, tmp_path: Path, order: int) -> None:
+    absent = "import hydra_plugins; hydra_plugins.__path__ = []"
+    words = ["hydra/sweeper=optuna", "hydra.sweeper.n_trials=3"][::order]
+    (done,) = mp.together(tmp_path, "fit", "-m", *words, "meta.lr=interval(1e-4,1e-2)", first={0: absent})
+    assert done.code == 2 and "Traceback" not in done.stderr
     (line,) = done.stderr.splitlines()
-    assert done.code == 2 and f"'{word}': no configuration" in line and "basic" in line
-    assert "sweeper" in word or "processes" in line
-    assert not list(tmp_path.iterdir())
+    assert "no configuration 'hydra/sweeper/optuna'" in line and "pip install 'mp_lightning[sweep]'" in line
 
 
-def test_an_interval_needs_a_sweeper_that_searches(mp: CommandLine, tmp_path: Path) -> None:
-    done = mp(tmp_path, "fit", *SMALL, "meta.lr=interval(1e-4,1e-2)", "-m")
-    assert done.code == 2 and "add hydra/sweeper=optuna" in done.stderr
-
-
-def test_no_number_of_jobs(mp: CommandLine, tmp_path: Path) -> None:
-    done = mp(tmp_path, "fit", *SMALL, "seed=1,2", "-m", "hydra.launcher.jobs=0")
-    assert done.code == 2 and "hydra.launcher.jobs=0 cannot be used" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("which", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
-def test_a_sweep_that_is_ended_leaves_no_process(tmp_path: Path, which: signal.Signals, code: int) -> None:
-    words = [*SMALL, "meta.steps=100000", "seed=1,2", "hydra.launcher.jobs=2", "-m"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "MARK": str(tmp_path)}
-    with subprocess.Popen(
-        [sys.executable, "-m", "mp_lightning.meta", "fit", *words],
-        **{"cwd": tmp_path, "env": environment, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True},
-    ) as sweep:
-        deadline = time.monotonic() + 90
-        while len(list(tmp_path.rglob("metrics.csv"))) < 2 and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert len(marked(tmp_path)) >= 3
-        os.kill(sweep.pid, which)
-        _, errors = sweep.communicate(timeout=60)
-    assert sweep.returncode == code and "Traceback" not in errors
-    assert which == signal.SIGKILL or "the same command continues this sweep" in errors
-    deadline = time.monotonic() + 10
-    while marked(tmp_path) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not marked(tmp_path)
-
-
-def marked(folder: Path) -> list[int]:
+def processes_of(folder: Path) -> list[int]:
     """The processes that inherited the mark of a test."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
             if f"MARK={folder}".encode() in (path / "environ").read_bytes().split(b"\0"):
                 found.append(int(path.name))
-        except OSError:
+        except OSError:  # it has ended meanwhile
             continue
     return found
 
 
-def test_a_job_knows_no_rank() -> None:
-    given = {"LOCAL_RANK": "1", "RANK": "3", "MASTER_PORT": "1", "TORCHELASTIC_RUN_ID": "x", "SLURM_PROCID": "2"}
-    assert environment_without_ranks({**given, "HOME": "/", "CUDA_VISIBLE_DEVICES": "0"}) == {
-        "HOME": "/",
-        "CUDA_VISIBLE_DEVICES": "0",
-    }
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("which", "training", "code", "line"),
+    [
+        (signal.SIGTERM, True, 143, "mp_lightning: terminated; the same command continues this sweep\n"),
+        (signal.SIGINT, False, 130, "mp_lightning: interrupted; the same command continues this sweep\n"),
+        (signal.SIGKILL, False, -signal.SIGKILL, ""),
+    ],
+)
+def test_a_sweep_that_is_ended_leaves_no_process(
+    mp: CommandLine, tmp_path: Path, which: signal.Signals, training: bool, code: int, line: str
+) -> None:
+    """While its jobs train, or just start."""
+
+    def both_run() -> bool:
+        return len(list(tmp_path.rglob("metrics.csv"))) == 2 if training else len(processes_of(tmp_path)) >= 2
+
+    words = [*SMALL, "meta.steps=100000", "seed=1,2", "hydra.launcher.jobs=2", "-m"]
+    mark = [{"MARK": str(tmp_path)}]
+    (done,) = mp.together(tmp_path, "fit", *words, signal_when=(both_run, which), environments=mark)
+    assert (done.code, done.stderr) == (code, line)
+    assert len(list(tmp_path.rglob("output.log"))) == 2
+    assert soon_none(lambda: processes_of(tmp_path))
 
 
-def test_a_group_ends_with_all_that_it_started(tmp_path: Path) -> None:
-    command = ["sh", "-c", "sleep 100 & echo $! > child; wait"]
-    group = ProcessGroup(["env", "-C", str(tmp_path), *command], os.environ, tmp_path / "log", show_output=False)
-    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().strip():
-        time.sleep(0.01)
-    child = int((tmp_path / "child").read_text())
-    group.close()
-    deadline = time.monotonic() + 5
-    while Path(f"/proc/{child}").exists() and time.monotonic() < deadline:
-        if "Z" in Path(f"/proc/{child}/stat").read_text().split()[2]:
-            break  # ended, and only not waited for
-        time.sleep(0.01)
-    else:
-        assert not Path(f"/proc/{child}").exists()
+def soon_none(found: Callable[[], list[int]]) -> bool:
+    """Whether nothing is found any more after a while."""
+    deadline = time.monotonic() + 10
+    while found() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return not found()

@@ -18,7 +18,9 @@ _RANK_VARIABLES = {
     *("WORLD_SIZE", "LOCAL_WORLD_SIZE", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
 }
 _RANK_PREFIXES = ("TORCHELASTIC_", "SLURM_", "PMI_", "PMIX_", "OMPI_", "JSM_", "LSB_")
-# Ends a group once the other end of its standard input is closed, for which the death of the sweep is enough.
+# Becomes the command once it is told so; never, if this process dies before.
+_BECOME = 'read -r _ && exec "$@" </dev/null'
+# Ends a group once the other end of its standard input is closed, for which the death of this process is enough.
 _WATCH = 'read -r _; kill -s KILL -- "-$0"'
 
 
@@ -51,9 +53,9 @@ class ProcessGroup:
         self._log.flush()
         self._start = self._log.tell()
         self._process = subprocess.Popen(
-            command,
+            ["sh", "-c", _BECOME, "sh", *command],
             env=environment,
-            stdin=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
             stdout=None if show_output else self._log,
             stderr=self._log,
             start_new_session=True,
@@ -65,6 +67,9 @@ class ProcessGroup:
             stderr=subprocess.DEVNULL,
             start_new_session=True,
         )
+        assert self._process.stdin is not None
+        with self._process.stdin as begin:
+            begin.write(b"\n")
 
     def code(self) -> int | None:
         """The exit code of the command (minus the signal that ended it), or None while it runs."""
