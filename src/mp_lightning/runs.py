@@ -151,7 +151,7 @@ class RunFolder:
             )
 
     def _set_aside(self) -> None:
-        kept = (".hydra", _LOCK)
+        kept = (".hydra", _LOCK, "output.log")  # the log is being written
         old = [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith("previous-")]
         if not old:
             return

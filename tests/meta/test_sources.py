@@ -65,7 +65,7 @@ def test_every_source_is_cut_by_its_own_settings(tmp_path: Path, images: ImageSo
         source(save(tmp_path / "b.npz", classes=6), split=replace(SPLIT, classes=3)),
     ]
     target = replace(NO_TARGET, dataset=save(tmp_path / "t.npz", classes=3), image_size=24)
-    sources, held_out = from_settings(settings, target, 0, images)
+    sources, held_out = from_settings(settings, target, images)
     tasks = make_tasks(sources, 0)
     assert [task.name for task in tasks] == ["large-0-a", "large-0-b", "large-1-a", "large-1-b", "b-a", "b-b"]
     assert [str(task.architecture) for task in tasks] == [
@@ -82,7 +82,7 @@ def test_every_source_is_cut_by_its_own_settings(tmp_path: Path, images: ImageSo
 
 def test_the_target_is_a_fifth_of_the_classes_of_the_last_source(tmp_path: Path, images: ImageSource) -> None:
     settings = [source(save(tmp_path / "a.npz")), source(save(tmp_path / "b.npz", classes=10), "birds")]
-    sources, target = from_settings(settings, NO_TARGET, 0, images)
+    sources, target = from_settings(settings, NO_TARGET, images)
     assert [one.images.name for one in sources] == ["a", "birds"]
     assert sources[0].images.classes == ("0", "1", "2", "3", "4")
     assert sources[1].images.classes == ("0", "1", "2", "3", "4", "5", "6", "7")
@@ -95,21 +95,21 @@ def test_the_target_is_a_fifth_of_the_classes_of_the_last_source(tmp_path: Path,
 
 
 def test_of_few_classes_images_are_held_out(tmp_path: Path, images: ImageSource) -> None:
-    sources, target = from_settings([source(save(tmp_path / "a.npz", classes=3))], NO_TARGET, 0, images)
+    sources, target = from_settings([source(save(tmp_path / "a.npz", classes=3))], NO_TARGET, images)
     assert target.train.num_classes == sources[0].images.num_classes == 3
     learned = shades(*halves(make_tasks(sources, 0)))
     assert len(learned) == 18 and learned.isdisjoint(shades(target.train, target.test))
 
 
 def test_test_images_of_the_last_source_are_those_of_the_target(tmp_path: Path, images: ImageSource) -> None:
-    sources, target = from_settings([source(save(tmp_path / "a.npz", test=True))], NO_TARGET, 0, images)
+    sources, target = from_settings([source(save(tmp_path / "a.npz", test=True))], NO_TARGET, images)
     assert target.test.classes == ("3", "4") and sources[0].images.classes == ("0", "1", "2")
     assert shades(target.test) == {255 - shade for shade in (3, 4, 8, 9)}
 
 
 def test_a_target_of_its_own_leaves_the_sources_whole(tmp_path: Path, images: ImageSource) -> None:
     target = replace(NO_TARGET, dataset=save(tmp_path / "t.npz", classes=3, test=True))
-    sources, held_out = from_settings([source(save(tmp_path / "a.npz"))], target, 0, images)
+    sources, held_out = from_settings([source(save(tmp_path / "a.npz"))], target, images)
     assert len(sources[0].images) == 40
     assert len(held_out.train) == 9 and shades(held_out.test) == {255 - shade for shade in range(6)}
 
@@ -117,7 +117,7 @@ def test_a_target_of_its_own_leaves_the_sources_whole(tmp_path: Path, images: Im
 def test_the_same_file_under_two_names_makes_two_sources(tmp_path: Path, images: ImageSource) -> None:
     path = save(tmp_path / "a.npz", classes=3)
     target = replace(NO_TARGET, dataset=path)
-    sources, _ = from_settings([source(path, "small"), source(path, "large", image_size=32)], target, 0, images)
+    sources, _ = from_settings([source(path, "small"), source(path, "large", image_size=32)], target, images)
     names = [task.name for task in make_tasks(sources, 0)]
     assert names == ["small-a", "small-b", "large-a", "large-b"]
 
@@ -128,7 +128,7 @@ def test_an_unknown_dataset_lists_the_known_ones(tmp_path: Path, images: ImageSo
     settings = [source("cifar11" if place == "source" else path)]
     target = replace(NO_TARGET, dataset=path if place == "source" else "cifar11")
     with pytest.raises(DataError, match="no images at 'cifar11': give one of the datasets") as caught:
-        from_settings(settings, target, 0, images)
+        from_settings(settings, target, images)
     assert all(name in str(caught.value) for name in list_datasets())
 
 
@@ -137,7 +137,7 @@ def test_names_of_datasets_go_before_what_lies_in_the_working_folder(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "digits").mkdir()
-    sources, _ = from_settings([source("digits")], NO_TARGET, 0, images)
+    sources, _ = from_settings([source("digits")], NO_TARGET, images)
     assert sources[0].images.num_classes == 8 and sources[0].flip is False
 
 

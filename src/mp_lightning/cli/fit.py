@@ -52,7 +52,7 @@ def run(config: DictConfig, path: Path) -> float:
     with reading_display(console) as on_progress:
         images = ImageSource(given.data_root, on_progress)
         if given.sources:
-            sources, target = from_settings(given.sources, given.evaluation, given.seed, images)
+            sources, target = from_settings(given.sources, given.evaluation, images)
         else:
             sources, target = built_in(given.split, given.evaluation, given.seed, images)
     tasks = make_tasks(sources, given.seed)
@@ -146,7 +146,7 @@ def _judge(
             doing = "training" if steps else "testing"
             progress.update(bar, advance=steps, description=f"{doing} with {arm}, seed {number + 1}/{transfer.seeds}")
 
-        return compare_transfer(target, arms, transfer, given.seed, device, advance, KeptRuns(kept))
+        return compare_transfer(target, arms, transfer, given.evaluation.seed, device, advance, KeptRuns(kept))
 
 
 def _print_report(console: Console, report: dict[str, Any], path: Path) -> None:

@@ -63,6 +63,7 @@ def read(config: DictConfig) -> FitSettings:
     shared = {**tasks, "image_size": config.image_size, "flip": config.flip}
     default = _source("", {**shared, "dataset": ""}, "tasks")
     target = check(evaluation.pop("data", None), str | None, "evaluation.data")
+    evaluation_seed = _seed(evaluation.pop("seed", None), "evaluation.seed")
     per_class = check(evaluation.pop("train_per_class", None), int, "evaluation.train_per_class")
     transfer = settings(TransferSettings, evaluation, "evaluation")
     Architecture.parse(transfer.architecture).check(default.image_size)
@@ -79,7 +80,7 @@ def read(config: DictConfig) -> FitSettings:
         data_root=Path(check(config.data_root, str, "data_root")).expanduser(),
         sources=sources,
         split=default.split,
-        evaluation=Evaluation(target, per_class, default.image_size, default.flip),
+        evaluation=Evaluation(target, per_class, default.image_size, default.flip, evaluation_seed),
         meta=meta,
         transfer=transfer,
         trainer=device_options(plain_section(config, "trainer")),
@@ -132,9 +133,9 @@ def _source(name: str, values: dict[str, Any], key: str) -> SourceSettings:
     )
 
 
-def _seed(seed: Any) -> int:
+def _seed(seed: Any, key: str = "seed") -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= _MOST_SEED:
-        raise ConfigurationError(f"seed={seed} cannot be used; give a whole number from 0 to 2**63 - 1")
+        raise ConfigurationError(f"{key}={seed} cannot be used; give a whole number from 0 to 2**63 - 1")
     return seed
 
 

@@ -36,12 +36,16 @@ class SourceSettings:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The target as configured: a dataset as in :class:`SourceSettings` or None, and training images a class."""
+    """The target as configured: a dataset as in :class:`SourceSettings` or None, and training images a class.
+
+    The seed decides which images are drawn. It is not the run's: runs of a sweep are judged on the same images.
+    """
 
     dataset: str | None
     train_per_class: int
     image_size: int
     flip: bool | None
+    seed: int = 0
 
 
 class ImageSource:
@@ -67,12 +71,12 @@ class ImageSource:
         train = replace(train, name=settings.name or train.name)
         return Source(train, may_mirror(settings.dataset, settings.flip), settings.split), test
 
-    def target(self, evaluation: Evaluation, seed: int) -> Target:
+    def target(self, evaluation: Evaluation) -> Target:
         """The images that phi is judged on."""
         assert evaluation.dataset is not None
         train, test = self.load(evaluation.dataset, evaluation.image_size)
         flip = may_mirror(evaluation.dataset, evaluation.flip)
-        return _target(train, test, evaluation.train_per_class, seed, flip)
+        return _target(train, test, evaluation.train_per_class, evaluation.seed, flip)
 
 
 def plain_name(name: str) -> str:
@@ -97,13 +101,13 @@ def built_in(split: Split, evaluation: Evaluation, seed: int, images: ImageSourc
         Source(textures, True, split),
     ]
     if evaluation.dataset is not None:
-        return sources, images.target(evaluation, seed)
+        return sources, images.target(evaluation)
     held_out = digits.select_classes(range(5, 10), name="digits59")
-    return sources, _target(held_out, None, evaluation.train_per_class, seed, flip=False)
+    return sources, _target(held_out, None, evaluation.train_per_class, evaluation.seed, flip=False)
 
 
 def from_settings(
-    settings: Sequence[SourceSettings], evaluation: Evaluation, seed: int, images: ImageSource
+    settings: Sequence[SourceSettings], evaluation: Evaluation, images: ImageSource
 ) -> tuple[list[Source], Target]:
     """Sources as configured, and a target.
 
@@ -116,7 +120,7 @@ def from_settings(
     loaded = [images.source(one) for one in settings]
     sources = [source for source, _ in loaded]
     if evaluation.dataset is not None:
-        return sources, images.target(evaluation, seed)
+        return sources, images.target(evaluation)
     last, last_test = sources[-1].images, loaded[-1][1]
     held_out_test = None
     if last.num_classes >= _LEAST_CLASSES:
@@ -133,10 +137,10 @@ def from_settings(
                 "classes or images out; give evaluation.data="
             )
         count = max(2, round(HELD_OUT_FRACTION * fewest))
-        held_out, remaining = last.few_per_class(count, seed)
+        held_out, remaining = last.few_per_class(count, evaluation.seed)
         held_out, remaining = replace(held_out, name=f"{last.name}-held-out"), replace(remaining, name=last.name)
     sources[-1] = replace(sources[-1], images=remaining)
-    return sources, _target(held_out, held_out_test, evaluation.train_per_class, seed, sources[-1].flip)
+    return sources, _target(held_out, held_out_test, evaluation.train_per_class, evaluation.seed, sources[-1].flip)
 
 
 def _target(train: ImageSet, test: ImageSet | None, train_per_class: int, seed: int, flip: bool) -> Target:
