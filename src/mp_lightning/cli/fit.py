@@ -13,6 +13,7 @@ from rich.table import Table
 
 from mp_lightning.cli.card import make_card, task_entries
 from mp_lightning.cli.fit_settings import FitSettings, read
+from mp_lightning.cli.run_scores import PHI
 from mp_lightning.cli.training import make_trainer, meta_train
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.meta.history import History
@@ -29,7 +30,6 @@ from mp_lightning.runs import RunFolder, unusable
 
 __all__ = ["read", "run"]
 
-PHI = "phi.safetensors"
 _LEAST_WIDTH = 100  # of tables, where the output is not a terminal
 
 

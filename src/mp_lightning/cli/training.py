@@ -14,6 +14,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 
 from mp_lightning.cli.options import check_choice
+from mp_lightning.cli.output import error_line
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.meta import strategy
 from mp_lightning.meta.checkpoint import KeepCheckpoint, WholeFiles, newest_readable
@@ -153,5 +154,5 @@ def _interruption(trainer: L.Trainer) -> Iterator[None]:
 
 def _terminated(trainer: L.Trainer) -> SystemExit:
     if trainer.is_global_zero:
-        print("mp_lightning: terminated; the same command continues this run", file=sys.stderr)
+        print(error_line("terminated; the same command continues this run"), file=sys.stderr)
     return SystemExit(TERMINATED)
