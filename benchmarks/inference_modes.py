@@ -18,8 +18,8 @@ from torch.utils.data import DataLoader
 
 from benchmarks.environment import describe
 from mp_lightning import MetaPerturbCallback, MonteCarlo, attachment_of
+from mp_lightning.compare.architecture import Architecture
 from mp_lightning.data import ImageSet, batch_indices, load_images, standard_augment
-from mp_lightning.meta.architecture import Architecture
 from mp_lightning.meta.transfer import evaluate
 
 COLUMNS = ["mode", "seed", "accuracy", "nll", "seconds"]

@@ -17,6 +17,7 @@ FLOORS = {
     "data": 0,
     "backbones": 0,
     "runs": 0,
+    "randomness": 0,
     "conf": 0,
     "perturbation": 1,
     "sites": 2,

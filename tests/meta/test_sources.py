@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mp_lightning.data import ImageSet, list_datasets
+from mp_lightning.data import ImageSet, list_datasets, may_mirror
 from mp_lightning.errors import DataError
 from mp_lightning.meta.sources import (
     Evaluation,
@@ -16,7 +16,6 @@ from mp_lightning.meta.sources import (
     SourceSettings,
     built_in,
     from_settings,
-    may_mirror,
     plain_name,
 )
 from mp_lightning.meta.tasks import Split, make_tasks

@@ -8,8 +8,8 @@ from omegaconf import DictConfig, OmegaConf
 
 from mp_lightning.cli.options import check, check_choice, check_keys, plain_section, settings
 from mp_lightning.cli.training import device_options
+from mp_lightning.compare.architecture import Architecture
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.meta.architecture import Architecture
 from mp_lightning.meta.settings import POLICIES, MetaSettings
 from mp_lightning.meta.sources import Evaluation, SourceSettings, plain_name
 from mp_lightning.meta.tasks import Split

@@ -5,11 +5,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from mp_lightning.meta.randomness import derived_seed, random_state
 from mp_lightning.meta.settings import MetaSettings
 from mp_lightning.meta.step import phi_gradient, theta_step
 from mp_lightning.meta.tasks import Task
 from mp_lightning.meta.watched import WatchedMetaPerturb
+from mp_lightning.randomness import derived_seed, random_state
 from mp_lightning.sites import Attachment, attach
 from mp_lightning.sites.attachment import NAME
 

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mp_lightning.data import ImageSet, Progress, generate_textures, list_datasets, load_digits, load_source, mirrors
+from mp_lightning.data import ImageSet, Progress, generate_textures, load_digits, load_source, may_mirror
 from mp_lightning.errors import DataError
 from mp_lightning.meta.tasks import Source, Split
 from mp_lightning.meta.transfer import Target
@@ -82,11 +82,6 @@ class ImageSource:
 def plain_name(name: str) -> str:
     """A name without what cannot stand in that of a submodule, such as dots, or of a file."""
     return re.sub(r"[^0-9A-Za-z_-]+", "-", name)
-
-
-def may_mirror(dataset: str, flip: bool | None) -> bool:
-    """Whether images are mirrored: as asked for, and where nothing is asked for, unless it changes their class."""
-    return flip if flip is not None else dataset not in list_datasets() or mirrors(dataset)
 
 
 def built_in(split: Split, evaluation: Evaluation, seed: int, images: ImageSource) -> tuple[list[Source], Target]:

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mp_lightning.compare.architecture import Architecture
 from mp_lightning.data import ImageSet, batch_indices, standard_augment
 from mp_lightning.errors import ConfigurationError, DataError
-from mp_lightning.meta.architecture import Architecture
-from mp_lightning.meta.randomness import derived_seed
+from mp_lightning.randomness import derived_seed
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mp_lightning.compare.architecture import Architecture
 from mp_lightning.data import ImageSet, batch_indices, normalize, standard_augment
 from mp_lightning.inference import MonteCarlo
-from mp_lightning.meta.architecture import Architecture
-from mp_lightning.meta.randomness import derived_seed, random_state
 from mp_lightning.perturbation import Phi
+from mp_lightning.randomness import derived_seed, random_state
 from mp_lightning.runs import unusable, write_whole
 from mp_lightning.sites import attach
 

@@ -34,6 +34,11 @@ def mirrors(name: str) -> bool:
     return _known(name).mirrors
 
 
+def may_mirror(source: str, flip: bool | None) -> bool:
+    """Whether images are mirrored: as asked for, and where nothing is asked for, unless it changes their class."""
+    return flip if flip is not None else source not in DATASETS or mirrors(source)
+
+
 def load_dataset(
     name: str, root: str | os.PathLike[str], size: int, on_progress: Progress | None = None
 ) -> tuple[ImageSet, ImageSet]:

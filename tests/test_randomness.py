@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mp_lightning.meta.randomness import derived_seed, random_state
+from mp_lightning.randomness import derived_seed, random_state
 
 
 def test_derived_seed_is_the_same_in_every_process() -> None:
