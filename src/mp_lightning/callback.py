@@ -19,7 +19,7 @@ from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, CheckpointHoo
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import INFERENCE_MODES, Fold, Mean, MonteCarlo, Output, OutputAverage, reestimate_batch_norm
 from mp_lightning.inference.undisturbed import undisturbed
-from mp_lightning.perturbation import NamedPhi, Phi, load_phi
+from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, load_phi
 from mp_lightning.schedule import total_training_batches
 from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, PathName, check_path, ramp_length
@@ -48,6 +48,7 @@ class MetaPerturbCallback(Callback):
 
     Args:
         phi: a ``phi.safetensors`` file, the name of a bundled phi, or None for the bundled default.
+        perturbation: any other :class:`~mp_lightning.Perturbation`, to stand at the same sites in place of phi.
         sites: where to perturb; None finds the sites, see :func:`mp_lightning.find_sites`.
         ramp_steps: number of training batches over which the strength grows; None takes the first 40 % of the run.
         inference: 'mean' makes one forward with the expected noise, and re-estimates batch norm for it on at most 50
@@ -71,6 +72,7 @@ class MetaPerturbCallback(Callback):
         self,
         phi: "str | Path | Phi | NamedPhi | None" = None,
         *,
+        perturbation: Perturbation | None = None,
         sites: SitePlan | None = None,
         ramp_steps: int | None = None,
         inference: Literal["mean", "mc", "fold"] = "mean",
@@ -87,8 +89,11 @@ class MetaPerturbCallback(Callback):
         super().__init__()
         if inference not in INFERENCE_MODES:
             raise ConfigurationError(f"inference={inference!r} is unknown; use one of {', '.join(INFERENCE_MODES)}")
+        if phi is not None and perturbation is not None:
+            raise ConfigurationError("phi= and perturbation= are both given; give one of them")
         self.phi = load_phi(phi)  # now, so that a bad file is known before data is prepared
         self._phi_given = phi is not None
+        self.perturbation = perturbation
         self.sites = sites
         self.ramp_steps = ramp_steps
         self.inference = inference
@@ -138,7 +143,8 @@ class MetaPerturbCallback(Callback):
         attached = attachment_of(module) is not None
         attachment = attach(
             module,
-            self.phi if self._phi_given or not attached else None,
+            self.phi if self._phi_given or (not attached and self.perturbation is None) else None,
+            perturbation=self.perturbation,
             sites=self.sites,
             input_size=self.input_size,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
@@ -160,7 +166,7 @@ class MetaPerturbCallback(Callback):
         ramp = f"strength grows over the first {attachment.ramp_steps}{of} training batches"
         if int(attachment.steps) >= (attachment.ramp_steps or 0):
             ramp = "at full strength from the first batch"
-        rank_zero_info(f"MetaPerturb: {len(attachment.plan)} sites, phi {self._phi_of(attachment)}, {ramp}")
+        rank_zero_info(f"MetaPerturb: {len(attachment.plan)} sites, {self._what(attachment)}, {ramp}")
         if self._phi_given and attachment.phi_name != self.phi.name:
             rank_zero_warn(
                 f"MetaPerturb: the model was trained with phi '{attachment.phi_name}', which stays in force instead of "
@@ -245,6 +251,22 @@ class MetaPerturbCallback(Callback):
         model.eval()
         return model
 
+    def switch_inference(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, inference: Literal["mean", "mc", "fold"]
+    ) -> None:
+        """Evaluate in another way from now on, after training and before the trainer lets go of the module.
+
+        Args:
+            trainer: that trained.
+            pl_module: attached; 'mean' and 'fold' re-estimate its batch norm on at most 50 training batches.
+            inference: as for the class.
+        """
+        self.inference = inference
+        attachment = self._attached(pl_module)
+        if inference != "mc":
+            self._reestimate(trainer, pl_module, attachment)
+        attachment.inference = self.make_inference()
+
     def make_inference(self) -> Mean | MonteCarlo:
         """The inference that this callback was asked for."""
         if self.inference == "mc":
@@ -260,8 +282,10 @@ class MetaPerturbCallback(Callback):
         }
         return CheckpointHooks.install(module, declared, self.marker)
 
-    def _phi_of(self, attachment: Attachment) -> str:
-        return str(self.phi) if attachment.phi_name == self.phi.name else attachment.phi_name
+    def _what(self, attachment: Attachment) -> str:
+        if self.perturbation is not None:
+            return f"perturbation {attachment.phi_name}"
+        return f"phi {self.phi if attachment.phi_name == self.phi.name else attachment.phi_name}"
 
     def _attached(self, module: nn.Module) -> Attachment:
         attachment = attachment_of(module)

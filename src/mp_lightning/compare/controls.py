@@ -1,0 +1,212 @@
+"""What stands at the sites in place of phi, to tell what of its effect is learned.
+
+Controls with constants that match the moments of phi's multiplier, and the parts of phi by themselves. All of them are
+perturbations: ``attach(model, perturbation=FixedNoise())``.
+"""
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mp_lightning.compare.moments import SiteMoments
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.perturbation import MetaPerturb, Norms, Phi, Statistics, mathematics
+from mp_lightning.sites import Attachment
+from mp_lightning.sites.site import Site
+
+
+@runtime_checkable
+class HasConstants(Protocol):
+    """A perturbation with constants at each site, among its statistics, that follow from moments."""
+
+    def constants(self, mean: float, var: float) -> dict[str, float]:
+        """The constants of a site where the multiplier to match has this mean and variance."""
+        ...
+
+
+def set_constants(attachment: Attachment, moments: Iterable[SiteMoments]) -> None:
+    """Give each site the constants that follow from the moments of a multiplier there.
+
+    Sites without moments, which are not reached, keep the constants they have.
+
+    Args:
+        attachment: of one of the controls.
+        moments: of phi's multiplier on this model, see :func:`~mp_lightning.compare.moments.site_moments`.
+
+    Raises:
+        ConfigurationError: the perturbation has no constants, or there is no site of that name.
+    """
+    perturbation = attachment.perturbation
+    if not isinstance(perturbation, HasConstants):
+        raise ConfigurationError(
+            f"perturbation '{perturbation.name}' has no constants to set; attach FixedNoise, ShrinkOnly or MeanOne"
+        )
+    sites = {site.spec.name: site for site in attachment.sites if isinstance(site, Site)}
+    for name, mean, var in moments:
+        if name not in sites:
+            raise ConfigurationError(
+                f"there are moments of a site '{name}' and no such site in the model; measure them at the same plan"
+            )
+        for key, value in perturbation.constants(mean, var).items():
+            sites[name].statistics[key].fill_(value)
+
+
+class _Constant(ABC):
+    """A multiplier that depends on nothing but constants of the site."""
+
+    name: str
+
+    @abstractmethod
+    def initial_statistics(self, channels: int) -> Statistics:
+        """The constants before they are set: those of a phi at its initialization."""
+
+    def measure(self, x: Tensor, running: Statistics, synchronize: bool) -> tuple[Statistics, None]:
+        """The constants; nothing to record."""
+        return running, None
+
+
+class FixedNoise(_Constant):
+    """The multiplier of MetaPerturb with constants for its learned functions: ``scale * softplus(location + eps)``."""
+
+    name = "fixed_noise"
+
+    def initial_statistics(self, channels: int) -> Statistics:
+        return {"scale": torch.tensor(0.5), "location": torch.tensor(0.0)}
+
+    def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
+        """(B, C, H, W), or a tensor without dimensions where no ``eps`` is given."""
+        scale, location = (statistics[key].to(x.dtype) for key in ("scale", "location"))
+        noise = mathematics.expected_noise(location) if eps is None else mathematics.noise(location, eps)
+        return scale * noise
+
+    def constants(self, mean: float, var: float) -> dict[str, float]:
+        """See :func:`matching_noise`."""
+        scale, location = matching_noise(mean, var)
+        return {"scale": scale, "location": location}
+
+
+class ShrinkOnly(_Constant):
+    """The mean of the multiplier, and no noise."""
+
+    name = "shrink_only"
+
+    def initial_statistics(self, channels: int) -> Statistics:
+        return {"factor": torch.tensor(0.5 * 0.806)}
+
+    def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
+        """A tensor without dimensions."""
+        return statistics["factor"].to(x.dtype)
+
+    def constants(self, mean: float, var: float) -> dict[str, float]:
+        return {"factor": mean}
+
+
+class NoiseOnly(MetaPerturb):
+    """phi without its scale: the multiplier is z (ablation of the paper)."""
+
+    name = "noise_only"
+
+    def initial_statistics(self, channels: int) -> Statistics:
+        """None: they are those of the scale."""
+        return {}
+
+    def measure(self, x: Tensor, running: Statistics, synchronize: bool = False) -> tuple[Statistics, None]:
+        return running, None
+
+    def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
+        """z, (B, C, H, W)."""
+        return self.noise(x, _like(self.phi, x), eps)
+
+
+class ScaleOnly(MetaPerturb):
+    """phi without its noise: the multiplier is s (ablation of the paper)."""
+
+    name = "scale_only"
+
+    def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
+        """s, (1, C, 1, 1)."""
+        return self.scale(x, _like(self.phi, x), statistics, norms)
+
+
+class MeanOne(MetaPerturb):
+    """phi's multiplier divided by its mean at the site.
+
+    A network that is trained already would be disturbed by a multiplier of about 0.4 at each site; this one leaves the
+    mean of its features alone. The means are set by :func:`set_constants` from the moments of phi's own multiplier; a
+    perturbed site changes what the sites behind it see, so that the mean there is about 1 and not just 1.
+    """
+
+    name = "mean_one"
+
+    def initial_statistics(self, channels: int) -> Statistics:
+        """Those of phi, and the mean of its multiplier at the site, 1 until it is set."""
+        return {**super().initial_statistics(channels), "divisor": torch.tensor(1.0)}
+
+    def measure(
+        self, x: Tensor, running: Statistics, synchronize: bool = False
+    ) -> tuple[Statistics, Statistics | None]:
+        used, recorded = super().measure(x, running, synchronize)
+        return {**used, "divisor": running["divisor"]}, recorded
+
+    def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
+        """(B, C, H, W)."""
+        return super().multiplier(x, eps, statistics, norms) / statistics["divisor"].to(x.dtype)
+
+    def constants(self, mean: float, var: float) -> dict[str, float]:
+        return {"divisor": mean}
+
+
+def matching_noise(mean: float, var: float) -> tuple[float, float]:
+    """(scale, location) such that ``scale * softplus(location + eps)``, eps ~ N(0, 1), has this mean and variance.
+
+    The ratio of standard deviation and mean, which falls as the location grows, gives the location, and the mean then
+    the scale. Ratios outside of those of locations from -4 to 1000, which are 1.21 to 0.001, are taken for the nearest
+    of them, with a warning: the mean is matched then, and the variance is not.
+
+    Raises:
+        ConfigurationError: the mean is not positive, or the variance is negative.
+    """
+    if not (mean > 0 and var >= 0):
+        raise ConfigurationError(
+            f"no fixed noise has mean {mean:.4g} and variance {var:.4g}; measure the moments of a multiplier like phi's"
+        )
+    ratio = var**0.5 / mean
+    low, high = _LOCATIONS
+    widest, narrowest = (_ratio(location) for location in _LOCATIONS)
+    if not narrowest <= ratio <= widest:
+        warnings.warn(
+            f"fixed_noise: a standard deviation of {ratio:.4g} times the mean is outside of {narrowest:.3f} to "
+            f"{widest:.2f}; the nearest is taken",
+            stacklevel=2,
+        )
+    for _ in range(60):  # bisection, down to what float64 can tell
+        middle = (low + high) / 2
+        low, high = (middle, high) if _ratio(middle) > ratio else (low, middle)
+    return mean / _softplus_moments(low)[0], low
+
+
+# Below, the expectation by polynomial (mathematics.expected_noise) is relatively inexact; above, float32 is.
+_LOCATIONS = (-4.0, 1000.0)
+_NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
+
+
+def _softplus_moments(location: float) -> tuple[float, float]:
+    """Mean and standard deviation of softplus(location + eps), by Gauss-Hermite quadrature in float64."""
+    values = np.logaddexp(0.0, location + _NODES)
+    weights = _WEIGHTS / _WEIGHTS.sum()
+    mean = float(weights @ values)
+    return mean, float(weights @ (values - mean) ** 2) ** 0.5
+
+
+def _ratio(location: float) -> float:
+    mean, std = _softplus_moments(location)
+    return std / mean
+
+
+def _like(phi: Phi, x: Tensor) -> Phi:
+    return Phi(*(value.to(x.dtype) for value in phi))
