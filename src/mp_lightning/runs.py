@@ -22,6 +22,8 @@ _NOT_RELEVANT: dict[str, set[str] | None] = {
     "command": None,
     "data_root": None,
     "logger": None,
+    # More seeds and arms are added to a comparison.
+    **{"arms": None, "seeds": None, "jobs": None, "accelerator": None},
     "trainer": {
         *("accelerator", "devices", "num_nodes", "strategy", "default_root_dir"),
         *("limit_train_batches", "max_time"),  # they end a command early, and the next one continues
@@ -49,7 +51,7 @@ def relevant_settings(config: dict[str, Any]) -> dict[str, Any]:
 def run_name(config: dict[str, Any]) -> str:
     """A name for the run of this configuration, which the relevant settings alone decide."""
     digest = hashlib.sha256(json.dumps(relevant_settings(config), sort_keys=True).encode()).hexdigest()[:8]
-    return f"seed{config.get('seed', 0)}-{digest}"
+    return f"seed{config['seed']}-{digest}" if "seed" in config else digest
 
 
 def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:

@@ -15,12 +15,12 @@ from mp_lightning.cli.card import make_card, task_entries
 from mp_lightning.cli.fit_settings import FitSettings, read
 from mp_lightning.cli.run_scores import PHI
 from mp_lightning.cli.training import make_trainer, meta_train
+from mp_lightning.compare.progress import progress_display, reading_display
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.meta.history import History
 from mp_lightning.meta.module import JointMetaTraining
 from mp_lightning.meta.picture import draw_training
 from mp_lightning.meta.placement import place
-from mp_lightning.meta.progress import progress_display, reading_display
 from mp_lightning.meta.sources import ImageSource, built_in, from_settings
 from mp_lightning.meta.table import training_table
 from mp_lightning.meta.tasks import Task, make_tasks

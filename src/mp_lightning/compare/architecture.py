@@ -84,7 +84,7 @@ class Architecture:
         """A freshly initialised network for ``images``; the global random state is left as it was."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            return self._construct(images.num_classes, images.image_size)
+            return self.construct(images.num_classes, images.image_size)
 
     def forward_flops(self, num_classes: int, image_size: int) -> int:
         """Floating point operations of one forward of one image, without the perturbation.
@@ -108,12 +108,13 @@ class Architecture:
         with torch.random.fork_rng(devices=[]):
             try:
                 with torch.device("meta"):
-                    return self._construct(num_classes, image_size)
+                    return self.construct(num_classes, image_size)
             except RuntimeError:
                 # A constructor that computes with tensors, as torchvision's RegNet does, needs their values.
-                return self._construct(num_classes, image_size).to("meta")
+                return self.construct(num_classes, image_size).to("meta")
 
-    def _construct(self, num_classes: int, image_size: int) -> nn.Module:
+    def construct(self, num_classes: int, image_size: int) -> nn.Module:
+        """A network with weights drawn from torch's global generator."""
         return build_backbone(self.name, num_classes, image_size=image_size, width=self.width)
 
 

@@ -1,0 +1,311 @@
+"""The arms of a comparison by name: what is known, what may be combined, and the callbacks that each stands for.
+
+An arm is written as one name, ``dropout``, with a value where it takes one, ``dropout:0.3`` or
+``metaperturb:phi.safetensors``, and combined with others by ``+``. Each is callbacks that can be used without us.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from lightning.pytorch.callbacks import Callback
+from torch import nn
+
+from mp_lightning.callback import MetaPerturbCallback
+from mp_lightning.compare.at_sites import AtSites, InformationDropoutCallback
+from mp_lightning.compare.controls import FixedNoise, MeanOne, NoiseOnly, ScaleOnly, ShrinkOnly, set_constants
+from mp_lightning.compare.layers import DropBlock, GaussianDropout
+from mp_lightning.compare.mixing import LabelSmoothing, ManifoldMixup, MixUp
+from mp_lightning.compare.moments import SiteMoments
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.perturbation import NamedPhi, Perturbation, initial_phi, load_phi
+from mp_lightning.sites import Attachment, SitePlan, find_sites
+
+BASELINE = "none"
+Role = Literal["baseline", "regularizer", "learned", "control", "ablation"]
+Inference = Literal["mc", "mean"]
+SEED_OF_RANDOM_PHI = 0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of arm.
+
+    Attributes:
+        role: 'control' for what shows whether learning is the reason of a gain.
+        what: one line for lists.
+        parameter: name of its hyperparameter; None if it has none.
+        values: of the hyperparameter, in the order in which tuning tries them; the first is taken where nothing is
+            tuned.
+        takes_phi: whether the value of the arm is a phi.
+        needs_moments: whether phi's multiplier is measured for it beforehand.
+        multiplies: whether it stands at the sites in place of phi; only one such can be in a combination.
+    """
+
+    role: Role
+    what: str
+    parameter: str | None = None
+    values: tuple[float, ...] = ()
+    takes_phi: bool = False
+    needs_moments: bool = False
+    multiplies: bool = False
+
+
+def _multiplies(role: Role, what: str, *, takes_phi: bool = True, needs_moments: bool = False) -> Kind:
+    return Kind(role, what, takes_phi=takes_phi, needs_moments=needs_moments, multiplies=True)
+
+
+KINDS: dict[str, Kind] = {
+    BASELINE: Kind("baseline", "no regularizer but the weight decay and augmentation that all arms have"),
+    "dropout": Kind("regularizer", "torch's Dropout at the sites", "p", (0.3, 0.1, 0.5, 0.2)),
+    "dropblock": Kind("regularizer", "torchvision's DropBlock at the sites", "p", (0.1, 0.05, 0.2, 0.3)),
+    "gaussian": Kind("regularizer", "multiplication by N(1, std^2) at the sites", "std", (0.5, 0.25, 1.0, 0.75)),
+    "mixup": Kind("regularizer", "torchvision's MixUp of images", "alpha", (0.4, 0.2, 1.0, 2.0)),
+    "manifold_mixup": Kind("regularizer", "Manifold Mixup at the input or a site", "alpha", (1.0, 0.2, 2.0, 0.5)),
+    "information_dropout": Kind("regularizer", "Information Dropout at the sites", "beta", (0.1, 0.01, 1.0, 0.3)),
+    "label_smoothing": Kind("regularizer", "smoothed labels", "smoothing", (0.1, 0.05, 0.2, 0.3)),
+    "metaperturb": _multiplies("learned", "phi"),
+    "fixed_noise": _multiplies("control", "constant noise with the moments of phi's multiplier", needs_moments=True),
+    "shrink_only": _multiplies("control", "the mean of phi's multiplier, no noise", needs_moments=True),
+    "random_phi": _multiplies("control", "phi as it is before meta-training", takes_phi=False),
+    "noise_only": _multiplies("ablation", "phi's noise without its scale"),
+    "scale_only": _multiplies("ablation", "phi's scale without its noise"),
+    "first_sites": _multiplies("ablation", "phi at the first half of the sites"),
+    "last_sites": _multiplies("ablation", "phi at the last half of the sites"),
+    "mean_one": _multiplies("ablation", "phi's multiplier divided by its mean at each site", needs_moments=True),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Arm:
+    """An arm of one's own: a name, and what makes its callbacks, given a seed.
+
+    Example::
+
+        Arm("weight noise", lambda seed: [WeightNoise(0.1)])
+
+    With several processes ``callbacks`` must be a function at the top level of a module.
+    """
+
+    name: str
+    callbacks: Callable[[int], Sequence[Callback]]
+    control: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """One part of a combination: its kind, the value of its hyperparameter where it is fixed, and its phi."""
+
+    name: str
+    value: float | None = None
+    phi: NamedPhi | None = None
+    moments: list[SiteMoments] | None = None
+
+    @property
+    def kind(self) -> Kind:
+        return KINDS[self.name]
+
+
+@dataclass(frozen=True, eq=False)
+class NamedArm:
+    """An arm of a name, parsed."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    @property
+    def control(self) -> bool:
+        """Whether every part is a control."""
+        return all(part.kind.role == "control" for part in self.parts)
+
+    @property
+    def parameters(self) -> str:
+        """Its hyperparameters as text, such as 'p=0.3'."""
+        found = [
+            f"{part.kind.parameter}={part.value:g}"
+            for part in self.parts
+            if part.kind.parameter is not None and part.value is not None
+        ]
+        return " ".join(found)
+
+
+AnyArm = Arm | NamedArm
+
+
+@dataclass(frozen=True)
+class Context:
+    """What an arm's callbacks depend on beside the arm.
+
+    Attributes:
+        seed: of the noise.
+        num_classes: of the target; None where it is not known.
+        inference: how arms with noise in evaluation classify.
+        samples: noisy forwards of 'mc'.
+        ramp: whether the strength of what stands in place of phi grows over the first 40 % of the run.
+    """
+
+    seed: int
+    num_classes: int | None
+    inference: Inference
+    samples: int
+    ramp: bool = True
+
+
+def parse_arm(text: str, phi: NamedPhi) -> NamedArm:
+    """An arm from its name.
+
+    Args:
+        text: such as 'dropout', 'dropout:0.3', 'metaperturb:my-phi.safetensors' or 'metaperturb+mixup'.
+        phi: for the parts that take one and name none.
+
+    Raises:
+        ConfigurationError: a part is unknown or its value out of place, or parts cannot be combined.
+        PhiError: a phi cannot be loaded.
+    """
+    text = str(text)
+    parts = tuple(_part(text, word.strip(), phi) for word in text.split("+"))
+    names = [part.name for part in parts]
+    if len(set(names)) < len(names) or (BASELINE in names and len(names) > 1):
+        raise ConfigurationError(f"arm '{text}' cannot be combined so; name each part once, and 'none' alone")
+    multiplying = [part.name for part in parts if part.kind.multiplies]
+    if len(multiplying) > 1:
+        raise ConfigurationError(
+            f"arm '{text}': {' and '.join(multiplying)} both stand at the sites in place of phi; combine one of them "
+            "with other regularizers"
+        )
+    return NamedArm(text, parts)
+
+
+def callbacks_of(arm: AnyArm, context: Context) -> tuple[list[Callback], MetaPerturbCallback | None]:
+    """The callbacks of an arm in their order, and the one whose noise acts in evaluation as well, if there is one.
+
+    Raises:
+        ConfigurationError: the arm needs the number of classes, which is not known.
+    """
+    if isinstance(arm, Arm):
+        made = list(arm.callbacks(context.seed))
+        return made, next((one for one in made if isinstance(one, MetaPerturbCallback)), None)
+    first: list[Callback] = []
+    perturbation = None
+    for part in arm.parts:
+        if part.kind.multiplies:
+            perturbation = _perturbation(part, context)
+        elif part.name != BASELINE:
+            first.append(_regularizer(part, arm, context))
+    # The one with noise in evaluation comes last: what mixes batches is gone when it re-estimates batch norm.
+    return ([*first, perturbation] if perturbation is not None else first), perturbation
+
+
+class HalfOfSites(MetaPerturbCallback):
+    """:class:`MetaPerturbCallback` at one half of the sites that are found, in order of depth.
+
+    Args:
+        half: 'first' or 'last'; of an odd number of sites the one in the middle belongs to both.
+        args, options: as for :class:`MetaPerturbCallback`.
+    """
+
+    def __init__(self, half: Literal["first", "last"], *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self._half = half
+
+    def attach(self, module: nn.Module) -> Attachment:
+        if self.sites is None:
+            every = list(find_sites(module))
+            count = math.ceil(len(every) / 2)
+            self.sites = SitePlan(tuple(every[:count] if self._half == "first" else every[-count:]))
+        return super().attach(module)
+
+
+class MatchedPerturbation(MetaPerturbCallback):
+    """A perturbation whose constants at each site follow from moments of phi's multiplier.
+
+    Args:
+        perturbation: one of :mod:`mp_lightning.compare.controls` that has constants.
+        moments: of :func:`~mp_lightning.compare.moments.site_moments`.
+        options: as for :class:`MetaPerturbCallback`.
+    """
+
+    def __init__(self, perturbation: Perturbation, moments: list[SiteMoments], **options: Any) -> None:
+        super().__init__(perturbation=perturbation, **options)
+        self._moments = moments
+
+    def attach(self, module: nn.Module) -> Attachment:
+        attachment = super().attach(module)
+        set_constants(attachment, self._moments)
+        return attachment
+
+
+def _part(arm: str, word: str, phi: NamedPhi) -> Part:
+    name, colon, value = word.partition(":")
+    if name not in KINDS:
+        raise ConfigurationError(
+            f"arm '{arm}': '{name}' is unknown; use one of {', '.join(KINDS)}, or a combination with +"
+        )
+    kind = KINDS[name]
+    if kind.takes_phi:
+        return Part(name, phi=load_phi(value) if colon else phi)
+    if not colon:
+        return Part(name)
+    if kind.parameter is None:
+        raise ConfigurationError(f"arm '{arm}': '{name}' takes no value; leave ':{value}' out")
+    try:
+        number = float(value)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number) or number < 0:
+        raise ConfigurationError(
+            f"arm '{arm}': {kind.parameter}={value} is not a number from 0; write for example {name}:{kind.values[0]}"
+        )
+    return Part(name, number)
+
+
+def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
+    options: dict[str, Any] = {
+        "inference": context.inference,
+        "samples": context.samples,
+        "seed": context.seed,
+        "marker": False,
+        "ramp_steps": None if context.ramp else 0,
+    }
+    if part.name == "random_phi":
+        return MetaPerturbCallback(initial_phi(SEED_OF_RANDOM_PHI), **options)
+    assert part.phi is not None
+    match part.name:
+        case "metaperturb":
+            return MetaPerturbCallback(part.phi, **options)
+        case "first_sites" | "last_sites":
+            return HalfOfSites("first" if part.name == "first_sites" else "last", part.phi, **options)
+        case "noise_only":
+            return MetaPerturbCallback(perturbation=NoiseOnly(part.phi.phi), **options)
+        case "scale_only":
+            return MetaPerturbCallback(perturbation=ScaleOnly(part.phi.phi), **options)
+    assert part.moments is not None
+    controls: dict[str, Callable[[], Perturbation]] = {
+        "fixed_noise": FixedNoise,
+        "shrink_only": ShrinkOnly,
+        "mean_one": lambda: MeanOne(part.phi.phi),  # type: ignore[union-attr]
+    }
+    return MatchedPerturbation(controls[part.name](), part.moments, **options)
+
+
+def _regularizer(part: Part, arm: NamedArm, context: Context) -> Callback:
+    value = part.kind.values[0] if part.value is None else part.value
+    match part.name:
+        case "dropout":
+            return AtSites(lambda channels: nn.Dropout(value), "dropout")
+        case "dropblock":
+            return AtSites(lambda channels: DropBlock(value), "dropblock")
+        case "gaussian":
+            return AtSites(lambda channels: GaussianDropout(value), "gaussian")
+        case "information_dropout":
+            return InformationDropoutCallback(value)
+    if context.num_classes is None:
+        raise ConfigurationError(f"arm '{arm.name}' needs the number of classes; pass num_classes=")
+    match part.name:
+        case "mixup":
+            return MixUp(context.num_classes, value)
+        case "label_smoothing":
+            return LabelSmoothing(context.num_classes, value)
+        case _:
+            return ManifoldMixup(context.num_classes, value)

@@ -1,0 +1,164 @@
+"""A comparison from start to end: what must be known beforehand, the runs that are missing, and what they say."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, NamedArm, Part
+from mp_lightning.compare.calibration import matched_moments, phi_digest
+from mp_lightning.compare.pool import perform_all
+from mp_lightning.compare.results import Details, Row
+from mp_lightning.compare.run import Experiment, Job, fresh_module
+from mp_lightning.compare.store import RunKey, Store
+from mp_lightning.compare.tuning import Budget, Tuned, choose, trials, untuned, with_values
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.sites import find_sites
+
+RESULTS = "results.csv"
+TUNING = "tuning.csv"
+OnSteps = Callable[[int], None]
+# Shows how far a stage has come: its name, the number of its runs, and how many of them are finished already.
+Display = Callable[[str, int, int], AbstractContextManager["Shown"]]
+
+
+class Shown:
+    """What is told of a stage; this one shows nothing.
+
+    A display overrides both.
+    """
+
+    def step(self, batches: int) -> None:
+        """So many training batches were made."""
+
+    def finished(self, row: Row) -> None:
+        """A run was finished."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared.
+
+    Attributes:
+        experiment: what all runs share.
+        arms: in the order in which they are shown; the baseline is put first if it is absent.
+        seeds: numbers, from 0.
+        target, model: what tables call them.
+        settings: everything else that decides the results, as plain values.
+        metric: what the verdict is about, and what is tuned for.
+        budget: of tuning.
+        processes: runs at a time.
+    """
+
+    experiment: Experiment
+    arms: Sequence[AnyArm]
+    seeds: Sequence[int]
+    target: str
+    model: str
+    settings: dict[str, Any]
+    metric: str
+    budget: Budget
+    processes: int
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a comparison found: its arms with their hyperparameters, its rows, and how these were tuned."""
+
+    arms: list[AnyArm]
+    rows: list[Row]
+    details: dict[tuple[str, int], Details]
+    tuned: list[Tuned]
+
+
+def check_plan(plan: Plan) -> None:
+    """Refuse what would fail only after other arms were trained.
+
+    Raises:
+        ConfigurationError: two arms of one name, or one whose parts need what is not known.
+        SiteError: an arm acts at sites, and the module has none.
+    """
+    names = [arm.name for arm in plan.arms]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(f"arm '{name}' is named twice; name each arm once")
+    parts = [(arm, part) for arm in plan.arms if isinstance(arm, NamedArm) for part in arm.parts]
+    for arm, part in parts:
+        if part.name in _NEED_CLASSES and plan.experiment.num_classes is None:
+            raise ConfigurationError(f"arm '{arm.name}' needs the number of classes; pass num_classes=")
+    if any(part.name in _AT_SITES or part.kind.multiplies for _, part in parts):
+        module = fresh_module(plan.experiment, plan.seeds[0])
+        if any(True for _ in module.parameters()):  # otherwise its layers are made in configure_model
+            find_sites(module)
+
+
+def carry_out(plan: Plan, folder: Path, display: Display) -> Outcome:
+    """Make the runs that are missing in ``folder``, and read those that are there.
+
+    Raises:
+        UserError: something that was given cannot be used, or the folder not be written.
+    """
+    experiment = plan.experiment
+    store, tuning_store = Store(folder / RESULTS), Store(folder / TUNING)
+    arms = list(plan.arms)
+    if BASELINE not in [arm.name for arm in arms]:
+        arms.insert(0, NamedArm(BASELINE, (Part(BASELINE),)))
+    arms = [_with_moments(arm, experiment, folder) for arm in arms]
+    tuned = _tune(plan, arms, tuning_store, display)
+    arms = [with_values(arm, tuned) for arm in arms]
+    # Seed by seed, so that whatever is there when it ends early can be compared.
+    jobs = [Job(_key(plan, arm, seed), arm) for seed in plan.seeds for arm in arms]
+    _make(plan, jobs, store, "comparing", display)
+    by_arm = sorted(jobs, key=lambda job: [arm.name for arm in arms].index(job.arm.name))
+    rows = store.rows(job.key for job in by_arm)
+    return Outcome(arms, rows, {(row.arm, row.seed): store.details(row) for row in rows}, tuned)
+
+
+def _tune(plan: Plan, arms: Sequence[AnyArm], store: Store, display: Display) -> list[Tuned]:
+    names = untuned(arms)
+    budget = plan.budget if plan.experiment.data.can_validate else Budget(1, 1)
+    jobs = {
+        name: [Job(_key(plan, arm, seed), arm, validation=True) for arm, seed in trials(name, budget)] for name in names
+    }
+    _make(plan, [job for own in jobs.values() for job in own], store, "tuning", display)
+    return [choose(name, store.rows(job.key for job in own), plan.metric) for name, own in jobs.items()]
+
+
+def _make(plan: Plan, jobs: Sequence[Job], store: Store, what: str, display: Display) -> None:
+    missing = set(store.missing(job.key for job in jobs))
+    if not missing:
+        return
+    todo = [job for job in jobs if job.key in missing]
+    with display(what, len(jobs), len(jobs) - len(todo)) as shown:
+        for _, row, details in perform_all(plan.experiment, todo, plan.processes, shown.step):
+            store.append(row, details)
+            shown.finished(row)
+
+
+def _with_moments(arm: AnyArm, experiment: Experiment, folder: Path) -> AnyArm:
+    if isinstance(arm, Arm):
+        return arm
+
+    def measured(part: Part) -> Part:
+        if not part.kind.needs_moments or part.phi is None:
+            return part
+        return replace(part, moments=matched_moments(experiment, part.phi, folder))
+
+    return replace(arm, parts=tuple(measured(part) for part in arm.parts))
+
+
+def _key(plan: Plan, arm: AnyArm, seed: int) -> RunKey:
+    parts = [] if isinstance(arm, Arm) else [_identity(part) for part in arm.parts]
+    text = json.dumps([plan.settings, parts], sort_keys=True, default=str)
+    return RunKey(plan.target, plan.model, arm.name, seed, hashlib.sha256(text.encode()).hexdigest()[:12])
+
+
+def _identity(part: Part) -> list[Any]:
+    return [part.name, part.value, None if part.phi is None else phi_digest(part.phi)]
+
+
+_AT_SITES = ("dropout", "dropblock", "gaussian", "information_dropout", "manifold_mixup")
+_NEED_CLASSES = ("mixup", "manifold_mixup", "label_smoothing")

@@ -1,0 +1,194 @@
+"""The test of one run, made while its trainer still holds the module: each test image is read once, at the end."""
+
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import islice
+from typing import Any, NamedTuple
+
+import lightning as L
+import torch
+from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.seed import isolate_rng
+from torch import Tensor
+
+from mp_lightning.callback import MetaPerturbCallback
+from mp_lightning.compare.metrics import Scores, reliability, scores
+from mp_lightning.compare.moments import SiteMoments, site_moments
+from mp_lightning.compare.pairing import seed_all
+from mp_lightning.errors import ConfigurationError, DataError
+from mp_lightning.inference import Output
+from mp_lightning.inference.mc import output_kind
+from mp_lightning.sites import attachment_of
+
+# From a module and a batch to the scores (B, K) and the labels (B,).
+Predict = Callable[[L.LightningModule, Any], tuple[Tensor, Tensor]]
+_BATCHES = 4  # of training images, on which the multiplier is looked at
+
+
+class Predictions(NamedTuple):
+    """Class probabilities float32 (N, K) and labels int64 (N,), both on the CPU."""
+
+    probabilities: Tensor
+    labels: Tensor
+
+
+class Examined(NamedTuple):
+    """What the test found; ``mean`` is equal to ``test`` for a network without noise in evaluation."""
+
+    test: Scores
+    train: Scores
+    mean: Scores
+    reliability: list[tuple[int, float, float]]
+    multiplier: list[SiteMoments]
+    inference: str
+
+
+def predict_pair(module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    """Scores and labels, where a batch begins with images and labels and the module's forward gives the scores."""
+    if not isinstance(batch, list | tuple) or len(batch) < 2:
+        raise ConfigurationError(
+            f"a batch is a {type(batch).__name__}, not images and labels; pass predict=, a function from the module "
+            "and a batch to scores (B, K) and labels (B,)"
+        )
+    return module(batch[0]), batch[1]
+
+
+class Examination(L.Callback):
+    """Classifies the training and the test images when training ends. It must be the last callback.
+
+    Args:
+        perturbation: the callback whose noise acts in evaluation as well, if there is one.
+        predict: from a module and a batch to scores and labels.
+        output: what the scores are; None finds out.
+        seed: of whatever is drawn.
+
+    Attributes:
+        found: the result, once training has ended.
+    """
+
+    def __init__(
+        self, perturbation: MetaPerturbCallback | None, predict: Predict, output: Output | None, seed: int
+    ) -> None:
+        super().__init__()
+        self._perturbation = perturbation
+        self._predict = predict
+        self._output = output
+        self._seed = seed
+        self.found: Examined | None = None
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        with isolate_rng():
+            seed_all(self._seed)
+            self.found = self._examine(trainer, pl_module)
+
+    def _examine(self, trainer: L.Trainer, module: L.LightningModule) -> Examined:
+        data = getattr(trainer, "datamodule", None)
+        assert data is not None
+        training = trainer.state.stage
+        trainer.testing = True  # augmentation that asks the trainer is off
+        module.eval()
+        try:
+            data.setup("test")
+            test = self._predictions(trainer, module, data.test_dataloader(), "test_dataloader")
+            plain = getattr(data, "train_evaluation_dataloader", data.train_dataloader)
+            train = self._predictions(trainer, module, plain(), "train_dataloader")
+            own = scores(*test)
+            mean = own
+            perturbation = self._perturbation
+            inference = "plain" if perturbation is None else perturbation.inference
+            multiplier: list[SiteMoments] = []
+            if perturbation is not None:
+                multiplier = self._multiplier(trainer, module, plain())
+                if inference != "mean":
+                    perturbation.switch_inference(trainer, module, "mean")
+                    module.eval()
+                    trainer.testing = True
+                    mean = scores(*self._predictions(trainer, module, data.test_dataloader(), "test_dataloader"))
+            return Examined(own, scores(*train), mean, reliability(*test), multiplier, inference)
+        finally:
+            trainer.state.stage = training
+            module.train()
+
+    def _predictions(self, trainer: L.Trainer, module: L.LightningModule, loader: Any, name: str) -> Predictions:
+        return predictions(trainer, module, loader, self._predict, self._output, name)
+
+    def _multiplier(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> list[SiteMoments]:
+        attachment = attachment_of(module)
+        assert attachment is not None
+        inference, attachment.inference = attachment.inference, None
+        try:
+            with torch.no_grad():
+                return site_moments(attachment, self._forwards(trainer, module, loader))
+        finally:
+            attachment.inference = inference
+
+    def _forwards(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> Iterator[Callable[[], Any]]:
+        for batch in islice(_batches(loader, "train_dataloader"), _BATCHES):
+            moved = trainer.strategy.batch_to_device(batch)
+            yield partial(self._predict, module, moved)
+
+
+@torch.no_grad()
+def predictions(
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    loader: Any,
+    predict: Predict,
+    output: Output | None,
+    name: str,
+) -> Predictions:
+    """Class probabilities of all images of a loader.
+
+    Args:
+        trainer: that holds the module; it moves batches, and runs in its precision.
+        module: in evaluation mode.
+        loader: of batches.
+        predict: from a module and a batch to scores (B, K) and labels (B,).
+        output: what the scores are; None finds out from the first batch.
+        name: of the loader, for messages.
+
+    Raises:
+        DataError: the loader gives nothing.
+        ConfigurationError: there are no scores of classes, or no labels.
+    """
+    found, labels = [], []
+    for batch in _batches(loader, name):
+        moved = trainer.strategy.batch_to_device(batch)
+        with trainer.precision_plugin.test_step_context():
+            values, y = _called(predict, module, moved)
+        output = output or output_kind(values, type(module).__name__)
+        values = values.float()
+        if output != "probabilities":
+            values = values.softmax(dim=1) if output == "logits" else values.exp()
+        found.append(values.cpu())
+        labels.append(y.cpu())
+    if not found:
+        raise DataError(f"{name} gives no batch; give at least one image")
+    return Predictions(torch.cat(found), torch.cat(labels))
+
+
+def _called(predict: Predict, module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    try:
+        values, y = predict(module, batch)
+    except NotImplementedError as error:
+        raise ConfigurationError(
+            f"{type(module).__name__} has no forward; give it one, or pass predict=, a function from the module and a "
+            "batch to scores (B, K) and labels (B,)"
+        ) from error
+    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point() or len(y) != len(values):
+        shape = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ConfigurationError(
+            f"labels are {shape}, not one class number for each image; pass predict=, a function from the module and "
+            "a batch to scores (B, K) and labels int64 (B,)"
+        )
+    return values, y
+
+
+def _batches(loader: Any, name: str) -> Iterable[Any]:
+    if isinstance(loader, dict) or (isinstance(loader, list | tuple) and len(loader) != 1):
+        raise ConfigurationError(f"{name} gives several loaders, of which one is needed; give a datamodule with one")
+    if isinstance(loader, list | tuple):
+        return loader[0]
+    if isinstance(loader, CombinedLoader):
+        raise ConfigurationError(f"{name} gives a CombinedLoader; give a datamodule with one plain loader")
+    return loader

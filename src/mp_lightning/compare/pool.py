@@ -1,0 +1,142 @@
+"""Runs one after the other, or several at a time in processes of their own, which do not outlive this one."""
+
+import logging
+import multiprocessing
+import os
+import pickle
+import queue
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+import torch
+
+from mp_lightning.compare.results import Details, Row
+from mp_lightning.compare.run import Experiment, Job, RunError, perform
+from mp_lightning.errors import ConfigurationError
+
+Finished = tuple[Job, Row, Details]
+# What Lightning advises about loaders and logging, to someone who wrote the training.
+_ADVICE = (r".*does not have many workers.*", r".*isinstance\(treespec, LeafSpec\).*", r".*log_every_n_steps.*")
+_POLL = 0.2  # seconds
+
+
+def perform_all(
+    experiment: Experiment, jobs: Sequence[Job], processes: int, on_step: Callable[[int], None]
+) -> Iterator[Finished]:
+    """Make all runs; yields each when it is finished.
+
+    Args:
+        experiment: what they share.
+        jobs: what is to be made.
+        processes: how many at a time; with one, in this process.
+        on_step: called with the number of training batches that were made since the last call.
+
+    Raises:
+        UserError: a run failed; others that were going on are given up.
+        ConfigurationError: the experiment cannot be sent to other processes.
+    """
+    if not jobs:
+        return
+    if processes == 1 or len(jobs) == 1:
+        _quiet()
+        for job in jobs:
+            yield (job, *perform(experiment, job, on_step))
+        return
+    yield from _in_processes(experiment, jobs, min(processes, len(jobs)), on_step)
+
+
+def _in_processes(
+    experiment: Experiment, jobs: Sequence[Job], processes: int, on_step: Callable[[int], None]
+) -> Iterator[Finished]:
+    _check_sendable(experiment, jobs)
+    # A process that was forked could not use CUDA, and may hang in a library's threads.
+    context = multiprocessing.get_context("spawn")
+    steps: Any = context.Queue()
+    threads = max(1, torch.get_num_threads() // processes)
+    pool = ProcessPoolExecutor(processes, context, _begin, (experiment, steps, threads))
+    waiting: set[Future[Finished]] = set()
+    try:
+        waiting = {pool.submit(_perform, job) for job in jobs}
+        while waiting:
+            done, waiting = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
+            _drain(steps, on_step)
+            for future in done:
+                yield future.result()
+    except BrokenProcessPool as error:
+        raise RunError(
+            "a process of the comparison was killed, as by the system when memory runs out; the same command "
+            "continues with what is missing, with fewer processes (jobs=) if need be"
+        ) from error
+    finally:
+        if waiting:
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def _check_sendable(experiment: Experiment, jobs: Sequence[Job]) -> None:
+    for what, value in [("the experiment", experiment), *((f"arm '{job.key.arm}'", job.arm) for job in jobs)]:
+        try:
+            pickle.dumps(value)
+        except Exception as error:  # whatever a user's class raises
+            raise ConfigurationError(
+                f"{what} cannot be sent to other processes ({' '.join(str(error).split())[:200]}); use jobs=1, or "
+                "functions and classes at the top level of a module"
+            ) from error
+
+
+def _drain(steps: Any, on_step: Callable[[int], None]) -> None:
+    try:
+        while True:
+            on_step(steps.get_nowait())
+    except queue.Empty:
+        return
+
+
+# Of a process of the pool.
+_EXPERIMENT: Experiment
+_STEPS: Any
+_EVERY = 10  # steps between two messages
+
+
+def _begin(experiment: Experiment, steps: Any, threads: int) -> None:
+    global _EXPERIMENT, _STEPS
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(threads)
+    _quiet()
+    _EXPERIMENT, _STEPS = experiment, steps
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _perform(job: Job) -> Finished:
+    made = 0
+
+    def on_step(count: int) -> None:
+        nonlocal made
+        made += count
+        if made % _EVERY == 0:
+            _STEPS.put(_EVERY)
+
+    row, details = perform(_EXPERIMENT, job, on_step)
+    _STEPS.put(made % _EVERY)
+    return job, row, details
+
+
+def _quiet() -> None:
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in _ADVICE:
+        warnings.filterwarnings("ignore", message=message)

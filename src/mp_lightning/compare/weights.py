@@ -1,0 +1,93 @@
+"""Weights to fine-tune from: a file of tensors, fitted to a network whose head may have other classes."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from mp_lightning.errors import ConfigurationError
+
+_PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
+
+
+@dataclass(frozen=True, eq=False)
+class Weights:
+    """Tensors by name, and the file they come from."""
+
+    tensors: dict[str, Tensor]
+    path: str
+
+
+def read_weights(path: str | Path) -> Weights:
+    """A safetensors file, or one of torch.save that holds a state_dict or a Lightning checkpoint.
+
+    Nothing is unpickled but tensors and plain values.
+
+    Raises:
+        ConfigurationError: the file is missing, cannot be read so, or holds no tensors.
+    """
+    try:
+        content: dict[str, Any] = load_file(path) if str(path).endswith(".safetensors") else _read_torch(path)
+    except FileNotFoundError as error:
+        raise ConfigurationError(f"weights '{path}' do not exist; give a file with a state_dict") from error
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(f"weights '{path}' cannot be read; give a file with a state_dict") from error
+    for key in ("state_dict", "model"):
+        if isinstance(content.get(key), dict):
+            content = content[key]
+    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
+    if not tensors:
+        raise ConfigurationError(f"weights '{path}' hold no tensors; give a file with a state_dict")
+    return Weights(tensors, str(path))
+
+
+def load_weights(net: nn.Module, weights: Weights) -> list[str]:
+    """Take over every tensor that fits by name and shape; the last layer may have another shape and stays as it is.
+
+    Returns:
+        The names in ``net`` that keep their fresh values.
+
+    Raises:
+        ConfigurationError: more than the last layer does not fit.
+    """
+    own = net.state_dict()
+    given = _renamed(weights.tensors, own)
+    fitting = {name: value for name, value in given.items() if name in own and value.shape == own[name].shape}
+    missing = [name for name in own if name not in fitting and not name.endswith("num_batches_tracked")]
+    head = next(reversed([name for name, module in net.named_modules() if isinstance(module, nn.Linear)]), None)
+    strange = [name for name in missing if head is None or name.rpartition(".")[0] != head]
+    if strange:
+        raise ConfigurationError(
+            f"weights '{weights.path}' do not fit this network: {len(strange)} of its tensors are missing or of "
+            f"another shape, such as '{strange[0]}'; give weights of the same architecture, or choose another model="
+        )
+    net.load_state_dict(fitting, strict=False)
+    return missing
+
+
+def _read_torch(path: str | Path) -> dict[str, Any]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise
+    except Exception as error:  # torch raises many kinds for a damaged or foreign file
+        raise ConfigurationError(
+            f"weights '{path}' cannot be read with weights_only=True; save a state_dict, or safetensors"
+        ) from error
+    if not isinstance(content, dict):
+        raise ConfigurationError(f"weights '{path}' hold a {type(content).__name__}; give a file with a state_dict")
+    return content
+
+
+def _renamed(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors under names without what wrappers put before them."""
+    while not any(name in own for name in tensors):
+        prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in tensors)), None)
+        if prefix is None:
+            break
+        tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return tensors
