@@ -38,7 +38,7 @@ WITHOUT_GROUND = {1, 2, 3}
 
 ALL_LIBRARIES = {
     *("torch", "torchvision", "torchmetrics", "lightning", "safetensors"),
-    *("hydra", "omegaconf", "rich", "matplotlib", "numpy", "sklearn", "PIL"),
+    *("hydra", "omegaconf", "rich", "matplotlib", "numpy", "scipy", "sklearn", "PIL"),
 }
 LIBRARIES = {
     0: {"torch", "torchvision", "numpy", "scipy", "sklearn", "PIL"},

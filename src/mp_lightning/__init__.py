@@ -7,6 +7,7 @@ from importlib.metadata import version
 
 from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.checkpoints import CheckpointError
+from mp_lightning.compare import Arm, Comparison, compare
 from mp_lightning.errors import ConfigurationError, DataError, PhiError, SiteError, UserError
 from mp_lightning.inference import Fold, Mean, MonteCarlo, reestimate_batch_norm
 from mp_lightning.mixin import MetaPerturbMixin
@@ -16,8 +17,10 @@ from mp_lightning.sites import Attachment, SitePlan, SiteSpec, attach, attachmen
 __version__ = version("mp_lightning")
 
 __all__ = [
+    "Arm",
     "Attachment",
     "CheckpointError",
+    "Comparison",
     "ConfigurationError",
     "DataError",
     "Fold",
@@ -37,6 +40,7 @@ __all__ = [
     "attach",
     "attachment_of",
     "bundled_names",
+    "compare",
     "detach",
     "find_sites",
     "load_phi",

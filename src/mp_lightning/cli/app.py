@@ -24,6 +24,7 @@ from mp_lightning.runs import run_name, unusable
 
 VERBS = {
     "fit": "meta-train a perturbation and write phi.safetensors",
+    "compare": "train arms side by side and say with intervals whether any of them helps",
     "select": "name the best run of a sweep and write its phi, with a card that lists the others",
 }
 _ONCE = {"select"}  # verbs of which a sweep makes no sense

@@ -46,7 +46,7 @@ class UserData:
         data = copy.copy(given) if isinstance(given, L.LightningDataModule) else given(seed)
         if not isinstance(data, L.LightningDataModule):
             raise ConfigurationError(
-                f"datamodule is a {type(data).__name__}, not a LightningDataModule; give one, or a function of the seed "
-                "that makes one"
+                f"datamodule is a {type(data).__name__}, not a LightningDataModule; give one, or a function of "
+                "the seed that makes one"
             )
         return data

@@ -1,0 +1,73 @@
+"""``compare``: train arms side by side on one target, and say with intervals whether any of them helps."""
+
+import shlex
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from mp_lightning.cli.compare_settings import CompareSettings, read
+from mp_lightning.cli.words import PROGRAM
+from mp_lightning.compare.classifier import ClassifierFactory
+from mp_lightning.compare.comparison import Plan
+from mp_lightning.compare.conclusion import conclude
+from mp_lightning.compare.progress import reading_display
+from mp_lightning.compare.run import Experiment
+from mp_lightning.compare.target import Target, TargetFactory, read_target
+from mp_lightning.runs import RunFolder
+
+__all__ = ["read", "run"]
+
+
+def run(config: DictConfig, path: Path) -> None:
+    """Compare in the run folder ``path``."""
+    given = read(config)
+    console = Console(highlight=False, soft_wrap=True)
+    with reading_display(console) as on_progress:
+        target = read_target(
+            given.target,
+            given.data_root,
+            given.image_size,
+            n_per_class=given.n_per_class,
+            flip=given.flip,
+            batch_size=given.optimization.batch_size,
+            on_progress=on_progress,
+        )
+    images = target.digest()
+    folder = RunFolder(path, {**given.relevant, "images": images}, fresh=given.fresh)
+    console.print(f"Target {target}\n", markup=False)
+    plan = _plan(given, target, images)
+    conclude(plan, folder.path, console, _command(), {**given.relevant, "images": images})
+
+
+def _plan(given: CompareSettings, target: Target, images: str) -> Plan:
+    optimization = given.optimization
+    num_classes, size = target.train.num_classes, given.image_size
+    experiment = Experiment(
+        module_factory=ClassifierFactory(given.architecture, num_classes, size, optimization, given.weights),
+        data=TargetFactory(target, optimization.steps, optimization.batch_size),
+        trainer={**given.trainer, "max_epochs": 1},
+        steps=optimization.steps,
+        num_classes=num_classes,
+        inference=given.inference,
+        samples=given.samples,
+        ramp=given.ramp,
+        output="logits",
+    )
+    return Plan(
+        experiment=experiment,
+        arms=given.arms,
+        seeds=range(given.seeds),
+        target=target.name,
+        model=str(given.architecture),
+        settings={**given.of_runs, "images": images},
+        metric=given.metric,
+        budget=given.budget,
+        processes=given.jobs,
+    )
+
+
+def _command() -> str:
+    words = [word for word in sys.argv[1:] if not word.startswith("command=")]
+    return shlex.join([*PROGRAM.split(), "compare", *words])

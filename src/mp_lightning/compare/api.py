@@ -1,0 +1,162 @@
+"""``mp_lightning.compare``: does a regularizer help a module of one's own, on data of one's own?"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from rich.console import Console
+
+from mp_lightning.compare.arms import Arm, parse_arm
+from mp_lightning.compare.comparison import Plan
+from mp_lightning.compare.conclusion import Comparison, conclude
+from mp_lightning.compare.examine import Predict, predict_pair
+from mp_lightning.compare.run import Experiment
+from mp_lightning.compare.summary import VERDICT_METRICS
+from mp_lightning.compare.tuning import Budget
+from mp_lightning.compare.user_data import UserData
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.inference import Output
+from mp_lightning.perturbation import NamedPhi, Phi, load_phi
+from mp_lightning.runs import RunFolder
+
+ARMS = ("none", "dropout", "dropblock", "fixed_noise", "metaperturb")
+_ENDS = ("max_epochs", "max_steps", "max_time")
+
+
+def compare(
+    module_factory: Callable[[], L.LightningModule],
+    datamodule: L.LightningDataModule | Callable[[int], L.LightningDataModule],
+    *,
+    trainer: dict[str, Any],
+    arms: Sequence[str | Arm] = ARMS,
+    seeds: int = 5,
+    phi: "str | Path | Phi | NamedPhi | None" = None,
+    metric: Literal["accuracy", "nll"] = "accuracy",
+    inference: Literal["mc", "mean"] = "mc",
+    samples: int = 20,
+    tuning_values: int = 3,
+    tuning_seeds: int = 1,
+    num_classes: int | None = None,
+    predict: Predict = predict_pair,
+    output: Output | None = None,
+    settings: dict[str, Any] | None = None,
+    target: str | None = None,
+    model: str | None = None,
+    folder: str | Path | None = None,
+    fresh: bool = False,
+    jobs: int = 1,
+    console: Console | None = None,
+) -> Comparison:
+    """Train arms side by side with paired seeds, and say with intervals whether any of them helps.
+
+    The arms of one seed share initialization, batches and augmentation, so that their differences are paired. Every
+    finished run is a row of ``results.csv`` in the folder; the same call continues what is missing, and more seeds or
+    arms can be added. The last lines printed are the verdict.
+
+    Example::
+
+        comparison = mp_lightning.compare(
+            lambda: Classifier(torchvision.models.resnet18(num_classes=10)),
+            FlowersData("flowers"),
+            trainer={"max_epochs": 30},
+            arms=["none", "dropout", "metaperturb", "fixed_noise"],
+        )
+
+    Args:
+        module_factory: makes a new LightningModule that classifies images; it is called once for each run, when the
+            global generators have been seeded.
+        datamodule: is copied for each run; or a function from a seed, such as one that draws few labelled images. It
+            needs ``train_dataloader`` and ``test_dataloader``; hyperparameters are tuned on its ``val_dataloader``, if
+            there is one. With ``train_evaluation_dataloader`` it can give training images without augmentation, on
+            which train accuracy is measured.
+        trainer: arguments of ``lightning.Trainer``, with ``max_epochs`` or the like.
+        arms: names as in ``python -m mp_lightning.meta compare --help``, or :class:`Arm`.
+        seeds: how many; fewer than five never give a verdict.
+        phi: for the arms that take one, as for :class:`~mp_lightning.MetaPerturbCallback`.
+        metric: what the verdict is about and what is tuned for.
+        inference: how arms with noise in evaluation classify; 'mean' is always reported as well.
+        samples: noisy forwards of 'mc'.
+        tuning_values: so many values of the hyperparameter of each arm are tried (1 to 4).
+        tuning_seeds: runs for each of them.
+        num_classes: which arms that mix labels need; None takes that of the datamodule, if it has one.
+        predict: from a module in evaluation mode and a batch to scores (B, K) and labels (B,); needed where a batch
+            does not begin with images and labels, or the module's forward does not give the scores.
+        output: what the scores are; None finds out.
+        settings: anything else that decides the results, such as a learning rate, as plain values. A folder holds
+            results of one set of settings.
+        target, model: what tables call the data and the module; None takes the names of their classes.
+        folder: for the results; None: one in ``runs`` whose name follows from the settings.
+        fresh: start anew; what is there is kept in a folder beside.
+        jobs: runs at a time, in processes of their own; with more than one, the call must stand under
+            ``if __name__ == "__main__":``, and functions that are passed at the top level of a module.
+        console: where progress and the verdict are printed; None: standard output.
+
+    Raises:
+        UserError: something that was given cannot be used; before the first training step where that can be known.
+    """
+    if metric not in VERDICT_METRICS:
+        raise ConfigurationError(f"metric={metric!r} is unknown; use one of {', '.join(VERDICT_METRICS)}")
+    if not any(trainer.get(key) is not None for key in _ENDS):
+        raise ConfigurationError(f"trainer= does not say when a run ends; give one of {', '.join(_ENDS)}")
+    for name, number in {"seeds": seeds, "samples": samples, "jobs": jobs, "tuning_seeds": tuning_seeds}.items():
+        if not isinstance(number, int) or number < 1:
+            raise ConfigurationError(f"{name}={number} cannot be used; give a positive whole number")
+    data = UserData(datamodule)
+    loaded = load_phi(phi)
+    parsed = [arm if isinstance(arm, Arm) else parse_arm(arm, loaded) for arm in arms]
+    example = datamodule if isinstance(datamodule, L.LightningDataModule) else datamodule(0)
+    names = target or type(example).__name__, model or _name(module_factory)
+    shared = {
+        "target": names[0],
+        "model": names[1],
+        "trainer": {key: _plain(value) for key, value in trainer.items()},
+        "inference": inference,
+        "samples": samples,
+        **{key: _plain(value) for key, value in (settings or {}).items()},
+    }
+    experiment = Experiment(
+        module_factory=module_factory,
+        data=data,
+        trainer=trainer,
+        steps=trainer.get("max_steps"),
+        num_classes=num_classes if num_classes is not None else getattr(example, "num_classes", None),
+        inference=inference,
+        samples=samples,
+        predict=predict,
+        output=output,
+    )
+    plan = Plan(
+        experiment=experiment,
+        arms=parsed,
+        seeds=range(seeds),
+        target=names[0],
+        model=names[1],
+        settings=shared,
+        metric=metric,
+        budget=Budget(tuning_values, tuning_seeds),
+        processes=jobs,
+    )
+    place = Path(folder) if folder is not None else Path("runs") / f"compare-{_digest(shared)}"
+    kept = RunFolder(place, {**shared, "metric": metric, "tuning": [tuning_values, tuning_seeds]}, fresh=fresh)
+    console = console or Console(highlight=False, soft_wrap=True)
+    return conclude(plan, kept.path, console, "mp_lightning.compare(...), as it was called", shared)
+
+
+def _name(factory: Callable[[], Any]) -> str:
+    name = getattr(factory, "__name__", type(factory).__name__)
+    return "module" if name == "<lambda>" else name
+
+
+def _plain(value: Any) -> Any:
+    """A value as JSON has it; of anything else the name of its class, as an address would be another in each run."""
+    try:
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError):
+        return [_plain(one) for one in value] if isinstance(value, list | tuple) else type(value).__name__
+
+
+def _digest(settings: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]

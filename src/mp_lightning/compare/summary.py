@@ -1,0 +1,222 @@
+"""What the rows of a comparison show: estimates, differences with corrected p values, verdicts."""
+
+import dataclasses
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from mp_lightning.compare.arms import BASELINE, KINDS
+from mp_lightning.compare.results import METRICS, Row
+from mp_lightning.compare.statistics import Estimate, can_be_tested, estimate, holm, is_finite, paired
+from mp_lightning.compare.verdict import (
+    LEVEL,
+    OVERFITTED,
+    Comparison,
+    Verdict,
+    diverged,
+    nothing_to_compare,
+    underfitted,
+    verdict,
+)
+from mp_lightning.errors import ConfigurationError
+
+VERDICT_METRICS = ("accuracy", "nll")
+CONTROLS = tuple(name for name, kind in KINDS.items() if kind.role == "control")
+
+# By arm and seed.
+_Runs = dict[str, dict[int, Row]]
+# By arm and metric.
+_Comparisons = dict[tuple[str, str], Comparison]
+
+
+@dataclass(frozen=True)
+class ArmSummary:
+    """What the runs of one arm show; all by metric, in the units in which results are stored.
+
+    Attributes:
+        seeds: of its finished runs.
+        control: whether it is one of the controls.
+        estimates: over all its seeds.
+        against_baseline: its differences from the baseline; empty for the baseline.
+        against_control: its differences from the control that has the best mean of the metric; empty for the baseline
+            and for controls.
+        verdicts: for the metrics that lead to a verdict; empty for the baseline.
+    """
+
+    seeds: list[int]
+    control: bool
+    estimates: dict[str, Estimate]
+    against_baseline: dict[str, Comparison]
+    against_control: dict[str, Comparison]
+    verdicts: dict[str, Verdict]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a comparison on one target with one model shows.
+
+    Attributes:
+        metric: what the headline is about.
+        baseline: the arm that all others are compared with.
+        underfitted: whether the baseline reaches fewer than 99 % of its training images, so that nothing was tested.
+        headline: the verdicts that were asked for, a text each.
+        arms: in order of first appearance.
+    """
+
+    metric: str
+    baseline: str
+    underfitted: bool
+    headline: list[str]
+    arms: dict[str, ArmSummary]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain JSON values; None for numbers that are not finite."""
+        plain: dict[str, Any] = _plain(dataclasses.asdict(self))
+        return plain
+
+
+def summarize(
+    rows: Sequence[Row],
+    *,
+    metric: str = "accuracy",
+    focus: Sequence[str] = (),
+    baseline: str = BASELINE,
+    controls: Collection[str] = CONTROLS,
+) -> Summary:
+    """What the rows show.
+
+    The tests of all arms in accuracy and NLL against the baseline are corrected together, and so are those against the
+    best control; the other metrics, which lead to no verdict, each over the arms.
+
+    Args:
+        rows: of one target and one model; arms may have different seeds.
+        metric: what the headline is about, 'accuracy' or 'nll'.
+        focus: arms of the headline; all that are neither the baseline nor a control if empty.
+        baseline: the arm that all others are compared with.
+        controls: arms that show whether learning is the reason of a gain.
+
+    Raises:
+        ConfigurationError: no verdict is made of this metric, or the rows belong to several comparisons.
+    """
+    if metric not in VERDICT_METRICS:
+        raise ConfigurationError(f"metric '{metric}' leads to no verdict; use one of {', '.join(VERDICT_METRICS)}")
+    runs = _by_arm_and_seed(rows)
+    others = [arm for arm in runs if arm != baseline]
+    judged = [arm for arm in others if arm not in controls]
+    from_baseline: dict[tuple[str, str], str] = {}
+    from_control: dict[tuple[str, str], str] = {}
+    for name in METRICS:
+        if baseline in runs:
+            from_baseline |= {(arm, name): baseline for arm in others}
+        best = _best([arm for arm in others if arm in controls], runs, name)
+        if best is not None:
+            from_control |= {(arm, name): best for arm in judged}
+    against_baseline, against_control = _compared(runs, from_baseline), _compared(runs, from_control)
+    reached = fmean(row.train_accuracy for row in runs[baseline].values()) if baseline in runs else math.nan
+
+    def judge(arm: str, name: str) -> Verdict:
+        if baseline not in runs:
+            return nothing_to_compare(f"no run of {baseline} is finished, which it is compared with", arm)
+        if not reached >= OVERFITTED:
+            return underfitted(baseline, reached)
+        comparison = against_baseline[arm, name]
+        for whose in (arm, baseline):
+            bad = sum(not is_finite(value) for value in _values(runs[whose], name))
+            if bad and (whose == arm or not is_finite(comparison.difference.mean)):
+                return diverged(arm, name, whose, bad, len(runs[whose]))
+        return verdict(arm, comparison, against_control.get((arm, name)))
+
+    def summary_of(arm: str) -> ArmSummary:
+        return ArmSummary(
+            seeds=sorted(runs[arm]),
+            control=arm in controls,
+            estimates={name: estimate(_values(runs[arm], name)) for name in METRICS},
+            against_baseline={name: found for (of, name), found in against_baseline.items() if of == arm},
+            against_control={name: found for (of, name), found in against_control.items() if of == arm},
+            verdicts={name: judge(arm, name) for name in VERDICT_METRICS} if arm != baseline else {},
+        )
+
+    arms = {arm: summary_of(arm) for arm in runs}
+    wanted = [arm for arm in focus if arm != baseline] or judged or others
+    return Summary(
+        metric=metric,
+        baseline=baseline,
+        underfitted=baseline in runs and not reached >= OVERFITTED,
+        headline=_headline(arms, wanted, metric, baseline),
+        arms=arms,
+    )
+
+
+def _by_arm_and_seed(rows: Sequence[Row]) -> _Runs:
+    runs: _Runs = {}
+    for row in rows:
+        if (row.target, row.model) != (rows[0].target, rows[0].model):
+            raise ConfigurationError(
+                f"rows of '{row.target}' with '{row.model}' stand beside rows of '{rows[0].target}' with "
+                f"'{rows[0].model}'; summarize each target and model for itself"
+            )
+        if row.seed in runs.setdefault(row.arm, {}):
+            raise ConfigurationError(
+                f"arm '{row.arm}' has two rows of seed {row.seed}; pass the rows of one set of settings"
+            )
+        runs[row.arm][row.seed] = row
+    return runs
+
+
+def _values(runs: dict[int, Row], metric: str) -> list[float]:
+    return [getattr(row, metric) for row in runs.values()]
+
+
+def _best(arms: Sequence[str], runs: _Runs, metric: str) -> str | None:
+    """The arm with the best mean; None if none has a finite one."""
+    means = {arm: estimate(_values(runs[arm], metric)).mean for arm in arms}
+    sign = 1 if METRICS[metric].higher_is_better else -1
+    return max((arm for arm in arms if is_finite(means[arm])), key=lambda arm: sign * means[arm], default=None)
+
+
+def _compared(runs: _Runs, pairs: dict[tuple[str, str], str]) -> _Comparisons:
+    """Compare each arm in each metric with the arm given; what leads to a verdict is corrected together."""
+    found: _Comparisons = {}
+    for family in (VERDICT_METRICS, *((name,) for name in METRICS if name not in VERDICT_METRICS)):
+        found |= _corrected(runs, {key: other for key, other in pairs.items() if key[1] in family})
+    return found
+
+
+def _corrected(runs: _Runs, pairs: dict[tuple[str, str], str]) -> _Comparisons:
+    values = {}
+    for (arm, metric), other in pairs.items():
+        seeds = [seed for seed in runs[arm] if seed in runs[other]]
+        values[arm, metric] = [[getattr(runs[of][seed], metric) for seed in seeds] for of in (arm, other)]
+    tested = [key for key, (own, others) in values.items() if can_be_tested(own, others)]
+    counts = {"arms": len({arm for arm, _ in tested}), "metrics": len({metric for _, metric in tested})}
+    level = LEVEL / max(1, len(tested))
+    differences = {key: paired(own, others, level) for key, (own, others) in values.items()}
+    corrected = holm([difference.p for difference in differences.values()])
+    return {
+        key: Comparison(key[1], pairs[key], difference, p, **counts)
+        for (key, difference), p in zip(differences.items(), corrected, strict=True)
+    }
+
+
+def _headline(arms: dict[str, ArmSummary], wanted: Sequence[str], metric: str, baseline: str) -> list[str]:
+    if not arms:
+        return [nothing_to_compare("no run is finished").sentence]
+    if not wanted:
+        return [nothing_to_compare(f"only {baseline} has finished runs, and there is no arm to compare").sentence]
+    sentences = [
+        arms[arm].verdicts[metric].sentence
+        if arm in arms
+        else nothing_to_compare("none of its runs is finished", arm).sentence
+        for arm in wanted
+    ]
+    return list(dict.fromkeys(sentences))  # that nothing was tested is said once
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_plain(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
