@@ -1,13 +1,11 @@
-"""Measuring side by side: interleaved rounds, saved bytes, launched kernels, copy bandwidth."""
+"""Measuring side by side: interleaved rounds, launched kernels, copy bandwidth."""
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -73,26 +71,6 @@ def _time(function: Callable[[], object], device: torch.device) -> float:
     end.record()
     torch.cuda.synchronize()
     return float(begin.elapsed_time(end))
-
-
-@contextmanager
-def saved_bytes(model: nn.Module) -> Iterator[list[int]]:
-    """A list that holds, after the context, the bytes that its forwards keep for a backward, parameters left out."""
-    own = {value.untyped_storage().data_ptr() for value in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []  # so that no address is used twice
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)
-        return tensor
-
-    result: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        yield result
-    result.append(sum(kept.values()))
 
 
 def launched_kernels(function: Callable[[], object]) -> int:

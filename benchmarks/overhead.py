@@ -25,9 +25,10 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks.arms import ARMS, LARGE, SMALL, build, perturbed, site_elements
 from benchmarks.environment import describe
-from benchmarks.measure import copy_bandwidth, interleaved, launched_kernels, saved_bytes
+from benchmarks.measure import copy_bandwidth, interleaved, launched_kernels
 from benchmarks.options import check_device, some_of
 from benchmarks.table import Table
+from mp_lightning.compare.cost import KeptForBackward
 
 SETTING = ["model", "batch", "dtype", "mode", "format"]
 COLUMNS = [
@@ -70,9 +71,9 @@ class Step:
         self.optimizer.step()
 
     def saved(self) -> int:
-        with saved_bytes(self.network) as kept:
+        with KeptForBackward(self.network) as kept:
             self.loss()
-        return kept[0]
+        return kept.bytes
 
 
 def measure(

@@ -7,9 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from benchmarks.measure import interleaved, saved_bytes
+from benchmarks.measure import interleaved
 from benchmarks.table import Table
-from torch import nn
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -55,15 +54,6 @@ def test_inference_and_meta_step_write_their_arms(tmp_path):
 def test_an_unknown_model_lists_the_known_ones(name):
     printed = run(f"benchmarks.{name}", "--models", "alexnet", expect=2)
     assert "'alexnet' is unknown; use some of conv4" in printed and "Traceback" not in printed
-
-
-def test_saved_bytes_counts_what_the_backward_needs_once():
-    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.ReLU(), nn.Flatten())
-    x = torch.randn(1, 1, 8, 8, requires_grad=True)
-    with saved_bytes(model) as kept:
-        model(x)
-    # The convolution keeps its input, the ReLU its output; parameters do not count.
-    assert kept == [4 * (64 + 128)]
 
 
 def test_ratios_are_those_of_a_round():

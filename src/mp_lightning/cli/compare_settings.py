@@ -11,7 +11,7 @@ from mp_lightning.compare.architecture import Architecture
 from mp_lightning.compare.arms import NamedArm, parse_arm
 from mp_lightning.compare.classifier import Optimization
 from mp_lightning.compare.summary import VERDICT_METRICS
-from mp_lightning.compare.tuning import Budget
+from mp_lightning.compare.tuning import MOST_VALUES, Budget
 from mp_lightning.compare.weights import Weights, load_weights, read_weights
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import load_phi
@@ -19,7 +19,6 @@ from mp_lightning.runs import relevant_settings
 
 _SMALLEST_IMAGES = 8
 _FEW_DIGITS = 10
-_MOST_VALUES = 4
 _OPTIMIZATION = ("steps", "batch_size", "lr", "weight_decay", "milestones", "lr_factor")
 _TOP_LEVEL = (
     *("target", "n_per_class", "data_root", "image_size", "flip", "model", "weights", "arms", "phi", "seeds"),
@@ -156,6 +155,6 @@ class _Numbers:
 
 def _budget(config: DictConfig) -> Budget:
     budget = settings(Budget, plain_section(config, "tuning"), "tuning")
-    if budget.values > _MOST_VALUES:
-        raise ConfigurationError(f"tuning.values={budget.values} is too many; each arm knows {_MOST_VALUES} values")
+    if budget.values > MOST_VALUES:
+        raise ConfigurationError(f"tuning.values={budget.values} is too many; each arm knows {MOST_VALUES} values")
     return budget

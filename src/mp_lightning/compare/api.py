@@ -15,7 +15,7 @@ from mp_lightning.compare.conclusion import Comparison, conclude
 from mp_lightning.compare.examine import Predict, predict_pair
 from mp_lightning.compare.run import Experiment
 from mp_lightning.compare.summary import VERDICT_METRICS
-from mp_lightning.compare.tuning import Budget
+from mp_lightning.compare.tuning import MOST_VALUES, Budget
 from mp_lightning.compare.user_data import UserData
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import Output
@@ -104,6 +104,8 @@ def compare(
     for name, number in {"seeds": seeds, "samples": samples, "jobs": jobs, "tuning_seeds": tuning_seeds}.items():
         if not isinstance(number, int) or number < 1:
             raise ConfigurationError(f"{name}={number} cannot be used; give a positive whole number")
+    if tuning_values not in range(1, MOST_VALUES + 1):
+        raise ConfigurationError(f"tuning_values={tuning_values} cannot be used; give 1 to {MOST_VALUES}")
     data = UserData(datamodule)
     loaded = load_phi(phi)
     parsed = [arm if isinstance(arm, Arm) else parse_arm(arm, loaded) for arm in arms]

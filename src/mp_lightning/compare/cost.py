@@ -2,14 +2,19 @@
 
 import statistics
 import time
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
 from torch import Tensor
 
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.schedule import total_training_batches
+
 POINTS = 50  # of the learning curve
 _TIMED = 50  # steps, spread over the run
+_UNKNOWN = 1000  # steps that a run is taken to have
 _MEASURED = 2  # the step whose memory is measured on a CPU: the first ones may allocate once and for all
 
 
@@ -19,14 +24,12 @@ class Cost(L.Callback):
     On a GPU the memory is the peak that was allocated; on a CPU, what one step keeps for its backward.
 
     Args:
-        steps: training batches of the run, as far as known.
         on_step: called after each training batch.
     """
 
-    def __init__(self, steps: int | None, on_step: Any = None) -> None:
+    def __init__(self, on_step: Callable[[int], None] | None = None) -> None:
         super().__init__()
-        self._every = max(1, (steps or 1000) // _TIMED)
-        self._point = max(1, (steps or 1000) // POINTS)
+        self._every = self._point = 1
         self._on_step = on_step
         self._step = 0
         self._times: list[float] = []
@@ -47,6 +50,11 @@ class Cost(L.Callback):
         return self._bytes / 1e6
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        try:
+            steps = total_training_batches(trainer)
+        except ConfigurationError:
+            steps = _UNKNOWN
+        self._every, self._point = max(1, steps // _TIMED), max(1, steps // POINTS)
         if pl_module.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(pl_module.device)
 
@@ -66,7 +74,7 @@ class Cost(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        timed = self._step % self._every == 0 and self._step > _MEASURED
+        timed = self._step % self._every == 0 and self._step not in (0, _MEASURED)
         if timed:
             _wait(pl_module.device)
             self._times.append(time.perf_counter() - self._start)

@@ -96,7 +96,7 @@ def perform(experiment: Experiment, job: Job, on_step: OnStep | None = None) -> 
         )
         callbacks, perturbation = callbacks_of(job.arm, context)
         module = fresh_module(experiment, seed)
-        cost = Cost(experiment.steps, on_step)
+        cost = Cost(on_step)
         examination = Examination(
             perturbation, experiment.predict, experiment.output, derived_seed(seed, "examination")
         )

@@ -8,6 +8,7 @@ from typing import Any
 from mp_lightning.compare.arms import KINDS, AnyArm, NamedArm, Part
 from mp_lightning.compare.results import METRICS, Row
 
+MOST_VALUES = min(len(kind.values) for kind in KINDS.values() if kind.parameter)
 _FIRST_SEED = -1  # and down from there: none of the comparison's
 
 

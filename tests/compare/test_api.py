@@ -1,0 +1,131 @@
+"""``mp_lightning.compare`` with a user's own LightningModule and DataModule."""
+
+import inspect
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+from rich.console import Console
+from small_runs import PHI, Small, SmallData
+
+import mp_lightning
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.runs import RunFolderError
+
+ONE_EPOCH = {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 0}
+
+
+class Validated(Small):
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+
+def compare(tmp_path: Path, **options: Any) -> tuple[mp_lightning.Comparison, str]:
+    """A small comparison, and what was printed."""
+    defaults: dict[str, Any] = {
+        "trainer": ONE_EPOCH,
+        "arms": ["none", "metaperturb"],
+        "seeds": 2,
+        "phi": PHI,
+        "samples": 2,
+        "folder": tmp_path / "found",
+    }
+    text = StringIO()
+    factory, data = options.pop("module_factory", Small), options.pop("datamodule", SmallData())
+    found = mp_lightning.compare(factory, data, **{**defaults, **options}, console=Console(file=text, width=400))
+    return found, text.getvalue()
+
+
+def test_a_users_module_and_data_are_compared(tmp_path: Path) -> None:
+    found, text = compare(tmp_path, module_factory=Validated, trainer={"max_epochs": 2, "accelerator": "cpu"})
+    assert [(row.arm, row.seed) for row in found.rows] == [
+        *(("none", 0), ("none", 1)),
+        *(("metaperturb", 0), ("metaperturb", 1)),
+    ]
+    assert {(row.target, row.model) for row in found.rows} == {("SmallData", "Validated")}
+    assert str(found).startswith("underfitted")
+    for name in ("results.csv", "report.html", "summary.md", "summary.json"):
+        assert (found.folder / name).stat().st_size > 100
+    assert text.rstrip().splitlines()[-1].strip() == str(found)
+
+
+def test_the_same_call_makes_nothing_again_and_other_settings_are_refused(tmp_path: Path) -> None:
+    first, _ = compare(tmp_path)
+    again, text = compare(tmp_path)
+    assert again.rows == first.rows and "1/4" not in text
+    more, _ = compare(tmp_path, seeds=3, arms=["none", "metaperturb", "mixup:0.2"])
+    assert more.rows[:2] == first.rows[:2] and len(more.rows) == 9
+    with pytest.raises(RunFolderError, match=r"holds a run with trainer\.max_epochs=1, not 2"):
+        compare(tmp_path, trainer={**ONE_EPOCH, "max_epochs": 2})
+    with pytest.raises(RunFolderError, match=r"holds a run with lr=null, not 0\.1"):
+        compare(tmp_path, settings={"lr": 0.1})
+
+
+def test_data_can_be_drawn_by_the_seed(tmp_path: Path) -> None:
+    seeds: list[int] = []
+
+    def draw(seed: int) -> SmallData:
+        seeds.append(seed)
+        return SmallData()
+
+    compare(tmp_path, datamodule=draw, arms=["none"])
+    assert set(seeds) == {0, 1}
+
+
+def test_hyperparameters_are_tuned_on_the_users_validation_images(tmp_path: Path) -> None:
+    found, text = compare(tmp_path, arms=["none", "dropout"], seeds=1, tuning_values=2)
+    assert [value for value, _ in found.tuned[0].tried] == [0.3, 0.1]
+    assert "2/2  dropout:0.1" in text
+    assert found.rows[1].parameters == f"p={found.tuned[0].chosen:g}"
+
+
+def test_the_number_of_classes_comes_from_the_data_or_the_call(tmp_path: Path) -> None:
+    class Unknown(SmallData):
+        num_classes = None
+
+    with pytest.raises(ConfigurationError, match=r"arm .mixup:0\.2. needs the number of classes; pass num_classes="):
+        compare(tmp_path, datamodule=Unknown(), arms=["mixup:0.2"], seeds=1)
+    assert not (tmp_path / "found" / "results.csv").exists()
+    found, _ = compare(tmp_path, datamodule=Unknown(), arms=["mixup:0.2"], seeds=1, num_classes=3)
+    assert [row.arm for row in found.rows] == ["none", "mixup:0.2"]
+
+
+class NoTest(L.LightningDataModule):
+    train_dataloader = SmallData.train_dataloader
+    setup = SmallData.setup
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"trainer": {}}, "trainer= does not say when a run ends; give one of max_epochs, max_steps, max_time"),
+        ({"seeds": 0}, "seeds=0 cannot be used"),
+        ({"metric": "ece"}, "metric='ece' is unknown; use one of accuracy, nll"),
+        ({"datamodule": NoTest()}, "NoTest has no test_dataloader"),
+        ({"datamodule": lambda seed: [1]}, "datamodule is a list, not a LightningDataModule"),
+        ({"arms": ["dropuot"]}, "'dropuot' is unknown; use one of"),
+        ({"tuning_values": 5}, "tuning_values=5"),
+    ],
+)
+def test_what_cannot_be_used_is_refused_before_a_folder_is_made(tmp_path: Path, options, message: str) -> None:
+    with pytest.raises(ConfigurationError) as caught:
+        compare(tmp_path, **options)
+    assert message in str(caught.value)
+    assert not (tmp_path / "found").exists()
+
+
+def test_the_default_folder_follows_from_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    first, _ = compare(tmp_path, folder=None, arms=["none"], seeds=1)
+    more, _ = compare(tmp_path, folder=None, arms=["none"], seeds=2)
+    other, _ = compare(tmp_path, folder=None, arms=["none"], seeds=1, settings={"lr": 1})
+    assert first.folder == more.folder != other.folder
+    assert first.folder.parent == Path("runs")
+
+
+def test_every_argument_is_described() -> None:
+    described = mp_lightning.compare.__doc__ or ""
+    for name in inspect.signature(mp_lightning.compare).parameters:
+        assert f"{name}:" in described or f"{name}," in described or f", {name}" in described, name
