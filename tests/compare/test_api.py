@@ -76,8 +76,8 @@ def test_data_can_be_drawn_by_the_seed(tmp_path: Path) -> None:
 
 def test_hyperparameters_are_tuned_on_the_users_validation_images(tmp_path: Path) -> None:
     found, text = compare(tmp_path, arms=["none", "dropout"], seeds=1, tuning_values=2)
-    assert [value for value, _ in found.tuned[0].tried] == [0.3, 0.1]
-    assert "2/2  dropout:0.1" in text
+    assert [value for value, _ in found.tuned[0].tried] == [0.1, 0.03]
+    assert "2/2  dropout:0.03" in text
     assert found.rows[1].parameters == f"p={found.tuned[0].chosen:g}"
 
 

@@ -78,7 +78,7 @@ def test_values_and_phi_are_read_from_the_name(tmp_path: Path) -> None:
         ("dropuot", "arm 'dropuot': 'dropuot' is unknown; use one of none, dropout, dropblock"),
         ("", "'' is unknown"),
         ("metaperturb+", "'' is unknown"),
-        ("dropout:much", "p=much is not a number from 0; write for example dropout:0.3"),
+        ("dropout:much", "p=much is not a number from 0; write for example dropout:0.1"),
         ("dropout:-1", "p=-1 is not a number"),
         ("dropout:nan", "p=nan is not a number"),
         ("none:1", "'none' takes no value; leave ':1' out"),

@@ -40,7 +40,7 @@ def test_only_what_has_no_value_is_tuned_and_each_once() -> None:
 def test_the_best_mean_wins_and_ties_go_to_the_likelihood() -> None:
     rows = [row("dropout:0.3", 0.5), row("dropout:0.3", 0.7), row("dropout:0.1", 0.8), row("dropout:0.1", 0.3)]
     assert choose("dropout", rows, "accuracy").chosen == 0.3
-    assert choose("dropout", rows, "accuracy").tried == ((0.3, pytest.approx(0.6)), (0.1, pytest.approx(0.55)))
+    assert choose("dropout", rows, "accuracy").tried == ((0.1, pytest.approx(0.55)), (0.3, pytest.approx(0.6)))
     tied = [row("dropout:0.3", 0.5, nll=1.2), row("dropout:0.1", 0.5, nll=1.1)]
     assert choose("dropout", tied, "accuracy").chosen == 0.1
     assert choose("dropout", [row("dropout:0.3", 0.9, nll=2.0), row("dropout:0.1", 0.2, nll=1.0)], "nll").chosen == 0.1
@@ -89,7 +89,7 @@ def test_tuning_never_reads_the_test_images(tmp_path: Path) -> None:
 
 def test_results_hold_the_runs_of_the_comparison_alone(tmp_path: Path) -> None:
     outcome, display = made(plan(["none", "dropout"], budget=Budget(2, 1)), tmp_path)
-    assert display.made[:2] == [("dropout:0.3", -1), ("dropout:0.1", -1)]
+    assert display.made[:2] == [("dropout:0.1", -1), ("dropout:0.03", -1)]
     assert [(row.arm, row.seed) for row in outcome.rows] == [("none", 0), ("none", 1), ("dropout", 0), ("dropout", 1)]
     assert outcome.rows[2].parameters == f"p={outcome.tuned[0].chosen:g}"
     assert (tmp_path / RESULTS).read_text().count("\n") == 5 and (tmp_path / TUNING).read_text().count("\n") == 3
@@ -102,5 +102,5 @@ def test_data_without_a_part_to_validate_on_takes_the_usual_value(tmp_path: Path
 
     what = plan(["dropout"], 1, budget=Budget(3, 1), experiment=experiment(data=UserData(NoValidation())))
     outcome, display = made(what, tmp_path)
-    assert outcome.tuned[0].tried == () and outcome.tuned[0].chosen == 0.3
+    assert outcome.tuned[0].tried == () and outcome.tuned[0].chosen == 0.1
     assert [arm for arm, _ in display.made] == ["none", "dropout"]

@@ -58,9 +58,9 @@ def _multiplies(role: Role, what: str, *, takes_phi: bool = True, needs_moments:
 
 KINDS: dict[str, Kind] = {
     BASELINE: Kind("baseline", "no regularizer but the weight decay and augmentation that all arms have"),
-    "dropout": Kind("regularizer", "torch's Dropout at the sites", "p", (0.3, 0.1, 0.5, 0.2)),
-    "dropblock": Kind("regularizer", "torchvision's DropBlock at the sites", "p", (0.1, 0.05, 0.2, 0.3)),
-    "gaussian": Kind("regularizer", "multiplication by N(1, std^2) at the sites", "std", (0.5, 0.25, 1.0, 0.75)),
+    "dropout": Kind("regularizer", "torch's Dropout at the sites", "p", (0.1, 0.03, 0.3, 0.5)),
+    "dropblock": Kind("regularizer", "torchvision's DropBlock at the sites", "p", (0.05, 0.02, 0.1, 0.2)),
+    "gaussian": Kind("regularizer", "multiplication by N(1, std^2) at the sites", "std", (0.3, 0.15, 0.6, 1.0)),
     "mixup": Kind("regularizer", "torchvision's MixUp of images", "alpha", (0.4, 0.2, 1.0, 2.0)),
     "manifold_mixup": Kind("regularizer", "Manifold Mixup at the input or a site", "alpha", (1.0, 0.2, 2.0, 0.5)),
     "information_dropout": Kind("regularizer", "Information Dropout at the sites", "beta", (0.1, 0.01, 1.0, 0.3)),

@@ -11,6 +11,7 @@ from rich.markup import escape
 from mp_lightning.compare.arms import AnyArm, NamedArm
 from mp_lightning.compare.comparison import Plan, carry_out, check_plan
 from mp_lightning.compare.display import Bars
+from mp_lightning.compare.quiet import quiet
 from mp_lightning.compare.report import Repeat, write_report
 from mp_lightning.compare.results import METRICS, Row
 from mp_lightning.compare.summary import Summary, summarize
@@ -53,8 +54,9 @@ def conclude(plan: Plan, folder: Path, console: Console, command: str, settings:
     Raises:
         UserError: something that was given cannot be used, or the folder not be written.
     """
-    check_plan(plan)
-    outcome = carry_out(plan, folder, Bars(console, plan.experiment.steps))
+    with quiet():
+        check_plan(plan)
+        outcome = carry_out(plan, folder, Bars(console, plan.experiment.steps))
     summary = summarize(
         outcome.rows,
         metric=plan.metric,
@@ -84,7 +86,9 @@ def _say(console: Console, comparison: Comparison) -> None:
     wide.print(terminal_table(comparison.summary))
     place = escape(str(comparison.folder))
     console.print(f"\nWritten to [bold]{place}[/bold]: report.html, results.csv, summary.md, summary.json, pictures")
-    label = METRICS[comparison.summary.metric].label
-    console.print(f"\nVerdict ({label}, test images of {escape(comparison.rows[0].target)}):")
-    for sentence in comparison.summary.headline:
-        console.print(f"  {sentence}", markup=False)
+    summary, target = comparison.summary, escape(comparison.rows[0].target)
+    for metric, sentences in ((summary.other_metric, summary.also), (summary.metric, summary.headline)):
+        if sentences:
+            console.print(f"\nVerdict in {METRICS[metric].label}, on the test images of {target}:")
+        for sentence in sentences:
+            console.print(f"  {sentence}", markup=False)

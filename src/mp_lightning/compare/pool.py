@@ -1,27 +1,29 @@
-"""Runs one after the other, or several at a time in processes of their own, which do not outlive this one."""
+"""Runs one after the other, or several at a time in processes of their own, which do not outlive this one.
 
-import logging
+Several processes share one GPU, or are dealt out over those there are.
+"""
+
+import contextlib
 import multiprocessing
 import os
 import pickle
 import queue
 import signal
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from mp_lightning.compare.quiet import quiet
 from mp_lightning.compare.results import Details, Row
 from mp_lightning.compare.run import Experiment, Job, RunError, perform
 from mp_lightning.errors import ConfigurationError
 
 Finished = tuple[Job, Row, Details]
-# What Lightning advises about loaders and logging, to someone who wrote the training.
-_ADVICE = (r".*does not have many workers.*", r".*isinstance\(treespec, LeafSpec\).*", r".*log_every_n_steps.*")
 _POLL = 0.2  # seconds
 
 
@@ -43,7 +45,6 @@ def perform_all(
     if not jobs:
         return
     if processes == 1 or len(jobs) == 1:
-        _quiet()
         for job in jobs:
             yield (job, *perform(experiment, job, on_step))
         return
@@ -58,7 +59,7 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     steps: Any = context.Queue()
     threads = max(1, torch.get_num_threads() // processes)
-    pool = ProcessPoolExecutor(processes, context, _begin, (experiment, steps, threads))
+    pool = ProcessPoolExecutor(processes, context, _begin, (experiment, steps, context.Value("i", 0), threads))
     waiting: set[Future[Finished]] = set()
     try:
         waiting = {pool.submit(_perform, job) for job in jobs}
@@ -105,12 +106,17 @@ _STEPS: Any
 _EVERY = 10  # steps between two messages
 
 
-def _begin(experiment: Experiment, steps: Any, threads: int) -> None:
+def _begin(experiment: Experiment, steps: Any, started: Any, threads: int) -> None:
     global _EXPERIMENT, _STEPS
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    _quiet()
+    contextlib.ExitStack().enter_context(quiet())  # until the process ends
+    gpus = torch.cuda.device_count()
+    if gpus > 1 and "devices" not in experiment.trainer:
+        with started:
+            number, started.value = started.value, started.value + 1
+        experiment = replace(experiment, trainer={**experiment.trainer, "devices": [number % gpus]})
     _EXPERIMENT, _STEPS = experiment, steps
 
 
@@ -133,10 +139,3 @@ def _perform(job: Job) -> Finished:
     row, details = perform(_EXPERIMENT, job, on_step)
     _STEPS.put(made % _EVERY)
     return job, row, details
-
-
-def _quiet() -> None:
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for message in _ADVICE:
-        warnings.filterwarnings("ignore", message=message)

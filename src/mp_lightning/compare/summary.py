@@ -62,6 +62,7 @@ class Summary:
         baseline: the arm that all others are compared with.
         underfitted: whether the baseline reaches fewer than 99 % of its training images, so that nothing was tested.
         headline: the verdicts that were asked for, a text each.
+        also: the verdicts on the same arms in the other metric that leads to one; empty where they say the same.
         arms: in order of first appearance.
     """
 
@@ -69,7 +70,13 @@ class Summary:
     baseline: str
     underfitted: bool
     headline: list[str]
+    also: list[str]
     arms: dict[str, ArmSummary]
+
+    @property
+    def other_metric(self) -> str:
+        """What ``also`` is about."""
+        return next(name for name in VERDICT_METRICS if name != self.metric)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain JSON values; None for numbers that are not finite."""
@@ -140,11 +147,14 @@ def summarize(
 
     arms = {arm: summary_of(arm) for arm in runs}
     wanted = [arm for arm in focus if arm != baseline] or judged or others
+    headline = _headline(arms, wanted, metric, baseline)
+    also = _headline(arms, wanted, next(name for name in VERDICT_METRICS if name != metric), baseline)
     return Summary(
         metric=metric,
         baseline=baseline,
         underfitted=baseline in runs and not reached >= OVERFITTED,
-        headline=_headline(arms, wanted, metric, baseline),
+        headline=headline,
+        also=[] if also == headline else also,
         arms=arms,
     )
 
