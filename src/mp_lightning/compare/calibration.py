@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import islice
@@ -18,7 +19,7 @@ from mp_lightning.compare.arms import NamedArm, Part
 from mp_lightning.compare.examine import Predict
 from mp_lightning.compare.moments import SiteMoments, site_moments
 from mp_lightning.compare.pairing import PairedSteps, seed_all
-from mp_lightning.compare.run import Experiment, Job, fresh_module, train
+from mp_lightning.compare.run import Experiment, Job, RunError, fresh_module, train
 from mp_lightning.compare.store import RunKey
 from mp_lightning.perturbation import NamedPhi
 from mp_lightning.randomness import derived_seed
@@ -45,6 +46,7 @@ def matched_moments(experiment: Experiment, phi: NamedPhi, folder: Path) -> list
     is thrown away. What was measured is kept in ``folder``.
 
     Raises:
+        RunError: the pilot run diverged.
         UserError: as a run does.
     """
     path = folder / f"moments-{phi_digest(phi)}.json"
@@ -54,6 +56,11 @@ def matched_moments(experiment: Experiment, phi: NamedPhi, folder: Path) -> list
     except (OSError, ValueError, KeyError, TypeError):
         pass
     found = _measure(experiment, phi)
+    if not all(math.isfinite(site.mean) and math.isfinite(site.var) for site in found):
+        raise RunError(
+            f"the pilot run of the controls, with phi '{phi.name}', diverged; lower the learning rate, or leave out the "
+            "arms whose moments are matched to phi's (fixed_noise, shrink_only, mean_one)"
+        )
     try:
         write_whole(path, {"phi": phi.name, "steps": STEPS, "sites": found})
     except OSError as error:

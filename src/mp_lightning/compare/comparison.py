@@ -3,12 +3,13 @@
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, NamedArm, Part
+from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, Context, NamedArm, Part, callbacks_of
+from mp_lightning.compare.at_sites import AtSites
 from mp_lightning.compare.calibration import matched_moments, phi_digest
 from mp_lightning.compare.pool import perform_all
 from mp_lightning.compare.results import Details, Row
@@ -74,17 +75,40 @@ class Outcome:
     tuned: list[Tuned]
 
 
+def check_arms(arms: Sequence[AnyArm]) -> None:
+    """Refuse arms that no module and no data could make good.
+
+    Raises:
+        ConfigurationError: two arms of one name, or a value that its regularizer does not take.
+    """
+    names = [arm.name for arm in arms]
+    for name in names:
+        if names.count(name) > 1:
+            raise ConfigurationError(f"arm '{name}' is named twice; name each arm once")
+    for arm in arms:
+        if isinstance(arm, NamedArm):
+            _check_values(arm)
+
+
+def _check_values(arm: NamedArm) -> None:
+    regularizers = replace(arm, parts=tuple(part for part in arm.parts if not part.kind.multiplies))
+    try:
+        callbacks, _ = callbacks_of(regularizers, Context(seed=0, num_classes=2, inference="mean", samples=1))
+        for callback in callbacks:
+            if isinstance(callback, AtSites):
+                callback.make_layer(1)
+    except (ConfigurationError, ValueError) as error:
+        raise ConfigurationError(f"arm '{arm.name}': {error}") from error
+
+
 def check_plan(plan: Plan) -> None:
     """Refuse what would fail only after other arms were trained.
 
     Raises:
-        ConfigurationError: two arms of one name, or one whose parts need what is not known.
+        ConfigurationError: as :func:`check_arms`, or an arm whose parts need what is not known.
         SiteError: an arm acts at sites, and the module has none.
     """
-    names = [arm.name for arm in plan.arms]
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigurationError(f"arm '{name}' is named twice; name each arm once")
+    check_arms(plan.arms)
     parts = [(arm, part) for arm in plan.arms if isinstance(arm, NamedArm) for part in arm.parts]
     for arm, part in parts:
         if part.name in _NEED_CLASSES and plan.experiment.num_classes is None:
@@ -133,9 +157,11 @@ def _make(plan: Plan, jobs: Sequence[Job], store: Store, what: str, display: Dis
         return
     todo = [job for job in jobs if job.key in missing]
     with display(what, len(jobs), len(jobs) - len(todo)) as shown:
-        for _, row, details in perform_all(plan.experiment, todo, plan.processes, shown.step):
-            store.append(row, details)
-            shown.finished(row)
+        # Closed however this ends, so that no process goes on with runs that nobody waits for.
+        with closing(perform_all(plan.experiment, todo, plan.processes, shown.step)) as made:
+            for _, row, details in made:
+                store.append(row, details)
+                shown.finished(row)
 
 
 def _with_moments(arm: AnyArm, experiment: Experiment, folder: Path) -> AnyArm:

@@ -3,16 +3,16 @@
 Several processes share one GPU, or are dealt out over those there are.
 """
 
-import contextlib
 import multiprocessing
 import os
 import pickle
 import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -29,7 +29,7 @@ _POLL = 0.2  # seconds
 
 def perform_all(
     experiment: Experiment, jobs: Sequence[Job], processes: int, on_step: Callable[[int], None]
-) -> Iterator[Finished]:
+) -> Generator[Finished, None, None]:
     """Make all runs; yields each when it is finished.
 
     Args:
@@ -53,16 +53,18 @@ def perform_all(
 
 def _in_processes(
     experiment: Experiment, jobs: Sequence[Job], processes: int, on_step: Callable[[int], None]
-) -> Iterator[Finished]:
+) -> Generator[Finished, None, None]:
     _check_sendable(experiment, jobs)
     # A process that was forked could not use CUDA, and may hang in a library's threads.
     context = multiprocessing.get_context("spawn")
     steps: Any = context.Queue()
     threads = max(1, torch.get_num_threads() // processes)
     pool = ProcessPoolExecutor(processes, context, _begin, (experiment, steps, context.Value("i", 0), threads))
+    others = set(multiprocessing.active_children())
     waiting: set[Future[Finished]] = set()
     try:
-        waiting = {pool.submit(_perform, job) for job in jobs}
+        with _interrupts_wait():
+            waiting = {pool.submit(_perform, job) for job in jobs}
         while waiting:
             done, waiting = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
             _drain(steps, on_step)
@@ -76,9 +78,22 @@ def _in_processes(
     finally:
         if waiting:
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in multiprocessing.active_children():
+            for process in set(multiprocessing.active_children()) - others:
                 process.terminate()
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Ctrl-C is answered after this context, and never by a process that is started in it."""
+    if not hasattr(signal, "pthread_sigmask"):  # on Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _check_sendable(experiment: Experiment, jobs: Sequence[Job]) -> None:
@@ -111,7 +126,6 @@ def _begin(experiment: Experiment, steps: Any, started: Any, threads: int) -> No
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
-    contextlib.ExitStack().enter_context(quiet())  # until the process ends
     gpus = torch.cuda.device_count()
     if gpus > 1 and "devices" not in experiment.trainer:
         with started:
@@ -136,6 +150,7 @@ def _perform(job: Job) -> Finished:
         if made % _EVERY == 0:
             _STEPS.put(_EVERY)
 
-    row, details = perform(_EXPERIMENT, job, on_step)
+    with quiet():
+        row, details = perform(_EXPERIMENT, job, on_step)
     _STEPS.put(made % _EVERY)
     return job, row, details

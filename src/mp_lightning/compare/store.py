@@ -98,11 +98,13 @@ class Store:
         if new:
             writer.writerow(_COLUMNS)
         writer.writerow([_written(getattr(row, column)) for column in _COLUMNS])
-        with self._path.open("ab") as file:
+        line = text.getvalue().encode()
+        # Without a buffer, which would be written once more when the file is closed.
+        with self._path.open("ab", buffering=0) as file:
             start = file.tell()
             try:
-                file.write(text.getvalue().encode())
-                file.flush()
+                while line:
+                    line = line[file.write(line) :]
                 os.fsync(file.fileno())
             except OSError:
                 os.truncate(self._path, start)  # what stands there must stay readable
@@ -116,15 +118,22 @@ class Store:
         except OSError as error:
             raise unusable(self._path.parent, error) from error
         whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self._path, len(whole))  # cut off in the middle of a row
         try:
-            return [_row(values) for values in csv.DictReader(io.StringIO(whole.decode(), newline=""))]
-        except (ValueError, KeyError, TypeError) as error:
+            table = csv.DictReader(io.StringIO(whole.decode(), newline=""))
+            rows = [_row(values) for values in table]
+            if table.fieldnames not in (None, _COLUMNS):
+                raise ValueError("it has other columns")
+        except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise RunFolderError(
                 f"'{self._path}' is not a table of results of this version ({error}); move it away, or start anew with "
                 "run.fresh=true"
             ) from error
+        if len(whole) < len(content):  # cut off in the middle of a row
+            try:
+                os.truncate(self._path, len(whole))
+            except OSError as error:
+                raise unusable(self._path.parent, error) from error
+        return rows
 
 
 def _written(value: Any) -> Any:
