@@ -4,8 +4,9 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from mp_lightning.compare.results import METRICS, Row
-from mp_lightning.compare.statistics import Difference, Estimate, is_finite
+from mp_lightning.compare.statistics import Difference, Estimate
 from mp_lightning.compare.summary import VERDICT_METRICS, ArmSummary, Summary
+from mp_lightning.compare.texts import number_text, p_text
 from mp_lightning.compare.verdict import Comparison
 
 _SCORES = ("accuracy", "nll", "brier", "ece")
@@ -25,24 +26,6 @@ class Grid(NamedTuple):
 
     headings: list[str]
     lines: list[tuple[str, list[Cell]]]
-
-
-def number_text(metric: str, value: float, sign: str = "") -> str:
-    """A value as it is shown, in the metric's unit; with ``sign='+'`` a difference."""
-    if not is_finite(value):
-        return "not finite"
-    shown = METRICS[metric]
-    # Adding zero makes +0.0 of what is rounded to -0.0.
-    return f"{round(value * shown.scale, shown.digits) + 0.0:{sign}.{shown.digits}f}"
-
-
-def p_text(p: float | None) -> str:
-    """A corrected p value as 'p = 0.012'; empty for None."""
-    if p is None:
-        return ""
-    if p < 0.001:
-        return "p < 0.001"
-    return f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
 
 
 def estimate_cell(metric: str, estimate: Estimate) -> Cell:

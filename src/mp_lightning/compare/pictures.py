@@ -19,7 +19,6 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from mp_lightning.compare.cells import number_text
 from mp_lightning.compare.panels import (
     draw_curves,
     draw_multipliers,
@@ -31,6 +30,7 @@ from mp_lightning.compare.panels import (
 )
 from mp_lightning.compare.results import METRICS, Details, Row
 from mp_lightning.compare.summary import VERDICT_METRICS, Summary
+from mp_lightning.compare.texts import number_text
 
 _WIDTH, _NARROW = 3.75, 1.75  # of a panel, inches
 _HEIGHT = 2.6

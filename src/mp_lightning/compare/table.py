@@ -4,9 +4,10 @@ from rich import box
 from rich.markup import escape
 from rich.table import Table
 
-from mp_lightning.compare.cells import difference_cell, heading, number_text, p_text
+from mp_lightning.compare.cells import difference_cell, heading
 from mp_lightning.compare.statistics import Estimate
 from mp_lightning.compare.summary import Summary
+from mp_lightning.compare.texts import number_text, p_text
 
 _SCORES = ("accuracy", "nll", "ece")
 

@@ -6,6 +6,7 @@ from typing import Literal
 
 from mp_lightning.compare.results import METRICS
 from mp_lightning.compare.statistics import Difference
+from mp_lightning.compare.texts import number_text, p_text
 
 LEVEL = 0.05
 SEEDS_NEEDED = 5
@@ -133,28 +134,14 @@ def _numbers(comparison: Comparison) -> str:
     text = f"{METRICS[metric].label} {_size(metric, difference.mean, '+')} against {comparison.other}"
     if difference.low is None or difference.high is None or comparison.p is None:
         return text
+    low, high = (number_text(metric, end, "+") for end in (difference.low, difference.high))
     corrected = f"corrected for {_count(comparison.arms, 'arm')} and {_count(comparison.metrics, 'metric')}"
-    return (
-        f"{text} (95 % interval {_number(metric, difference.low, '+')} to {_number(metric, difference.high, '+')}, "
-        f"p {_p(comparison.p)} {corrected}, {_count(difference.n, 'seed')})"
-    )
+    return f"{text} (95 % interval {low} to {high}, {p_text(comparison.p)} {corrected}, {_count(difference.n, 'seed')})"
 
 
 def _size(metric: str, value: float, sign: str = "") -> str:
     unit = METRICS[metric].unit
-    return f"{_number(metric, value, sign)} {'points' if unit == '%' else unit}"
-
-
-def _number(metric: str, value: float, sign: str = "") -> str:
-    _, _, scale, digits, _ = METRICS[metric]
-    # Adding zero makes +0.0 of what is rounded to -0.0.
-    return f"{round(value * scale, digits) + 0.0:{sign}.{digits}f}"
-
-
-def _p(p: float) -> str:
-    if p < 0.001:
-        return "< 0.001"
-    return f"= {p:.3f}" if p < 0.1 else f"= {p:.2f}"
+    return f"{number_text(metric, value, sign)} {'points' if unit == '%' else unit}"
 
 
 def _count(number: int, noun: str) -> str:
