@@ -12,8 +12,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_modules import Classifier, digits, loader, module, trainer
 from mp_lightning import MetaPerturbCallback, attach, attachment_of, detach
 from mp_lightning.backbones import build_backbone
+from mp_lightning.compare.controls import FixedNoise
 from mp_lightning.errors import ConfigurationError, PhiError, SiteError
-from mp_lightning.inference import Mean, MonteCarlo, OutputAverage
+from mp_lightning.inference import Fold, Mean, MonteCarlo, OutputAverage
 from mp_lightning.perturbation import initial_phi, load_phi
 
 
@@ -365,3 +366,34 @@ def test_a_second_fit_says_that_it_starts_at_full_strength(tmp_path, caplog):
 def test_bad_numbers_are_named_at_once(options):
     with pytest.raises(ConfigurationError, match=next(iter(options)).removeprefix("fit_")):
         MetaPerturbCallback(**options)
+
+
+def test_another_perturbation_takes_the_place_of_phi(tmp_path, caplog):
+    model, noise = module(), FixedNoise()
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, [MetaPerturbCallback(perturbation=noise)], max_epochs=1).fit(model, loader(2))
+    assert "perturbation fixed_noise" in messages(caplog)[0]
+    attachment = attachment_of(model)
+    assert attachment.perturbation is noise and attachment.phi_name == "fixed_noise"
+    with pytest.raises(ConfigurationError, match="phi= and perturbation= are both given"):
+        MetaPerturbCallback(initial_phi(0), perturbation=noise)
+
+
+def test_inference_can_be_switched_before_the_trainer_lets_go(tmp_path):
+    found = []
+
+    class Switching(pl.Callback):
+        def on_train_end(self, trainer, pl_module):
+            x = digits()[0][:8]
+            pl_module.eval()
+            for inference in ("mc", "mean", "fold"):
+                callback.switch_inference(trainer, pl_module, inference)
+                attachment = attachment_of(pl_module)
+                with torch.no_grad():
+                    found.append((type(attachment.inference), attachment.evaluation_buffers is not None, pl_module(x)))
+
+    callback = MetaPerturbCallback(inference="mc", samples=2)
+    trainer(tmp_path, [callback, Switching()], max_epochs=1).fit(module(), loader(2))
+    kinds, ready, outputs = zip(*found, strict=True)
+    assert kinds == (MonteCarlo, Mean, Fold) and ready == (False, True, True)
+    assert not torch.equal(outputs[0], outputs[1]) and not torch.equal(outputs[1], outputs[2])

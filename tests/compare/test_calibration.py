@@ -1,0 +1,68 @@
+"""Moments of phi's multiplier, which controls are matched to."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from small_runs import PHI, Small, SmallData, experiment
+from torch.utils.data import DataLoader
+
+from mp_lightning.compare.calibration import matched_moments, phi_digest
+from mp_lightning.compare.user_data import UserData
+from mp_lightning.perturbation import initial_phi, load_phi
+from mp_lightning.runs import RunFolderError
+from mp_lightning.sites import find_sites
+
+
+def test_moments_are_those_of_a_multiplier_of_phi_at_every_site(tmp_path: Path) -> None:
+    found = matched_moments(experiment(), PHI, tmp_path)
+    assert [site for site, _, _ in found] == list(find_sites(Small()).names)
+    # Of a phi before meta-training the scale is about 0.5 and the noise softplus(N(0, 1)): 0.806, deviation 0.490.
+    assert found[0].mean == pytest.approx(0.403, rel=0.05)
+    assert found[0].var ** 0.5 == pytest.approx(0.5 * 0.490, rel=0.05)
+
+
+def test_they_are_measured_once_for_each_phi_and_again_if_the_file_is_damaged(tmp_path: Path) -> None:
+    made: list[int] = []
+
+    def factory() -> Small:
+        made.append(1)
+        return Small()
+
+    what = experiment(module_factory=factory)
+    first = matched_moments(what, PHI, tmp_path)
+    assert matched_moments(what, PHI, tmp_path) == first and len(made) == 1
+    other = load_phi(initial_phi(9))
+    assert phi_digest(other) != phi_digest(PHI)
+    matched_moments(what, other, tmp_path)
+    assert len(made) == 2 and len(list(tmp_path.iterdir())) == 2
+    path = tmp_path / f"moments-{phi_digest(PHI)}.json"
+    for damage in ("{", "[]", json.dumps({"sites": [1]})):
+        path.write_text(damage)
+        assert matched_moments(what, PHI, tmp_path) == first
+
+
+def test_the_pilot_run_is_short_and_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    batches: list[int] = []
+
+    class Long(SmallData):
+        def train_dataloader(self):
+            return DataLoader(self.train, batch_size=1, sampler=range(12), num_workers=0)
+
+    class Counting(Small):
+        def training_step(self, batch, batch_idx):
+            batches.append(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(1)
+    expected = torch.rand(3)
+    torch.manual_seed(1)
+    matched_moments(experiment(module_factory=Counting, data=UserData(Long())), PHI, tmp_path)
+    assert torch.equal(torch.rand(3), expected)
+    assert len(batches) == 12, "one epoch, which is less than a hundred batches"
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="cannot be written"):
+        matched_moments(experiment(), PHI, tmp_path / "absent")
