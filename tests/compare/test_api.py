@@ -101,6 +101,7 @@ class NoTest(L.LightningDataModule):
     ("options", "message"),
     [
         ({"trainer": {}}, "trainer= does not say when a run ends; give one of max_epochs, max_steps, max_time"),
+        ({"trainer": {**ONE_EPOCH, "devices": 2}}, "devices=2; each run is on one device, several at a time by jobs="),
         ({"seeds": 0}, "seeds=0 cannot be used"),
         ({"metric": "ece"}, "metric='ece' is unknown; use one of accuracy, nll"),
         ({"datamodule": NoTest()}, "NoTest has no test_dataloader"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from mp_lightning.compare import architecture as architecture_module
 from mp_lightning.compare.architecture import Architecture
 from mp_lightning.data import ImageSet, image_set
 from mp_lightning.errors import ConfigurationError
@@ -87,7 +88,7 @@ def test_a_network_that_gives_no_logits_is_refused(monkeypatch, output, shown) -
         def forward(self, x):
             return output(self.relu(self.bn(self.conv(x))))
 
-    monkeypatch.setattr("mp_lightning.compare.architecture.build_backbone", lambda *args, **options: Headless())
+    monkeypatch.setattr(architecture_module, "build_backbone", lambda *args, **options: Headless())
     with pytest.raises(
         ConfigurationError, match=f"architecture 'any': its output in training .{shown}. is not one row"
     ):
@@ -98,7 +99,7 @@ def test_a_constructor_that_fails_is_no_traceback(monkeypatch) -> None:
     def fail(*args, **options):
         raise TypeError("unexpected keyword argument 'in_chans'\nmore")
 
-    monkeypatch.setattr("mp_lightning.compare.architecture.build_backbone", fail)
+    monkeypatch.setattr(architecture_module, "build_backbone", fail)
     with pytest.raises(ConfigurationError, match=r"'any': it cannot be built \(unexpected .* 'in_chans'\); choose"):
         Architecture("any").check(32)
 

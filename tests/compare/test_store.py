@@ -82,7 +82,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.M
     def fail(number: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("mp_lightning.compare.store.os.fsync", fail)
+    monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(RunFolderError, match="No space left"):
         store.append(dataclasses.replace(ROW, seed=4), DETAILS)
     assert path.read_bytes() == before

@@ -34,14 +34,17 @@ def run(config: DictConfig, path: Path) -> None:
             batch_size=given.optimization.batch_size,
             on_progress=on_progress,
         )
-    images = target.digest()
-    folder = RunFolder(path, {**given.relevant, "images": images}, fresh=given.fresh)
+    # Files may change under the same path.
+    contents = {"images": target.digest()}
+    if given.weights is not None:
+        contents["tensors of weights"] = given.weights.digest()
+    folder = RunFolder(path, {**given.relevant, **contents}, fresh=given.fresh)
     console.print(f"Target {target}\n", markup=False)
-    plan = _plan(given, target, images)
-    conclude(plan, folder.path, console, _command(), {**given.relevant, "images": images})
+    plan = _plan(given, target, contents)
+    conclude(plan, folder.path, console, _command(), {**given.relevant, **contents})
 
 
-def _plan(given: CompareSettings, target: Target, images: str) -> Plan:
+def _plan(given: CompareSettings, target: Target, contents: dict[str, str]) -> Plan:
     optimization = given.optimization
     num_classes, size = target.train.num_classes, given.image_size
     experiment = Experiment(
@@ -61,7 +64,7 @@ def _plan(given: CompareSettings, target: Target, images: str) -> Plan:
         seeds=range(given.seeds),
         target=target.name,
         model=str(given.architecture),
-        settings={**given.of_runs, "images": images},
+        settings={**given.of_runs, **contents},
         metric=given.metric,
         budget=given.budget,
         processes=given.jobs,

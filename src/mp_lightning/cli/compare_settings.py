@@ -4,12 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from mp_lightning.cli.options import check, check_choice, check_keys, plain_section, settings
 from mp_lightning.compare.architecture import Architecture
 from mp_lightning.compare.arms import NamedArm, parse_arm
 from mp_lightning.compare.classifier import Optimization
+from mp_lightning.compare.comparison import check_arms
 from mp_lightning.compare.summary import VERDICT_METRICS
 from mp_lightning.compare.tuning import MOST_VALUES, Budget
 from mp_lightning.compare.weights import Weights, load_weights, read_weights
@@ -97,7 +99,7 @@ def read(config: DictConfig) -> CompareSettings:
         budget=_budget(config),
         jobs=check(config.jobs, int, "jobs"),
         trainer={
-            "accelerator": check_choice(config.accelerator, ("auto", "cpu", "cuda"), "accelerator"),
+            "accelerator": _accelerator(config.accelerator),
             "precision": check_choice(str(config.precision), ("32-true", "bf16-mixed"), "precision"),
         },
         fresh=check(folder.get("fresh"), bool, "run.fresh"),
@@ -128,7 +130,16 @@ def _arms(config: DictConfig) -> list[NamedArm]:
             f"arms={texts} is not a list of arms; write for example arms=[none,dropout,metaperturb]"
         )
     phi = load_phi(check(config.phi, str | None, "phi"))
-    return [parse_arm("none" if text is None else text, phi) for text in texts]
+    arms = [parse_arm("none" if text is None else text, phi) for text in texts]
+    check_arms(arms)
+    return arms
+
+
+def _accelerator(value: Any) -> str:
+    accelerator = check_choice(value, ("auto", "cpu", "cuda"), "accelerator")
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise ConfigurationError("accelerator=cuda cannot be used: torch finds no GPU here; use auto or cpu")
+    return accelerator
 
 
 def _optimization(whole: dict[Any, Any]) -> Optimization:

@@ -20,6 +20,11 @@ _EXAMPLES = {
         "data=pictures trainer.devices=2": "your own images, a folder for each class; on two devices",
         "seed=0,1,2 meta.lr=1e-3,3e-4 -m": "a sweep of six runs, in one folder",
     },
+    "compare": {
+        "": "five arms on real digits with few labels; needs no download",
+        "target=pictures model=resnet20 seeds=10": "your own images, a folder for each class",
+        "target=cifar10 n_per_class=50,500 arms=[none,mixup,metaperturb+mixup] -m": "two comparisons; + combines arms",
+    },
     "select": {
         "sweep=runs/sweep-fit": "the run with the best held-out likelihood",
         "sweep=runs/sweep-fit by=accuracy": "the run with the best held-out accuracy",

@@ -101,6 +101,11 @@ def compare(
         raise ConfigurationError(f"metric={metric!r} is unknown; use one of {', '.join(VERDICT_METRICS)}")
     if not any(trainer.get(key) is not None for key in _ENDS):
         raise ConfigurationError(f"trainer= does not say when a run ends; give one of {', '.join(_ENDS)}")
+    devices = trainer.get("devices", 1)
+    if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
+        raise ConfigurationError(
+            f"trainer= has devices={devices}; each run is on one device, several at a time by jobs="
+        )
     for name, number in {"seeds": seeds, "samples": samples, "jobs": jobs, "tuning_seeds": tuning_seeds}.items():
         if not isinstance(number, int) or number < 1:
             raise ConfigurationError(f"{name}={number} cannot be used; give a positive whole number")

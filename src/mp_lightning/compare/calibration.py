@@ -58,8 +58,8 @@ def matched_moments(experiment: Experiment, phi: NamedPhi, folder: Path) -> list
     found = _measure(experiment, phi)
     if not all(math.isfinite(site.mean) and math.isfinite(site.var) for site in found):
         raise RunError(
-            f"the pilot run of the controls, with phi '{phi.name}', diverged; lower the learning rate, or leave out the "
-            "arms whose moments are matched to phi's (fixed_noise, shrink_only, mean_one)"
+            f"the pilot run of the controls, with phi '{phi.name}', diverged; lower the learning rate, or leave out "
+            "the arms whose moments are matched to phi's (fixed_noise, shrink_only, mean_one)"
         )
     try:
         write_whole(path, {"phi": phi.name, "steps": STEPS, "sites": found})

@@ -156,12 +156,14 @@ def _make(plan: Plan, jobs: Sequence[Job], store: Store, what: str, display: Dis
     if not missing:
         return
     todo = [job for job in jobs if job.key in missing]
-    with display(what, len(jobs), len(jobs) - len(todo)) as shown:
-        # Closed however this ends, so that no process goes on with runs that nobody waits for.
-        with closing(perform_all(plan.experiment, todo, plan.processes, shown.step)) as made:
-            for _, row, details in made:
-                store.append(row, details)
-                shown.finished(row)
+    with (
+        display(what, len(jobs), len(jobs) - len(todo)) as shown,
+        # However this ends, no process goes on with runs that nobody waits for.
+        closing(perform_all(plan.experiment, todo, plan.processes, shown.step)) as made,
+    ):
+        for _, row, details in made:
+            store.append(row, details)
+            shown.finished(row)
 
 
 def _with_moments(arm: AnyArm, experiment: Experiment, folder: Path) -> AnyArm:

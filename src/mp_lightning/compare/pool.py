@@ -59,17 +59,23 @@ def _in_processes(
     context = multiprocessing.get_context("spawn")
     steps: Any = context.Queue()
     threads = max(1, torch.get_num_threads() // processes)
-    pool = ProcessPoolExecutor(processes, context, _begin, (experiment, steps, context.Value("i", 0), threads))
+    # Sent at the start, jobs too: tensors that are sent later are handed over by threads, which complain on standard
+    # error when the other process is gone.
+    shared = (experiment, list(jobs), steps, context.Value("i", 0), threads)
+    pool = ProcessPoolExecutor(processes, context, _begin, shared)
     others = set(multiprocessing.active_children())
-    waiting: set[Future[Finished]] = set()
+    waiting: set[Future[tuple[Row, Details]]] = set()
     try:
         with _interrupts_wait():
-            waiting = {pool.submit(_perform, job) for job in jobs}
+            numbers = {pool.submit(_perform, number): number for number in range(len(jobs))}
+            waiting = set(numbers)
         while waiting:
             done, waiting = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
             _drain(steps, on_step)
-            for future in done:
-                yield future.result()
+            for future in sorted(done, key=lambda one: one.exception() is not None):  # what is finished is kept
+                yield (jobs[numbers[future]], *future.result())
+        pool.shutdown()  # a process sends what it has left to say before it ends
+        _drain(steps, on_step)
     except BrokenProcessPool as error:
         raise RunError(
             "a process of the comparison was killed, as by the system when memory runs out; the same command "
@@ -117,12 +123,13 @@ def _drain(steps: Any, on_step: Callable[[int], None]) -> None:
 
 # Of a process of the pool.
 _EXPERIMENT: Experiment
+_JOBS: Sequence[Job]
 _STEPS: Any
 _EVERY = 10  # steps between two messages
 
 
-def _begin(experiment: Experiment, steps: Any, started: Any, threads: int) -> None:
-    global _EXPERIMENT, _STEPS
+def _begin(experiment: Experiment, jobs: Sequence[Job], steps: Any, started: Any, threads: int) -> None:
+    global _EXPERIMENT, _JOBS, _STEPS
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
@@ -131,7 +138,7 @@ def _begin(experiment: Experiment, steps: Any, started: Any, threads: int) -> No
         with started:
             number, started.value = started.value, started.value + 1
         experiment = replace(experiment, trainer={**experiment.trainer, "devices": [number % gpus]})
-    _EXPERIMENT, _STEPS = experiment, steps
+    _EXPERIMENT, _JOBS, _STEPS = experiment, jobs, steps
 
 
 def _end_with_parent() -> None:
@@ -141,7 +148,7 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _perform(job: Job) -> Finished:
+def _perform(number: int) -> tuple[Row, Details]:
     made = 0
 
     def on_step(count: int) -> None:
@@ -151,6 +158,6 @@ def _perform(job: Job) -> Finished:
             _STEPS.put(_EVERY)
 
     with quiet():
-        row, details = perform(_EXPERIMENT, job, on_step)
+        row, details = perform(_EXPERIMENT, _JOBS[number], on_step)
     _STEPS.put(made % _EVERY)
-    return job, row, details
+    return row, details

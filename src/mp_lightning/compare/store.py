@@ -141,6 +141,8 @@ def _written(value: Any) -> Any:
 
 
 def _row(values: dict[str, Any]) -> Row:
+    if None in values or None in values.values():
+        raise ValueError("a row has too many columns or too few")
     kinds = get_type_hints(Row)
     row = Row(**{name: kinds[name](values[name]) for name in _FIELDS})
     if not math.isfinite(row.accuracy) or not 0 <= row.accuracy <= 1:

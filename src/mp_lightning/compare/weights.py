@@ -1,5 +1,6 @@
 """Weights to fine-tune from: a file of tensors, fitted to a network whose head may have other classes."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,14 @@ class Weights:
 
     tensors: dict[str, Tensor]
     path: str
+
+    def digest(self) -> str:
+        """A few characters that tell these tensors from others."""
+        digest = hashlib.sha256()
+        for name, value in sorted(self.tensors.items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        return digest.hexdigest()[:12]
 
 
 def read_weights(path: str | Path) -> Weights:
