@@ -39,9 +39,29 @@ def run(config: DictConfig, path: Path) -> None:
     if given.weights is not None:
         contents["tensors of weights"] = given.weights.digest()
     folder = RunFolder(path, {**given.relevant, **contents}, fresh=given.fresh)
-    console.print(f"Target {target}\n", markup=False)
+    console.print(f"Target {target}", markup=False)
+    if given.weights is not None:
+        console.print(_fine_tuning(given), markup=False)
+    console.print()
     plan = _plan(given, target, contents)
     conclude(plan, folder.path, console, _command(), {**given.relevant, **contents})
+
+
+def _fine_tuning(given: CompareSettings) -> str:
+    """What is said where a network that was trained already meets arms that multiply its features by about a half."""
+    assert given.weights is not None
+    text = f"Fine-tuning the weights of {given.weights.path}; the last layer starts afresh unless it fits."
+    shrinking = [arm.name for arm in given.arms if any(p.kind.multiplies and p.name != "mean_one" for p in arm.parts)]
+    if not shrinking:
+        return text
+    if given.ramp:
+        return (
+            f"{text} {', '.join(shrinking)}: the features that shrink do so slowly, over the first 40 % of the steps."
+        )
+    return (
+        f"{text} {', '.join(shrinking)}: with ramp=false the features shrink by half at once, which undoes what the "
+        "network has learned; ramp=true or the arm mean_one spares it."
+    )
 
 
 def _plan(given: CompareSettings, target: Target, contents: dict[str, str]) -> Plan:
