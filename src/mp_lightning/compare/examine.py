@@ -100,6 +100,7 @@ class Examination(L.Callback):
             if perturbation is not None:
                 multiplier = self._multiplier(trainer, module, plain())
                 if inference != "mean":
+                    trainer.state.stage = training  # batch norm is re-estimated on batches as in training
                     perturbation.switch_inference(trainer, module, "mean")
                     module.eval()
                     trainer.testing = True
