@@ -163,7 +163,7 @@ def refused(mp: CommandLine, folder: Path, words: list[str], *parts: str) -> Non
 @pytest.mark.parametrize(
     ("word", "difference"),
     [
-        ("lr=0.5", "lr=0.001, not 0.5"),
+        ("lr=0.5", "lr=0.005, not 0.5"),
         ("samples=3", "samples=2, not 3"),
         ("n_per_class=3", "n_per_class=auto, not 3"),
         ("tuning.values=1", "tuning.values=2, not 1"),
