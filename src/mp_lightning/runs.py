@@ -121,6 +121,10 @@ class RunFolder:
         except OSError as error:
             raise unusable(self.path, error) from error
 
+    def release(self) -> None:
+        """Let other processes, and this one, work in the folder again before this process ends."""
+        self._locked.close()
+
     def _lock(self) -> None:
         """Keep other processes out of the folder until this one ends, however it ends."""
         self._locked = (self.path / _LOCK).open("w")

@@ -45,7 +45,9 @@ def test_what_it_says_and_leaves(mp: CommandLine, tmp_path: Path) -> None:
     assert {(row["target"], row["model"], row["device"]) for row in rows} == {("images", "conv4-2", "cpu")}
     assert [row["inference"] for row in rows] == ["plain", "plain", "mc", "mc"]
     tried = [(row["arm"], row["seed"]) for row in table(run / "tuning.csv")]
-    assert [seed for _, seed in tried] == ["-1", "-1"] and all(arm.startswith("dropout:") for arm, _ in tried)
+    assert [seed for _, seed in tried] == ["1000000000", "1000000000"] and all(
+        arm.startswith("dropout:") for arm, _ in tried
+    )
     assert rows[1]["parameters"] in {f"p={arm.partition(':')[2]}" for arm, _ in tried}
     assert {path.name for path in run.iterdir()} >= {
         *("results.csv", "tuning.csv", "summary.json", "summary.md", "report.html", "settings.json", "details"),

@@ -173,7 +173,7 @@ pool.wait = waiting
             2,
             f"{A_CHILD}\nkill_at(store.Store, 'append', 2)",
             2,
-            "a process of the comparison was killed",
+            "a process of the comparison ended by itself",
         ),
         (1, f"{CTRL_C}\nkill_at(classifier.Classifier, 'training_step', 12)", 130, "interrupted; the same command"),
         (2, f"{CTRL_C}\nkill_at(store.Store, 'append', 2)", 130, "interrupted; the same command"),

@@ -100,8 +100,9 @@ class NoTest(L.LightningDataModule):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"trainer": {}}, "trainer= does not say when a run ends; give one of max_epochs, max_steps, max_time"),
+        ({"trainer": {}}, "trainer= does not say when a run ends; give one of max_epochs, max_steps"),
         ({"trainer": {**ONE_EPOCH, "devices": 2}}, "devices=2; each run is on one device, several at a time by jobs="),
+        ({"inference": "fold"}, "inference='fold' is unknown; use mc or mean"),
         ({"seeds": 0}, "seeds=0 cannot be used"),
         ({"metric": "ece"}, "metric='ece' is unknown; use one of accuracy, nll"),
         ({"datamodule": NoTest()}, "NoTest has no test_dataloader"),

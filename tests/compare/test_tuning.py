@@ -25,7 +25,7 @@ def test_every_hyperparameter_is_tried_equally_often() -> None:
         tried = trials(name, Budget(3, 2))
         assert len(tried) == 6
         assert {arm.name for arm, _ in tried} == {f"{name}:{value:g}" for value in KINDS[name].values[:3]}
-        assert {seed for _, seed in tried} == {-1, -2}, "none of the comparison's seeds"
+        assert {seed for _, seed in tried} == {10**9, 10**9 + 1}, "none of the comparison's seeds"
     assert trials("dropout", Budget(1, 1)) == []
 
 
@@ -89,7 +89,7 @@ def test_tuning_never_reads_the_test_images(tmp_path: Path) -> None:
 
 def test_results_hold_the_runs_of_the_comparison_alone(tmp_path: Path) -> None:
     outcome, display = made(plan(["none", "dropout"], budget=Budget(2, 1)), tmp_path)
-    assert display.made[:2] == [("dropout:0.1", -1), ("dropout:0.03", -1)]
+    assert display.made[:2] == [("dropout:0.1", 10**9), ("dropout:0.03", 10**9)]
     assert [(row.arm, row.seed) for row in outcome.rows] == [("none", 0), ("none", 1), ("dropout", 0), ("dropout", 1)]
     assert outcome.rows[2].parameters == f"p={outcome.tuned[0].chosen:g}"
     assert (tmp_path / RESULTS).read_text().count("\n") == 5 and (tmp_path / TUNING).read_text().count("\n") == 3

@@ -13,6 +13,8 @@ from mp_lightning.compare.arms import Arm, parse_arm
 from mp_lightning.compare.comparison import Plan
 from mp_lightning.compare.conclusion import Comparison, conclude
 from mp_lightning.compare.examine import Predict, predict_pair
+from mp_lightning.compare.fingerprint import fingerprint
+from mp_lightning.compare.quiet import quiet
 from mp_lightning.compare.run import Experiment
 from mp_lightning.compare.summary import VERDICT_METRICS
 from mp_lightning.compare.tuning import MOST_VALUES, Budget
@@ -23,7 +25,7 @@ from mp_lightning.perturbation import NamedPhi, Phi, load_phi
 from mp_lightning.runs import RunFolder
 
 ARMS = ("none", "dropout", "dropblock", "fixed_noise", "metaperturb")
-_ENDS = ("max_epochs", "max_steps", "max_time")
+_ENDS = ("max_epochs", "max_steps")
 
 
 def compare(
@@ -70,8 +72,9 @@ def compare(
             global generators have been seeded.
         datamodule: is copied for each run; or a function from a seed, such as one that draws few labelled images. It
             needs ``train_dataloader`` and ``test_dataloader``; hyperparameters are tuned on its ``val_dataloader``, if
-            there is one. With ``train_evaluation_dataloader`` it can give training images without augmentation, on
-            which train accuracy is measured.
+            there is one. Test images must not depend on the seed, or those of one seed are trained on with another.
+            With ``train_evaluation_dataloader`` it can give training images without augmentation, on which train
+            accuracy is measured.
         trainer: arguments of ``lightning.Trainer``, with ``max_epochs`` or the like.
         arms: names as in ``python -m mp_lightning.meta compare --help``, or :class:`Arm`.
         seeds: how many; fewer than five never give a verdict.
@@ -85,8 +88,9 @@ def compare(
         predict: from a module in evaluation mode and a batch to scores (B, K) and labels (B,); needed where a batch
             does not begin with images and labels, or the module's forward does not give the scores.
         output: what the scores are; None finds out.
-        settings: anything else that decides the results, such as a learning rate, as plain values. A folder holds
-            results of one set of settings.
+        settings: anything else that decides the results, as plain values. A folder holds results of one set of
+            settings, one network, one set of optimizers' settings, and data with the same first batches; what cannot be
+            told by these, such as a callback's arguments, belongs here.
         target, model: what tables call the data and the module; None takes the names of their classes.
         folder: for the results; None: one in ``runs`` whose name follows from the settings.
         fresh: start anew; what is there is kept in a folder beside.
@@ -106,6 +110,8 @@ def compare(
         raise ConfigurationError(
             f"trainer= has devices={devices}; each run is on one device, several at a time by jobs="
         )
+    if inference not in ("mc", "mean"):
+        raise ConfigurationError(f"inference={inference!r} is unknown; use mc or mean")
     for name, number in {"seeds": seeds, "samples": samples, "jobs": jobs, "tuning_seeds": tuning_seeds}.items():
         if not isinstance(number, int) or number < 1:
             raise ConfigurationError(f"{name}={number} cannot be used; give a positive whole number")
@@ -124,17 +130,20 @@ def compare(
         "samples": samples,
         **{key: _plain(value) for key, value in (settings or {}).items()},
     }
+    steps = trainer.get("max_steps")
     experiment = Experiment(
         module_factory=module_factory,
         data=data,
         trainer=trainer,
-        steps=trainer.get("max_steps"),
+        steps=steps if isinstance(steps, int) and steps > 0 else None,
         num_classes=num_classes if num_classes is not None else getattr(example, "num_classes", None),
         inference=inference,
         samples=samples,
         predict=predict,
         output=output,
     )
+    with quiet():
+        shared |= fingerprint(experiment)
     plan = Plan(
         experiment=experiment,
         arms=parsed,
@@ -149,7 +158,10 @@ def compare(
     place = Path(folder) if folder is not None else Path("runs") / f"compare-{_digest(shared)}"
     kept = RunFolder(place, {**shared, "metric": metric, "tuning": [tuning_values, tuning_seeds]}, fresh=fresh)
     console = console or Console(highlight=False, soft_wrap=True)
-    return conclude(plan, kept.path, console, "mp_lightning.compare(...), as it was called", shared)
+    try:
+        return conclude(plan, kept.path, console, "mp_lightning.compare(...), as it was called", shared)
+    finally:
+        kept.release()
 
 
 def _name(factory: Callable[[], Any]) -> str:

@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.compare.arms import NamedArm, Part
-from mp_lightning.compare.examine import Predict
+from mp_lightning.compare.examine import Predict, forward
 from mp_lightning.compare.moments import SiteMoments, site_moments
 from mp_lightning.compare.pairing import PairedSteps, seed_all
 from mp_lightning.compare.run import Experiment, Job, RunError, fresh_module, train
@@ -26,9 +26,9 @@ from mp_lightning.randomness import derived_seed
 from mp_lightning.runs import unusable, write_whole
 from mp_lightning.sites import attachment_of
 
-STEPS = 100  # of the pilot run, or one epoch if that is less
+STEPS = 100  # of the pilot run
 _BATCHES = 10
-_SEED = -1  # none of the comparison's
+_SEED = 2 * 10**9  # none of the comparison's, nor of tuning
 
 
 def phi_digest(phi: NamedPhi) -> str:
@@ -77,7 +77,7 @@ def _measure(experiment: Experiment, phi: NamedPhi) -> list[SiteMoments]:
         pilot = Experiment(
             experiment.module_factory,
             experiment.data,
-            {**experiment.trainer, "max_steps": STEPS, "max_epochs": 1, "limit_val_batches": 0},
+            {**experiment.trainer, "max_steps": STEPS, **_short_epochs(experiment.trainer)},
         )
         module = fresh_module(pilot, _SEED)
         job = Job(
@@ -85,6 +85,12 @@ def _measure(experiment: Experiment, phi: NamedPhi) -> list[SiteMoments]:
         )
         train(pilot, module, job, [PairedSteps(derived_seed(_SEED, "steps")), callback, measuring])
     return measuring.found
+
+
+def _short_epochs(trainer: dict[str, Any]) -> dict[str, Any]:
+    """Epochs end within the pilot run, with the validation that callbacks and schedulers may ask for."""
+    limit = trainer.get("limit_train_batches")
+    return {} if isinstance(limit, float) else {"limit_train_batches": min(limit or STEPS, STEPS)}
 
 
 class _Measuring(Callback):
@@ -107,5 +113,4 @@ class _Measuring(Callback):
     def _forwards(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[Callable[[], Any]]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         for batch in islice(data.train_dataloader(), _BATCHES):
-            moved = trainer.strategy.batch_to_device(batch)
-            yield partial(self._predict, module, moved)
+            yield partial(forward, trainer, self._predict, module, batch)

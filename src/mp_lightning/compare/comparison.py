@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch.utilities.seed import isolate_rng
+
 from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, Context, NamedArm, Part, callbacks_of
 from mp_lightning.compare.at_sites import AtSites
 from mp_lightning.compare.calibration import matched_moments, phi_digest
@@ -114,7 +116,8 @@ def check_plan(plan: Plan) -> None:
         if part.name in _NEED_CLASSES and plan.experiment.num_classes is None:
             raise ConfigurationError(f"arm '{arm.name}' needs the number of classes; pass num_classes=")
     if any(part.name in _AT_SITES or part.kind.multiplies for _, part in parts):
-        module = fresh_module(plan.experiment, plan.seeds[0])
+        with isolate_rng():
+            module = fresh_module(plan.experiment, plan.seeds[0])
         if any(True for _ in module.parameters()):  # otherwise its layers are made in configure_model
             find_sites(module)
 
@@ -152,9 +155,9 @@ def _tune(plan: Plan, arms: Sequence[AnyArm], store: Store, display: Display) ->
 
 
 def _make(plan: Plan, jobs: Sequence[Job], store: Store, what: str, display: Display) -> None:
-    missing = set(store.missing(job.key for job in jobs))
-    if not missing:
+    if not jobs:
         return
+    missing = set(store.missing(job.key for job in jobs))
     todo = [job for job in jobs if job.key in missing]
     with (
         display(what, len(jobs), len(jobs) - len(todo)) as shown,

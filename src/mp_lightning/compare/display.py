@@ -9,6 +9,7 @@ from rich.progress import Progress, TaskID
 from mp_lightning.compare.comparison import Shown
 from mp_lightning.compare.progress import progress_display
 from mp_lightning.compare.results import Row
+from mp_lightning.compare.tuning import FIRST_SEED
 
 
 class Bars:
@@ -52,7 +53,7 @@ class _Bar(Shown):
         count = f"{self._finished:>{len(str(self._runs))}}/{self._runs}"
         self._progress.update(self._bar, runs=f"run {count}")
         what = f"{row.arm} {row.parameters}" if row.parameters and ":" not in row.arm else row.arm
-        seed = f"seed {row.seed}" if row.seed >= 0 else ""
+        seed = f"seed {row.seed}" if row.seed < FIRST_SEED else ""
         self._console.print(
             f"  {count}  {what:<24} {seed:<8} accuracy {100 * row.accuracy:5.1f} %   NLL {row.nll:.3f}   "
             f"train {100 * row.train_accuracy:5.1f} %   {row.seconds:.0f} s",

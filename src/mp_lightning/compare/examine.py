@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.compare.metrics import Scores, reliability, scores
@@ -18,6 +19,7 @@ from mp_lightning.compare.pairing import seed_all
 from mp_lightning.errors import ConfigurationError, DataError
 from mp_lightning.inference import Output
 from mp_lightning.inference.mc import output_kind
+from mp_lightning.inference.reestimation import BATCHES
 from mp_lightning.sites import attachment_of
 
 # From a module and a batch to the scores (B, K) and the labels (B,).
@@ -56,24 +58,34 @@ def predict_pair(module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]
 class Examination(L.Callback):
     """Classifies the training and the test images when training ends. It must be the last callback.
 
+    Before that, batch norm is re-estimated on training batches in the mode in which the network is tested, for every
+    arm alike: statistics of noisy training would be wrong for a layer that is off in evaluation, such as dropout.
+
     Args:
         perturbation: the callback whose noise acts in evaluation as well, if there is one.
         predict: from a module and a batch to scores and labels.
         output: what the scores are; None finds out.
         seed: of whatever is drawn.
+        setup_seed: of what the datamodule's ``setup`` draws, such as a random split: the same as before training.
 
     Attributes:
         found: the result, once training has ended.
     """
 
     def __init__(
-        self, perturbation: MetaPerturbCallback | None, predict: Predict, output: Output | None, seed: int
+        self,
+        perturbation: MetaPerturbCallback | None,
+        predict: Predict,
+        output: Output | None,
+        seed: int,
+        setup_seed: int,
     ) -> None:
         super().__init__()
         self._perturbation = perturbation
         self._predict = predict
         self._output = output
         self._seed = seed
+        self._setup_seed = setup_seed
         self.found: Examined | None = None
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -85,17 +97,21 @@ class Examination(L.Callback):
         data = getattr(trainer, "datamodule", None)
         assert data is not None
         training = trainer.state.stage
+        perturbation = self._perturbation
+        inference = "plain" if perturbation is None else perturbation.inference
+        if inference in ("plain", "mc"):
+            self._settle_batch_norm(trainer, module, data.train_dataloader())
         trainer.testing = True  # augmentation that asks the trainer is off
         module.eval()
         try:
+            seed_all(self._setup_seed)
             data.setup("test")
+            seed_all(self._seed)
             test = self._predictions(trainer, module, data.test_dataloader(), "test_dataloader")
-            plain = getattr(data, "train_evaluation_dataloader", data.train_dataloader)
+            plain = getattr(data, "train_evaluation_dataloader", partial(_as_trained, trainer, data))
             train = self._predictions(trainer, module, plain(), "train_dataloader")
             own = scores(*test)
             mean = own
-            perturbation = self._perturbation
-            inference = "plain" if perturbation is None else perturbation.inference
             multiplier: list[SiteMoments] = []
             if perturbation is not None:
                 multiplier = self._multiplier(trainer, module, plain())
@@ -125,8 +141,36 @@ class Examination(L.Callback):
 
     def _forwards(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> Iterator[Callable[[], Any]]:
         for batch in islice(_batches(loader, "train_dataloader"), _BATCHES):
-            moved = trainer.strategy.batch_to_device(batch)
-            yield partial(self._predict, module, moved)
+            yield partial(forward, trainer, self._predict, module, batch)
+
+    @torch.no_grad()
+    def _settle_batch_norm(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> None:
+        """Batch norm's statistics become plain averages over training batches; what is frozen stays as it is."""
+        norms = [
+            norm
+            for norm in module.modules()
+            if isinstance(norm, _BatchNorm) and norm.running_mean is not None and norm.training
+            if norm.weight is None or norm.weight.requires_grad
+        ]
+        attachment = attachment_of(module)
+        inference = None if attachment is None else attachment.inference
+        module.eval()
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.train()
+            norm.reset_running_stats()
+            norm.momentum = None
+        try:
+            if attachment is not None:
+                attachment.inference = None  # one forward with noise, where there is any, and not several
+            for batch in islice(_batches(loader, "train_dataloader"), BATCHES) if norms else ():
+                forward(trainer, self._predict, module, batch)
+        finally:
+            if attachment is not None:
+                attachment.inference = inference
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum = momentum
+                norm.eval()
 
 
 @torch.no_grad()
@@ -154,9 +198,7 @@ def predictions(
     """
     found, labels = [], []
     for batch in _batches(loader, name):
-        moved = trainer.strategy.batch_to_device(batch)
-        with trainer.precision_plugin.test_step_context():
-            values, y = _called(predict, module, moved)
+        values, y = forward(trainer, predict, module, batch)
         output = output or output_kind(values, type(module).__name__)
         values = values.float()
         if output != "probabilities":
@@ -168,9 +210,16 @@ def predictions(
     return Predictions(torch.cat(found), torch.cat(labels))
 
 
-def _called(predict: Predict, module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+def forward(trainer: L.Trainer, predict: Predict, module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
+    """Scores and labels of a batch, on the device and in the precision of the trainer.
+
+    Raises:
+        ConfigurationError: there are no scores of classes, or no labels.
+    """
+    moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
     try:
-        values, y = predict(module, batch)
+        with trainer.precision_plugin.test_step_context():
+            values, y = predict(module, moved)
     except NotImplementedError as error:
         raise ConfigurationError(
             f"{type(module).__name__} has no forward; give it one, or pass predict=, a function from the module and a "
@@ -183,6 +232,12 @@ def _called(predict: Predict, module: L.LightningModule, batch: Any) -> tuple[Te
             "a batch to scores (B, K) and labels int64 (B,)"
         )
     return values, y
+
+
+def _as_trained(trainer: L.Trainer, data: Any) -> Any:
+    """The batches of an epoch of training, and of an endless one as many as were trained on."""
+    made = trainer.fit_loop.epoch_loop.total_batch_idx + 1
+    return islice(_batches(data.train_dataloader(), "train_dataloader"), int(min(trainer.num_training_batches, made)))
 
 
 def _batches(loader: Any, name: str) -> Iterable[Any]:

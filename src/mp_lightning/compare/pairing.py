@@ -58,6 +58,12 @@ class PairedLoader:
     def __init__(self, loader: Iterable[Any], seed: int) -> None:
         self._loader = loader
         self._stream = RandomStream(seed)
+        # Generators that the loader has for itself are shared by all runs of a process.
+        sampler = getattr(loader, "sampler", None)
+        for owner in (loader, sampler, getattr(getattr(loader, "batch_sampler", None), "sampler", None)):
+            generator = getattr(owner, "generator", None)
+            if isinstance(generator, torch.Generator):
+                generator.manual_seed(seed)
 
     def __iter__(self) -> Iterator[Any]:
         with self._stream.active():

@@ -78,8 +78,9 @@ def _in_processes(
         _drain(steps, on_step)
     except BrokenProcessPool as error:
         raise RunError(
-            "a process of the comparison was killed, as by the system when memory runs out; the same command "
-            "continues with what is missing, with fewer processes (jobs=) if need be"
+            "a process of the comparison ended by itself: the system may have killed it when memory ran out, or it "
+            "could not import the script (put the call under if __name__ == '__main__':; notebooks need jobs=1); "
+            "the same command continues with what is missing, with fewer processes (jobs=) if need be"
         ) from error
     finally:
         if waiting:
@@ -134,7 +135,7 @@ def _begin(experiment: Experiment, jobs: Sequence[Job], steps: Any, started: Any
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     gpus = torch.cuda.device_count()
-    if gpus > 1 and "devices" not in experiment.trainer:
+    if gpus > 1 and "devices" not in experiment.trainer and experiment.trainer.get("accelerator") != "cpu":
         with started:
             number, started.value = started.value, started.value + 1
         experiment = replace(experiment, trainer={**experiment.trainer, "devices": [number % gpus]})

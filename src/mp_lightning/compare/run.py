@@ -1,6 +1,7 @@
 """One run of a comparison: train one arm with one seed, and test it."""
 
 import copy
+import gc
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -85,6 +86,9 @@ def perform(experiment: Experiment, job: Job, on_step: OnStep | None = None) -> 
         RunError: anything else that was raised; the message names the arm and the seed.
     """
     start = time.perf_counter()
+    gc.collect()  # networks of earlier runs, which would count as memory of this one
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
     seed = job.key.seed
     with isolate_rng():
         context = Context(
@@ -98,7 +102,7 @@ def perform(experiment: Experiment, job: Job, on_step: OnStep | None = None) -> 
         module = fresh_module(experiment, seed)
         cost = Cost(on_step)
         examination = Examination(
-            perturbation, experiment.predict, experiment.output, derived_seed(seed, "examination")
+            perturbation, experiment.predict, experiment.output, derived_seed(seed, "examination"), setup_seed(seed)
         )
         trainer = train(
             experiment, module, job, [PairedSteps(derived_seed(seed, "steps")), *callbacks, cost, examination]
@@ -117,7 +121,12 @@ def fresh_module(experiment: Experiment, seed: int) -> L.LightningModule:
         ConfigurationError: the factory does not make a LightningModule.
     """
     seed_all(derived_seed(seed, "theta"))
-    module = experiment.module_factory()
+    try:
+        module = experiment.module_factory()
+    except UserError:
+        raise
+    except Exception as error:
+        raise RunError(f"module_factory failed: {type(error).__name__}: {_one_line(error)}") from error
     if not isinstance(module, L.LightningModule):
         raise ConfigurationError(
             f"module_factory made a {type(module).__name__}, not a LightningModule; give a function without arguments "
@@ -134,7 +143,6 @@ def train(experiment: Experiment, module: L.LightningModule, job: Job, callbacks
         DataError: there was nothing to train on.
         KeyboardInterrupt: the user stopped it.
     """
-    data = experiment.data(job.key.seed, validation=job.validation)
     options: dict[str, Any] = {
         "logger": False,
         "enable_checkpointing": False,
@@ -144,20 +152,31 @@ def train(experiment: Experiment, module: L.LightningModule, job: Job, callbacks
         "devices": 1,
         **experiment.trainer,
     }
-    own = copy.deepcopy(list(options.pop("callbacks", None) or []))  # they may count
+    own = options.pop("callbacks", None) or []
+    own = copy.deepcopy(list(own) if isinstance(own, list | tuple) else [own])  # they may count
     try:
+        data = experiment.data(job.key.seed, validation=job.validation)
         trainer = L.Trainer(**options, callbacks=[*own, *callbacks])
+        seed_all(setup_seed(job.key.seed))
         trainer.fit(module, datamodule=data)
     except UserError:
         raise
     except SystemExit as error:  # Lightning's answer to Ctrl-C
         raise KeyboardInterrupt from error
     except Exception as error:
-        reason = " ".join(str(error).split())[:300]
-        raise RunError(f"{describe(job)} failed: {type(error).__name__}: {reason}") from error
+        raise RunError(f"{describe(job)} failed: {type(error).__name__}: {_one_line(error)}") from error
     if trainer.global_step == 0:
         raise DataError("train_dataloader gives no batch to train on; give more images, or a smaller batch")
     return trainer
+
+
+def setup_seed(seed: int) -> int:
+    """What the generators start from when the datamodule is set up, before training and before the test."""
+    return derived_seed(seed, "setup")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
 
 
 def describe(job: Job) -> str:

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -44,6 +45,18 @@ class Target:
     test: ImageSet
     n_per_class: int | None
     flip: bool
+
+    def __getstate__(self) -> dict[str, Any]:
+        """As arrays: tensors would be sent to other processes through shared memory, of which there may be little."""
+        parts = {key: getattr(self, key) for key in ("train", "test")}
+        plain = {key: (one.name, one.images.numpy(), one.labels.numpy(), one.classes) for key, one in parts.items()}
+        return {**vars(self), **plain}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for key in ("train", "test"):
+            name, images, labels, classes = state[key]
+            state = {**state, key: ImageSet(name, torch.from_numpy(images), torch.from_numpy(labels), classes)}
+        vars(self).update(state)
 
     def __str__(self) -> str:
         each = "all" if self.n_per_class is None else f"{self.n_per_class} a class"

@@ -9,7 +9,7 @@ from mp_lightning.compare.arms import KINDS, AnyArm, NamedArm, Part
 from mp_lightning.compare.results import METRICS, Row
 
 MOST_VALUES = min(len(kind.values) for kind in KINDS.values() if kind.parameter)
-_FIRST_SEED = -1  # and down from there: none of the comparison's
+FIRST_SEED = 10**9  # of tuning, and up from there: none of the comparison's
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def trials(name: str, budget: Budget) -> list[tuple[NamedArm, int]]:
         return []
     values = KINDS[name].values[: budget.values]
     return [
-        (NamedArm(f"{name}:{value:g}", (Part(name, value),)), _FIRST_SEED - number)
+        (NamedArm(f"{name}:{value:g}", (Part(name, value),)), FIRST_SEED + number)
         for value in values
         for number in range(budget.seeds)
     ]

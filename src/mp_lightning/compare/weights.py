@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from mp_lightning.checkpoints import MARKER
 from mp_lightning.errors import ConfigurationError
 
 _PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
@@ -48,6 +49,11 @@ def read_weights(path: str | Path) -> Weights:
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
+    if MARKER in content:
+        raise ConfigurationError(
+            f"weights '{path}' were trained with MetaPerturb, without which they are another network; give weights "
+            "that were trained without it"
+        )
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ConfigurationError(f"weights '{path}' hold no tensors; give a file with a state_dict")

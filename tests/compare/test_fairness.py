@@ -1,0 +1,196 @@
+"""What would favour one arm, or take one comparison for another, and does not."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, EarlyStopping
+from small_runs import CLASSES, PHI, Augmented, Small, SmallData, experiment, made, plan
+from torch.nn.functional import cross_entropy
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, IterableDataset, random_split
+
+import mp_lightning
+from mp_lightning.compare.arms import Arm
+from mp_lightning.compare.run import RunError
+from mp_lightning.compare.user_data import UserData
+from mp_lightning.runs import RunFolderError
+
+
+@pytest.mark.parametrize("arm", ["none", "dropout:0.5", "gaussian:1", "information_dropout", "mixup", "metaperturb"])
+def test_batch_norm_of_every_arm_is_that_of_the_mode_it_is_tested_in(tmp_path: Path, arm: str) -> None:
+    """A network whose second batch norm stands behind a site: noise there moves its statistics."""
+    seen: list[tuple[float, float]] = []
+
+    class Deep(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            layer = torch.nn.Conv2d(4, 4, 1), torch.nn.BatchNorm2d(4), torch.nn.ReLU()
+            self.net = torch.nn.Sequential(*self.net[:3], *layer, *self.net[3:])
+
+    class Looking(SmallData):
+        def train_dataloader(self) -> Any:
+            return DataLoader(self.train, batch_size=12)  # one batch, so that an average is exact
+
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+            self.test = self.train  # what is tested is what was estimated on
+
+    def predict(module: Deep, batch: Any) -> Any:
+        norm = module.net[4]
+        if not norm.training and not module.training:
+            given: list[torch.Tensor] = []
+            handle = norm.register_forward_pre_hook(lambda m, args: given.append(args[0]))
+            scores = module(batch[0])
+            handle.remove()
+            mean = torch.stack(given).mean(dim=(0, 1, 3, 4))
+            seen.append((float((mean - norm.running_mean).abs().max()), float(mean.abs().max())))
+            return scores, batch[1]
+        return module(batch[0]), batch[1]
+
+    what = experiment(module_factory=Deep, data=UserData(Looking()), predict=predict, samples=50)
+    made(plan(["none", arm] if arm != "none" else ["none"], 1, experiment=what), tmp_path)
+    # The images are augmented anew each time, by shifts of up to 0.1.
+    assert seen and max(distance for distance, _ in seen) < 0.15, seen
+
+
+def test_frozen_batch_norm_is_left_alone(tmp_path: Path) -> None:
+    found: list[torch.Tensor] = []
+
+    class Frozen(Small):
+        def on_train_start(self) -> None:
+            self.net[1].requires_grad_(False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if not self.training:
+                found.append(self.net[1].running_mean.clone())
+            return super().forward(x)
+
+    class Keep(Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            kept.append(pl_module.net[1].running_mean.clone())
+
+    kept: list[torch.Tensor] = []
+    what = plan([Arm("mine", lambda seed: [Keep()])], 1, experiment=experiment(module_factory=Frozen))
+    made(what, tmp_path)
+    assert isinstance(Frozen().net[1], _BatchNorm)
+    assert torch.equal(found[-1], kept[-1])
+
+
+def compare(tmp_path: Path, datamodule: Any = None, factory: Any = Small, **options: Any) -> mp_lightning.Comparison:
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 0}
+    defaults = {"arms": ["none"], "seeds": 1, "phi": PHI, "trainer": trainer, "folder": tmp_path / "found"}
+    return mp_lightning.compare(factory, datamodule or SmallData(), **{**defaults, **options})
+
+
+def test_other_data_another_network_or_another_optimizer_is_another_comparison(tmp_path: Path) -> None:
+    class Other(SmallData):
+        def setup(self, stage: str) -> None:
+            super().setup(stage)
+            self.train = Augmented(12, 5)
+
+    class Faster(Small):
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.2)
+
+    class Wider(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more = torch.nn.Linear(2, 2)
+
+    Other.__name__ = "SmallData"
+    Faster.__name__ = Wider.__name__ = "Small"
+    compare(tmp_path)
+    compare(tmp_path)  # the same goes on
+    for options, what in (
+        ({"datamodule": Other()}, "data="),
+        ({"factory": Faster}, "module="),
+        ({"factory": Wider}, "module="),
+    ):
+        with pytest.raises(RunFolderError, match=f"holds a run with {what}"):
+            compare(tmp_path, **options)
+
+
+def test_generators_of_loaders_do_not_carry_over_from_run_to_run(tmp_path: Path) -> None:
+    first: list[torch.Tensor] = []
+
+    class Own(SmallData):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = torch.Generator().manual_seed(0)
+
+        def train_dataloader(self) -> Any:
+            return DataLoader(self.train, batch_size=4, shuffle=True, generator=self.generator)
+
+    class Noting(Small):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if self.global_step == 0:
+                first.append(batch[0].clone())
+            return super().training_step(batch, batch_idx)
+
+    what = experiment(module_factory=Noting, data=UserData(Own()))
+    made(plan(["none", "dropout:0.1", "metaperturb"], 1, experiment=what), tmp_path)
+    assert len(first) >= 3 and all(torch.equal(first[0], batch) for batch in first[1:3])
+
+
+def test_a_random_split_is_the_same_before_training_and_before_the_test(tmp_path: Path) -> None:
+    splits: list[list[int]] = []
+
+    class Split(SmallData):
+        def setup(self, stage: str) -> None:
+            self.train, self.test = random_split(Augmented(12, 0), [8, 4])
+            splits.append(list(self.train.indices))
+
+        val_dataloader = L.LightningDataModule.val_dataloader
+
+    made(plan(["none"], 1, experiment=experiment(data=UserData(Split()))), tmp_path)
+    assert len(splits) == 2 and splits[0] == splits[1]
+
+
+def test_seeds_suit_any_generator_and_an_error_of_the_data_is_a_sentence(tmp_path: Path) -> None:
+    def draw(seed: int) -> SmallData:
+        np.random.default_rng(seed)
+        np.random.RandomState(seed)
+        return SmallData()
+
+    compare(tmp_path, draw, arms=["none", "dropout", "fixed_noise"], tuning_values=2)
+
+    def broken(seed: int) -> SmallData:
+        if seed:
+            raise ValueError("no such seed")
+        return SmallData()
+
+    with pytest.raises(RunError, match=r"arm 'none', seed 1 failed: ValueError: no such seed"):
+        compare(tmp_path / "broken", broken, seeds=2)
+
+
+def test_callbacks_that_watch_validation_go_with_the_controls(tmp_path: Path) -> None:
+    class Validated(Small):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", cross_entropy(self(batch[0]), batch[1]))
+
+    trainer = {"max_epochs": 2, "accelerator": "cpu", "callbacks": EarlyStopping("val_loss")}
+    found = compare(tmp_path, factory=Validated, arms=["none", "fixed_noise"], trainer=trainer)
+    assert [row.arm for row in found.rows] == ["none", "fixed_noise"]
+
+
+class Endless(IterableDataset[tuple[torch.Tensor, int]]):
+    def __iter__(self) -> Any:
+        number = 0
+        while True:
+            yield torch.randn(3, 6, 6), number % CLASSES
+            number += 1
+
+
+@pytest.mark.timeout(60)
+def test_an_endless_training_set_is_tested_on_as_much_as_was_trained_on(tmp_path: Path) -> None:
+    class Stream(SmallData):
+        def train_dataloader(self) -> Any:
+            return DataLoader(Endless(), batch_size=4)
+
+    trainer = {"max_steps": 5, "accelerator": "cpu", "limit_val_batches": 0}
+    found = compare(tmp_path, Stream(), trainer=trainer, arms=["none", "metaperturb"])
+    assert len(found.rows) == 2
