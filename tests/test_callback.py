@@ -298,6 +298,7 @@ def test_a_model_without_sites_is_refused(tmp_path):
         ({"fit_samples": -1}, ConfigurationError, "samples=-1"),
         ({"output": "scores"}, ConfigurationError, "scores"),
         ({"ramp_steps": -1}, ConfigurationError, "ramp_steps=-1"),
+        ({"strength": 1.5}, ConfigurationError, "strength=1.5 cannot be used; give a number above 0 and at most 1"),
     ],
 )
 def test_bad_options_are_refused_at_once(options, error, culprit):

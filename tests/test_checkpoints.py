@@ -12,7 +12,7 @@ from lightning_modules import Classifier, digits, loader, module, trainer
 from mp_lightning import MetaPerturbCallback, SitePlan, attachment_of, detach, find_sites
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, read_checkpoint
 from mp_lightning.errors import SiteError
-from mp_lightning.perturbation import Phi, initial_phi
+from mp_lightning.perturbation import NamedPhi, Phi, initial_phi
 
 
 def trained(path, **options):
@@ -98,6 +98,17 @@ def test_restore_gives_identical_outputs(tmp_path):
     assert torch.equal(checkpoint[KEY]["phi"]["op1_all"], initial_phi(0).op1_all)
     detach(restored)
     assert "on_save_checkpoint" not in vars(restored) and attachment_of(restored) is None
+
+
+@pytest.mark.parametrize("strength", [None, 0.3])
+def test_restore_brings_the_strength_back(tmp_path, strength):
+    model = module()
+    run = trainer(tmp_path, [MetaPerturbCallback(NamedPhi(initial_phi(0), "weaker", strength=0.6), strength=strength)])
+    run.fit(model, loader(4), loader(2))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    restored = MetaPerturbCallback.restore(module(seed=1), tmp_path / "end.ckpt")
+    assert float(attachment_of(restored).coeff) == pytest.approx(strength or 0.6)
+    assert torch.equal(logits(restored), logits(model))
 
 
 def test_restore_twice(tmp_path):

@@ -19,7 +19,7 @@ from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, CheckpointHoo
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import INFERENCE_MODES, Fold, Mean, MonteCarlo, Output, OutputAverage, reestimate_batch_norm
 from mp_lightning.inference.undisturbed import undisturbed
-from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, load_phi
+from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_strength, load_phi
 from mp_lightning.schedule import total_training_batches
 from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, PathName, check_path, ramp_length
@@ -51,6 +51,8 @@ class MetaPerturbCallback(Callback):
         perturbation: any other :class:`~mp_lightning.Perturbation`, to stand at the same sites in place of phi.
         sites: where to perturb; None finds the sites, see :func:`mp_lightning.find_sites`.
         ramp_steps: number of training batches over which the strength grows; None takes the first 40 % of the run.
+        strength: how much of the perturbation acts once it has grown, above 0 and at most 1; None takes the one that
+            phi comes with, and 1 for any other perturbation.
         inference: 'mean' makes one forward with the expected noise, and re-estimates batch norm for it on at most 50
             training batches when training ends. 'fold' multiplies by a constant for each channel, estimated at the same
             time, so that nothing learned is left to compute. 'mc' averages the class probabilities of several noisy
@@ -75,6 +77,7 @@ class MetaPerturbCallback(Callback):
         perturbation: Perturbation | None = None,
         sites: SitePlan | None = None,
         ramp_steps: int | None = None,
+        strength: float | None = None,
         inference: Literal["mean", "mc", "fold"] = "mean",
         samples: int = 20,
         fit_samples: int = 5,
@@ -96,6 +99,7 @@ class MetaPerturbCallback(Callback):
         self.perturbation = perturbation
         self.sites = sites
         self.ramp_steps = ramp_steps
+        self.strength = strength
         self.inference = inference
         self.samples = samples
         self.fit_samples = fit_samples
@@ -108,6 +112,8 @@ class MetaPerturbCallback(Callback):
         check_path(path)
         self.path: PathName = path
         self.persistent = False
+        if strength is not None:
+            check_strength(strength)
         if ramp_steps is not None and (not isinstance(ramp_steps, int) or ramp_steps < 0):
             raise ConfigurationError(f"ramp_steps={ramp_steps}: give a whole number of batches, or 0 for no ramp")
         for number in (samples, fit_samples):
@@ -146,6 +152,7 @@ class MetaPerturbCallback(Callback):
             self.phi if self._phi_given or (not attached and self.perturbation is None) else None,
             perturbation=self.perturbation,
             sites=self.sites,
+            strength=self.strength,
             input_size=self.input_size,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
             clip=self.clip,
@@ -163,9 +170,10 @@ class MetaPerturbCallback(Callback):
         attachment.ramp_over(ramp_length(total) if total is not None else self.ramp_steps or 0)
         attachment.inference = None
         of = f" of {total}" if total is not None else ""
-        ramp = f"strength grows over the first {attachment.ramp_steps}{of} training batches"
+        to = "" if (strength := float(attachment.strength)) == 1 else f" to {strength:g}"
+        ramp = f"strength grows{to} over the first {attachment.ramp_steps}{of} training batches"
         if int(attachment.steps) >= (attachment.ramp_steps or 0):
-            ramp = "at full strength from the first batch"
+            ramp = f"at {'full strength' if strength == 1 else f'strength {strength:g}'} from the first batch"
         rank_zero_info(f"MetaPerturb: {len(attachment.plan)} sites, {self._what(attachment)}, {ramp}")
         if self._phi_given and attachment.phi_name != self.phi.name:
             rank_zero_warn(

@@ -113,7 +113,7 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
                 f"the checkpoint was made with perturbation '{state['phi_name']}', which it does not hold; attach it "
                 "with attach(model, perturbation=...) first"
             )
-        phi = NamedPhi(Phi(**state["phi"]), state["phi_name"])
+        phi = NamedPhi(Phi(**state["phi"]), state["phi_name"], strength=state.get("strength", 1.0))
         attachment = attach(model, phi, sites=SitePlan.from_dict(state["plan"]))
     attachment.load_state(state)
     return attachment

@@ -9,13 +9,14 @@ from lightning.pytorch.callbacks import Callback
 from small_runs import PHI, experiment, made, plan
 from torch import nn
 
+from mp_lightning.backbones import build_backbone
 from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.compare.arms import KINDS, Arm, Context, HalfOfSites, NamedArm, callbacks_of, parse_arm
 from mp_lightning.compare.at_sites import AtSites
 from mp_lightning.compare.mixing import MixUp
 from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.errors import ConfigurationError, PhiError
-from mp_lightning.perturbation import initial_phi, save_phi
+from mp_lightning.perturbation import NamedPhi, initial_phi, save_phi
 
 CONTEXT = Context(seed=0, num_classes=3, inference="mc", samples=2)
 NOISY = {name for name, kind in KINDS.items() if kind.multiplies} - {"shrink_only", "scale_only"}
@@ -70,6 +71,17 @@ def test_values_and_phi_are_read_from_the_name(tmp_path: Path) -> None:
     assert arm.parts[1].value == 0.7 and arm.parameters == "alpha=0.7"
     assert parse_arm("fixed_noise", PHI).parts[0].phi is PHI
     assert parse_arm("random_phi", PHI).control and not parse_arm("random_phi+mixup", PHI).control
+
+
+@pytest.mark.parametrize("arm", [name for name, kind in KINDS.items() if kind.multiplies])
+def test_all_that_stands_in_place_of_phi_acts_at_its_strength(arm: str) -> None:
+    """A control at another strength would be matched to nothing."""
+    parsed = parse_arm(arm, NamedPhi(initial_phi(0), "weaker", strength=0.6))
+    parsed = replace(parsed, parts=(replace(parsed.parts[0], moments=[]),))
+    callback = callbacks_of(parsed, CONTEXT)[1]
+    assert callback is not None
+    attachment = callback.attach(build_backbone("conv4", 3, width=4, image_size=16))
+    assert float(attachment.strength) == pytest.approx(0.6)
 
 
 @pytest.mark.parametrize(

@@ -12,14 +12,14 @@ import torch
 
 from mp_lightning.data import ImageSet, image_set
 from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, TransferSettings, compare_transfer, evaluate
-from mp_lightning.perturbation import Phi, initial_phi
+from mp_lightning.perturbation import NamedPhi, initial_phi
 from mp_lightning.runs import RunFolderError
 
 SETTINGS = TransferSettings(
     architecture="conv4-2", steps=2, seeds=2, batch_size=4, lr=1e-2, weight_decay=0.0, samples=1
 )
 CPU = torch.device("cpu")
-ARMS: dict[str, Phi | None] = {"final phi": initial_phi(1), "no phi": None}
+ARMS: dict[str, NamedPhi | None] = {"final phi": NamedPhi(initial_phi(1), "phi"), "no phi": None}
 RUNS = [("final phi", 0), ("final phi", 1), ("no phi", 0), ("no phi", 1)]
 
 
@@ -39,7 +39,7 @@ def compare(
     kept: KeptRuns,
     *,
     target: Target = TARGET,
-    arms: dict[str, Phi | None] = ARMS,
+    arms: dict[str, NamedPhi | None] = ARMS,
     settings: TransferSettings = SETTINGS,
     seed: int = 0,
     kill_at: int | None = None,
@@ -114,7 +114,9 @@ def test_another_phi_is_trained_again_and_the_other_arms_are_not(tmp_path: Path)
     compare(KeptRuns(path))
     phi = initial_phi(1)
     phi.scale_weight.view(-1)[-1] += 1e-6
-    assert compare(KeptRuns(path), arms={**ARMS, "final phi": phi})[1] == RUNS[:2]
+    assert compare(KeptRuns(path), arms={**ARMS, "final phi": NamedPhi(phi, "phi")})[1] == RUNS[:2]
+    weaker = NamedPhi(initial_phi(1), "phi", strength=0.5)
+    assert compare(KeptRuns(path), arms={**ARMS, "final phi": weaker})[1] == RUNS[:2]
     assert compare(KeptRuns(path))[1] == [], "what was kept before is gone"
 
 
@@ -141,7 +143,8 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 def test_arms_of_one_seed_differ_in_the_perturbation_alone(tmp_path: Path) -> None:
     """Initialisation, batches, augmentation and noise follow from the seed."""
-    arms: dict[str, Phi | None] = {"one": initial_phi(1), "twin": initial_phi(1), "no phi": None}
+    phi = NamedPhi(initial_phi(1), "phi")
+    arms: dict[str, NamedPhi | None] = {"one": phi, "twin": phi, "no phi": None}
     one, twin, without = compare(KeptRuns(tmp_path / "kept.json"), arms=arms)[0]
     assert one.nll == twin.nll and one.accuracy == twin.accuracy
     assert one.nll != without.nll

@@ -1,13 +1,14 @@
 """phi files: what is written comes back, and what is not a phi gets one clear line."""
 
 import json
+import math
 import pickle
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-from mp_lightning.errors import PhiError
+from mp_lightning.errors import ConfigurationError, PhiError
 from mp_lightning.perturbation import bundled_names, initial_phi, load_phi, save_phi
 
 
@@ -28,6 +29,21 @@ def test_round_trip(saved):
 def test_card_is_optional(saved):
     saved.with_suffix(".json").unlink()
     assert load_phi(saved).card == {}
+
+
+def test_strength_comes_back_and_that_of_the_paper_leaves_82_numbers(saved, tmp_path):
+    assert load_phi(saved).strength == 1
+    assert sum(value.numel() for value in load_file(saved).values()) == 82
+    save_phi(tmp_path / "weaker.safetensors", initial_phi(3), {}, strength=0.7)
+    assert load_phi(tmp_path / "weaker.safetensors").strength == 0.7
+    assert sum(value.numel() for value in load_file(tmp_path / "weaker.safetensors").values()) == 83
+
+
+@pytest.mark.parametrize("strength", [0, -0.5, 1.01, math.nan, "0.5", True])
+def test_a_strength_out_of_range_is_not_written(tmp_path, strength):
+    with pytest.raises(ConfigurationError, match=f"strength={strength} cannot be used; give a number above 0"):
+        save_phi(tmp_path / "phi.safetensors", initial_phi(3), {}, strength=strength)
+    assert list(tmp_path.iterdir()) == []
 
 
 def damage_missing(path):
@@ -68,6 +84,13 @@ def damage_names(path):
     rewrite(path, another=torch.zeros(1))
 
 
+def damage_strength(value):
+    def damage(path):
+        rewrite(path, strength=torch.tensor(value))
+
+    return damage
+
+
 def damage_card(path):
     path.with_suffix(".json").write_text("{")
 
@@ -83,6 +106,7 @@ def damage_card(path):
         (damage_shape, "'op1_all' is \\(5, 5\\)"),
         (damage_not_finite, "'scale_weight' holds numbers that are not finite"),
         (damage_names, "holds another"),
+        *((damage_strength(value), "'strength' is not one number above 0") for value in (0.0, 1.5, math.nan, [0.5])),
         (damage_card, "not readable JSON"),
     ],
 )

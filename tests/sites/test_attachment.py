@@ -11,7 +11,7 @@ from torch import nn
 
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError, SiteError
-from mp_lightning.perturbation import MetaPerturb, initial_phi
+from mp_lightning.perturbation import MetaPerturb, NamedPhi, initial_phi
 from mp_lightning.sites import SitePlan, SiteSpec, attach, attachment_of, detach, find_sites
 from research_nets import ResearchBlock
 
@@ -326,6 +326,62 @@ def test_strength_acts_as_the_formula_says():
     attachment = attach(model, sites=plan, ramp_steps=2)
     attachment.step()
     assert torch.allclose(model(x), x + 0.5 * (full - x), rtol=1e-5)
+
+
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_what_acts_at_the_end_of_the_ramp_is_the_strength(path):
+    """1 + strength * (multiplier - 1), that is the mean of the plain map and the fully perturbed one."""
+    model, x = fresh(conv4), images()
+    first = find_sites(model)
+    first = SitePlan(tuple(first)[:1])
+    seen = {}
+    for strength in (None, 0.25):
+        attachment = attach(model, initial_phi(1), sites=first, ramp_steps=2, strength=strength, path=path)
+        for step in (0.0, 0.5, 1.0, 1.0):
+            assert float(attachment.coeff) == pytest.approx(step * (strength or 1.0))
+            attachment.step()
+        with torch.no_grad():
+            model.train()
+            module = model.conv_layers[0]
+            seen[strength] = module.relu.register_forward_hook(lambda _, args, out: seen.update(map=args[0]))
+            model(x)
+            seen.pop(strength).remove()
+            seen[strength] = seen["map"]
+        attachment.detach()
+    hook = model.conv_layers[0].relu.register_forward_hook(lambda _, args, out: seen.update(map=args[0]))
+    with torch.no_grad():
+        model(x)
+    hook.remove()
+    expected = 0.75 * seen["map"] + 0.25 * seen[None]
+    torch.testing.assert_close(seen[0.25], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_phi_brings_its_strength_and_a_given_one_takes_its_place():
+    phi = NamedPhi(initial_phi(0), "mine", strength=0.5)
+    for given, expected in ((None, 0.5), (0.75, 0.75)):
+        attachment = attach(fresh(conv4), phi, strength=given)
+        assert float(attachment.strength) == float(attachment.coeff) == expected
+    assert float(attach(fresh(conv4), perturbation=DropBlockLike()).strength) == 1
+
+
+def test_another_strength_of_an_attached_model_is_refused():
+    model, phi = fresh(conv4), NamedPhi(initial_phi(0), "mine", strength=0.5)
+    attachment = attach(model, phi)
+    assert attach(model, phi) is attach(model, phi, strength=0.5) is attach(model, strength=0.5) is attachment
+    for phi, strength in ((phi, 0.6), (initial_phi(0), None), (None, 1.0)):
+        with pytest.raises(ConfigurationError, match=r"already, at strength 0\.5 and not"):
+            attach(model, phi, strength=strength)
+
+
+def test_a_state_without_strength_is_one_of_full_strength():
+    """Checkpoints are older than strengths."""
+    model = fresh(conv4)
+    attachment = attach(model, NamedPhi(initial_phi(0), "mine", strength=0.5), ramp_steps=0)
+    state = attachment.state()
+    assert state["strength"] == 0.5
+    del state["strength"]
+    attachment.load_state(state)
+    assert float(attachment.strength) == float(attachment.coeff) == 1
 
 
 def test_strength_may_change_between_forward_and_backward():

@@ -25,7 +25,7 @@ from mp_lightning.meta.sources import ImageSource, built_in, from_settings
 from mp_lightning.meta.table import training_table
 from mp_lightning.meta.tasks import Task, make_tasks
 from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, compare_transfer
-from mp_lightning.perturbation import Phi, initial_phi, save_phi
+from mp_lightning.perturbation import NamedPhi, initial_phi, save_phi
 from mp_lightning.runs import RunFolder, unusable
 
 __all__ = ["read", "run"]
@@ -67,13 +67,13 @@ def run(config: DictConfig, path: Path) -> float:
     meta_train(trainer, module, folder, given.fresh and not first, console)
     if history is None:
         return math.nan
-    final = module.perturbation.phi
+    final = NamedPhi(module.perturbation.phi, "final phi", strength=given.meta.strength)
     results = _judge(console, given, target, final, trainer.strategy.root_device, path / "evaluation.json")
     card = make_card(entries, module, trainer.world_size, target, results, given.transfer)
     descriptions = module.description["tasks"]
     try:
         draw_training(history, path / "training.png", descriptions)
-        save_phi(path / PHI, final, card)
+        save_phi(path / PHI, final.phi, card, final.strength)
     except OSError as error:
         raise unusable(path, error) from error
     table = training_table(history, descriptions)
@@ -134,10 +134,11 @@ def _announce(console: Console, tasks: list[Task], placed: list[int], steps: int
 
 
 def _judge(
-    console: Console, given: FitSettings, target: Target, final: Phi, device: torch.device, kept: Path
+    console: Console, given: FitSettings, target: Target, final: NamedPhi, device: torch.device, kept: Path
 ) -> list[ArmResult]:
     transfer = given.transfer
-    arms = {"final phi": final, "initial phi": initial_phi(given.seed), "no phi": None}
+    initial = NamedPhi(initial_phi(given.seed), "initial phi", strength=given.meta.strength)
+    arms = {final.name: final, initial.name: initial, "no phi": None}
     enabled = bool(given.trainer.get("enable_progress_bar"))
     with progress_display(console, enabled=enabled, transient=True) as progress:
         bar = progress.add_task("held-out images", total=len(arms) * transfer.seeds * transfer.steps)

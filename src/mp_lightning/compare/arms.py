@@ -95,12 +95,16 @@ class Arm:
 
 @dataclass(frozen=True, eq=False)
 class Part:
-    """One part of a combination: its kind, the value of its hyperparameter where it is fixed, and its phi."""
+    """One part of a combination: its kind, the value of its hyperparameter where it is fixed, and its phi.
+
+    ``strength`` is that of what stands at the sites in place of phi: the strength of the phi it is compared with.
+    """
 
     name: str
     value: float | None = None
     phi: NamedPhi | None = None
     moments: list[SiteMoments] | None = None
+    strength: float = 1.0
 
     @property
     def kind(self) -> Kind:
@@ -244,9 +248,10 @@ def _part(arm: str, word: str, phi: NamedPhi) -> Part:
         )
     kind = KINDS[name]
     if kind.takes_phi:
-        return Part(name, phi=load_phi(value) if colon else phi)
+        own = load_phi(value) if colon else phi
+        return Part(name, phi=own, strength=own.strength)
     if not colon:
-        return Part(name)
+        return Part(name, strength=phi.strength if kind.multiplies else 1.0)
     if kind.parameter is None:
         raise ConfigurationError(f"arm '{arm}': '{name}' takes no value; leave ':{value}' out")
     try:
@@ -267,6 +272,7 @@ def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
         "seed": context.seed,
         "marker": False,
         "ramp_steps": None if context.ramp else 0,
+        "strength": part.strength,
     }
     if part.name == "random_phi":
         return MetaPerturbCallback(initial_phi(SEED_OF_RANDOM_PHI), **options)

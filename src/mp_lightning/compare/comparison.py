@@ -188,7 +188,9 @@ def _key(plan: Plan, arm: AnyArm, seed: int) -> RunKey:
 
 
 def _identity(part: Part) -> list[Any]:
-    return [part.name, part.value, None if part.phi is None else phi_digest(part.phi)]
+    if part.phi is not None:
+        return [part.name, part.value, phi_digest(part.phi)]
+    return [part.name, part.value, None, *([part.strength] if part.strength != 1 else [])]
 
 
 _AT_SITES = ("dropout", "dropblock", "gaussian", "information_dropout", "manifold_mixup")

@@ -18,6 +18,7 @@ class MetaSettings:
         restart_after: meta-steps after which each network starts afresh, staggered over the tasks; None: never.
         on_divergence: what happens when the loss or a gradient of a task is not finite: 'stop' ends the run,
             'leave_out' leaves the task out of this step's mean and starts its network afresh.
+        strength: at which phi is learned, and meant to be used: ``1 + strength * (multiplier - 1)``.
     """
 
     steps: int
@@ -28,3 +29,4 @@ class MetaSettings:
     batch_size: int
     restart_after: int | None
     on_divergence: str = STOP
+    strength: float = 1.0

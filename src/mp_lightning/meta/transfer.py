@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mp_lightning.compare.architecture import Architecture
 from mp_lightning.data import ImageSet, batch_indices, normalize, standard_augment
 from mp_lightning.inference import MonteCarlo
-from mp_lightning.perturbation import Phi
+from mp_lightning.perturbation import NamedPhi
 from mp_lightning.randomness import derived_seed, random_state
 from mp_lightning.runs import unusable, write_whole
 from mp_lightning.sites import attach
@@ -99,7 +99,7 @@ class KeptRuns:
 
 def compare_transfer(
     target: Target,
-    arms: dict[str, Phi | None],
+    arms: dict[str, NamedPhi | None],
     settings: TransferSettings,
     seed: int,
     device: torch.device,
@@ -136,20 +136,22 @@ def compare_transfer(
     return results
 
 
-def _key(target: Target, arm: str, phi: Phi | None, settings: TransferSettings, seed: int, number: int) -> str:
+def _key(target: Target, arm: str, phi: NamedPhi | None, settings: TransferSettings, seed: int, number: int) -> str:
     """A name of a run that everything which decides its result has a part in."""
     digest = hashlib.sha256(f"{target}/{target.flip}/{settings}/{seed}".encode())
     for images in (target.train, target.test):
         digest.update(images.images.numpy().data)
         digest.update(images.labels.numpy().data)
-    for value in phi or ():
-        digest.update(value.detach().cpu().numpy().tobytes())
+    if phi is not None:
+        digest.update(str(phi.strength).encode())
+        for value in phi.phi:
+            digest.update(value.detach().cpu().numpy().tobytes())
     return f"{arm}/{number}/{digest.hexdigest()[:16]}"
 
 
 def _train_and_test(
     target: Target,
-    phi: Phi | None,
+    phi: NamedPhi | None,
     settings: TransferSettings,
     seed: int,
     device: torch.device,

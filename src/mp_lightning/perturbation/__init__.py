@@ -1,6 +1,6 @@
 """Floor 1: what is the perturbation? The mathematics, the net, its noise, its files, and what each one obeys."""
 
-from mp_lightning.perturbation.files import NamedPhi, bundled_names, load_phi, save_phi
+from mp_lightning.perturbation.files import NamedPhi, bundled_names, check_strength, load_phi, save_phi
 from mp_lightning.perturbation.net import MetaPerturb
 from mp_lightning.perturbation.noise import NoiseKey, gaussian_noise
 from mp_lightning.perturbation.phi import Phi, initial_phi
@@ -17,6 +17,7 @@ __all__ = [
     "Phi",
     "Statistics",
     "bundled_names",
+    "check_strength",
     "gaussian_noise",
     "initial_phi",
     "load_phi",

@@ -14,34 +14,49 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 
-from mp_lightning.errors import PhiError
+from mp_lightning.errors import ConfigurationError, PhiError
 from mp_lightning.perturbation.phi import SHAPES, Phi
 
 DEFAULT_PHI = "tiny-imagenet-0"
 BUNDLED = Path(__file__).parent / "bundled"
+STRENGTH = "strength"
 _REMEDY = "give a phi.safetensors written by 'python -m mp_lightning.meta fit'"
 
 
 @dataclass(frozen=True)
 class NamedPhi:
-    """phi with the name it is shown under and its card (empty if there was none)."""
+    """phi with the name it is shown under, its card (empty if there was none), and the strength it is meant for."""
 
     phi: Phi
     name: str
     card: dict[str, Any] = field(default_factory=dict)
+    strength: float = 1.0
 
     def __str__(self) -> str:
         return f"{self.name} ({self.card['status']})" if self.card.get("status") else self.name
 
 
-def save_phi(path: str | Path, phi: Phi, card: dict[str, Any]) -> dict[str, Any]:
+def save_phi(path: str | Path, phi: Phi, card: dict[str, Any], strength: float = 1.0) -> dict[str, Any]:
     """Write ``path`` (.safetensors) and the card beside it (.json); both appear whole or not at all.
+
+    Args:
+        path: of the safetensors file.
+        phi: the 82 numbers.
+        card: where they come from.
+        strength: that phi is meant for, in the file a tensor without dimensions; 1, the paper's, is not written.
 
     Returns:
         The card as written, that is with the file's name and SHA-256.
+
+    Raises:
+        ConfigurationError: ``strength`` is out of range.
     """
     path = Path(path)
-    content = save({key: value.detach().float().cpu().contiguous() for key, value in phi._asdict().items()})
+    tensors = {key: value.detach().float().cpu().contiguous() for key, value in phi._asdict().items()}
+    check_strength(strength)
+    if strength != 1:
+        tensors[STRENGTH] = torch.tensor(float(strength))
+    content = save(tensors)
     card = {**card, "file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
     _write_whole(path, content)
     _write_whole(path.with_suffix(".json"), (json.dumps(card, indent=2) + "\n").encode())
@@ -66,10 +81,8 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
         return NamedPhi(source, "given phi")
     name = DEFAULT_PHI if source is None else str(source)
     if name in bundled_names():
-        phi, card = _read(BUNDLED / f"{name}.safetensors")
-        return NamedPhi(phi, name, card)
-    phi, card = _read(Path(name))
-    return NamedPhi(phi, name, card)
+        return _read(BUNDLED / f"{name}.safetensors", name)
+    return _read(Path(name), name)
 
 
 def bundled_names() -> list[str]:
@@ -77,7 +90,7 @@ def bundled_names() -> list[str]:
     return sorted(path.stem for path in BUNDLED.glob("*.safetensors"))
 
 
-def _read(path: Path) -> tuple[Phi, dict[str, Any]]:
+def _read(path: Path, name: str) -> NamedPhi:
     if not path.is_file():
         known = ", ".join(bundled_names()) or "none"
         raise PhiError(f"phi file '{path}' does not exist; {_REMEDY}, or name a bundled phi (there are: {known})")
@@ -88,6 +101,7 @@ def _read(path: Path) -> tuple[Phi, dict[str, Any]]:
         raise PhiError(f"phi file '{path}' cannot be read ({error.strerror}); {_REMEDY}") from error
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise PhiError(f"phi file '{path}' is not a whole safetensors file; {_REMEDY}") from error
+    strength = _taken_strength(tensors, f"phi file '{path}'")
     _check(tensors, f"phi file '{path}'")
     card = _read_card(path.with_suffix(".json"))
     expected = card.get("sha256")
@@ -95,7 +109,7 @@ def _read(path: Path) -> tuple[Phi, dict[str, Any]]:
         raise PhiError(
             f"phi file '{path}' is not the one its card describes (SHA-256 differs); restore it, or {_REMEDY}"
         )
-    return Phi(**{key: tensors[key].float() for key in SHAPES}), card
+    return NamedPhi(Phi(**{key: tensors[key].float() for key in SHAPES}), name, card, strength)
 
 
 def _read_card(path: Path) -> dict[str, Any]:
@@ -112,6 +126,24 @@ def _read_card(path: Path) -> dict[str, Any]:
             f"phi card '{path}' does not hold a JSON object; restore it, or delete it to load the file alone"
         )
     return card
+
+
+def check_strength(strength: float, what: str = "strength") -> None:
+    """Refuse a strength that cannot be used.
+
+    Raises:
+        ConfigurationError: it is not a number above 0 and at most 1.
+    """
+    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+        raise ConfigurationError(f"{what}={strength} cannot be used; give a number above 0 and at most 1")
+
+
+def _taken_strength(tensors: dict[str, torch.Tensor], what: str) -> float:
+    """The strength, taken out of the tensors of a file."""
+    value = tensors.pop(STRENGTH, torch.ones(()))
+    if value.dim() or not 0 < float(value) <= 1:  # NaN is neither
+        raise PhiError(f"{what}: '{STRENGTH}' is not one number above 0 and at most 1; {_REMEDY}")
+    return float(f"{float(value):.7g}")  # as it was written, and not as float32 holds it
 
 
 def _check(tensors: dict[str, torch.Tensor], what: str) -> None:

@@ -31,7 +31,8 @@ class Attachment(KeepsPrecision):
     Attributes:
         plan: the sites.
         phi_name: what the perturbation is called in messages.
-        coeff: strength of the perturbation, from 0 to 1 (float32 tensor without dimensions).
+        strength: of the perturbation when the ramp has ended, above 0 and at most 1.
+        coeff: its strength now; both are float32 tensors without dimensions.
         path: 'auto' takes the fast path wherever there is one, 'reference' the readable one always.
         inference: what wraps the model's forward in evaluation mode, if anything.
         sampling: draw noise in evaluation mode; otherwise use its expectation.
@@ -52,6 +53,7 @@ class Attachment(KeepsPrecision):
         phi_name: str,
         channel_norm: int,
         input_size: int | None,
+        strength: float,
         seed: int,
         clip: float | None,
         synchronize: bool,
@@ -85,7 +87,8 @@ class Attachment(KeepsPrecision):
         self.strays = 0
         self.training_forward = model.training  # whether the model's current forward is one of training
         for name, value in {
-            "coeff": torch.ones(()),
+            "strength": torch.tensor(float(strength)),
+            "coeff": torch.tensor(float(strength)),
             "steps": torch.zeros((), dtype=torch.int64),
             "forwards": torch.zeros((), dtype=torch.int64),
             "input_size": torch.tensor(float(input_size or 0)),
@@ -101,6 +104,7 @@ class Attachment(KeepsPrecision):
         self._entries = [Entry(self, name) for name in entry_names(model, plan)]
         self._handles = self._register(model)
 
+    strength: Tensor
     coeff: Tensor
     steps: Tensor
     forwards: Tensor
@@ -115,7 +119,7 @@ class Attachment(KeepsPrecision):
         return x
 
     def step(self) -> None:
-        """Count one training batch and move the ramp along: ``coeff = min(1, batches / ramp_steps)``.
+        """Count one training batch and move the ramp along: ``coeff = strength * min(1, batches / ramp_steps)``.
 
         Raises:
             ConfigurationError: the length of the ramp is not known.
@@ -129,7 +133,7 @@ class Attachment(KeepsPrecision):
         self.update_coeff()
 
     def ramp_over(self, ramp_steps: int) -> None:
-        """Let the strength grow from 0 to 1 over ``ramp_steps`` training batches (0: full strength at once)."""
+        """Let ``coeff`` grow from 0 to ``strength`` over ``ramp_steps`` training batches (0: full strength at once)."""
         if ramp_steps < 0:
             raise ConfigurationError(
                 f"ramp_steps={ramp_steps} is negative; give the number of batches, or 0 for no ramp"
@@ -140,7 +144,7 @@ class Attachment(KeepsPrecision):
     def update_coeff(self) -> None:
         """Set the strength that follows from the batches counted so far."""
         ramp = max(self.ramp_steps or 0, 0)
-        self.coeff.copy_((self.steps / ramp).clamp(max=1.0) if ramp else torch.ones(()))
+        self.coeff.copy_(self.strength * (self.steps / ramp).clamp(max=1.0) if ramp else self.strength)
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
@@ -236,6 +240,7 @@ class Attachment(KeepsPrecision):
             "channel_norm": self.channel_norm,
             "seed": self.seed,
             "clip": self.clip,
+            "strength": float(self.strength),
             "ramp_steps": self.ramp_steps,
             "input_size": float(self.input_size),
             "sites": {
@@ -278,6 +283,7 @@ class Attachment(KeepsPrecision):
             for name, value in state["counters"].items():
                 getattr(self, name).fill_(value)
             self.input_size.fill_(state["input_size"])
+            self.strength.fill_(state.get("strength", 1.0))  # before there were others it was 1
         self._set_size_source(_FINAL if state["input_size"] > 0 else 0)
         self.phi_name, self.channel_norm = state["phi_name"], state["channel_norm"]
         self.seed, self.clip, self.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]

@@ -9,6 +9,7 @@ Example::
         attachment.step()
 """
 
+import math
 from pathlib import Path
 
 import torch
@@ -16,7 +17,7 @@ import torch.distributed
 from torch import nn
 
 from mp_lightning.errors import ConfigurationError, SiteError
-from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, load_phi
+from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, check_strength, load_phi
 from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName, ramp_length
 from mp_lightning.sites.calls import Block
 from mp_lightning.sites.discovery import find_sites
@@ -31,6 +32,7 @@ def attach(
     perturbation: Perturbation | None = None,
     total_steps: int | None = None,
     ramp_steps: int | None = None,
+    strength: float | None = None,
     input_size: int | None = None,
     seed: int = 0,
     clip: float | None = CLIP,
@@ -51,6 +53,9 @@ def attach(
         total_steps: number of training batches of the run; the strength grows over the first 40 % of them.
         ramp_steps: number of batches over which it grows, instead. With neither, it is at full strength from the start
             and ``step()`` raises.
+        strength: how much of the perturbation acts when it has grown, above 0 and at most 1: a feature map is
+            multiplied by ``1 + strength * (multiplier - 1)``. None takes the one that phi comes with; of any other
+            perturbation 1.
         input_size: height of the network's input in pixels; None takes it from the first forward.
         seed: seed of the noise.
         clip: upper bound of a perturbed feature map, in training and in evaluation; None for no bound.
@@ -68,12 +73,14 @@ def attach(
         PhiError: phi cannot be loaded.
         SiteError: no site was found, or the plan does not fit the model.
         ConfigurationError: the model is attached already, with another phi, perturbation or plan; or ``path`` is
-            unknown.
+            unknown or ``strength`` out of range.
     """
     existing = attachment_of(model)
     named = None if perturbation is not None else load_phi(phi)
+    if strength is not None:
+        check_strength(strength)
     if existing is not None:
-        _check_same(existing, None if phi is None else named, perturbation, sites)
+        _check_same(existing, None if phi is None else named, perturbation, sites, strength)
         return existing
     plan = find_sites(model) if sites is None else sites
     _check_fits(plan, model)
@@ -87,6 +94,7 @@ def attach(
         phi_name=perturbation.name if named is None else named.name,
         channel_norm=_channel_norm(model, plan, sites),
         input_size=input_size,
+        strength=strength if strength is not None else 1.0 if named is None else named.strength,
         seed=seed,
         clip=clip,
         synchronize=synchronize,
@@ -138,7 +146,11 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 
 def _check_same(
-    existing: Attachment, named: NamedPhi | None, perturbation: Perturbation | None, sites: SitePlan | None
+    existing: Attachment,
+    named: NamedPhi | None,
+    perturbation: Perturbation | None,
+    sites: SitePlan | None,
+    strength: float | None,
 ) -> None:
     """Refuse to return an attachment that is not the one asked for (None: anything will do)."""
     other = perturbation is not None and perturbation is not existing.perturbation
@@ -151,6 +163,12 @@ def _check_same(
     if other:
         raise ConfigurationError(
             f"the model is attached already, with phi '{existing.phi_name}'; call detach() before attaching another"
+        )
+    wanted = named.strength if strength is None and named is not None else strength
+    if wanted is not None and not math.isclose(wanted, float(existing.strength), rel_tol=1e-6):
+        raise ConfigurationError(
+            f"the model is attached already, at strength {float(existing.strength):g} and not {wanted:g}; call "
+            "detach() before attaching again"
         )
     if sites is not None and sites != existing.plan:
         raise ConfigurationError("the model is attached already, at other sites; call detach() before attaching again")
