@@ -3,12 +3,16 @@
 import csv
 import subprocess
 import sys
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import pytest
 import torch
+from benchmarks import prove
 from benchmarks.measure import interleaved
 from benchmarks.table import Table
+
+from mp_lightning.compare.results import Row
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -70,3 +74,67 @@ def test_a_table_with_other_columns_is_left_alone(tmp_path):
     with pytest.raises(SystemExit, match="other columns"):
         Table(path, ["a", "c"], "heading")
     assert Table(path, ["a", "b"], "heading").has({"a": "1"})
+
+
+def row(arm, seed, accuracy, nll):
+    numbers = dict.fromkeys([field.name for field in fields(Row)], 0.5)
+    words = {"target": "imagenette", "model": "conv4", "settings": "1", "parameters": "", "inference": "mean"}
+    given = {"arm": arm, "seed": seed, "accuracy": accuracy, "nll": nll, "train_accuracy": 1.0, "device": "cpu"}
+    return Row(**{**numbers, **words, **given})
+
+
+def kept(tmp_path, **arms):
+    """A file as benchmarks.prove keeps it: rows of five seeds for each arm, at its accuracy."""
+    path, proof = tmp_path / "compare.csv", prove.PROOFS[0]
+    folder = tmp_path / "runs" / proof.name
+    folder.mkdir(parents=True)
+    made = [
+        row(name.replace("_with_", ":"), seed, accuracy + 0.001 * seed * (number + 1), 1.0 + 0.01 * number * seed)
+        for number, (name, accuracy) in enumerate(arms.items())
+        for seed in range(5)
+    ]
+    with (folder / "results.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, [*asdict(made[0]), "gap"])
+        writer.writeheader()
+        writer.writerows({**asdict(one), "gap": one.gap} for one in made)
+    prove.keep(proof, tmp_path / "runs", path)
+    return path, proof
+
+
+ARMS_KEPT = {
+    "none": 0.5,
+    "fixed_noise_with_new": 0.55,
+    "metaperturb_with_published.safetensors": 0.4,
+    "metaperturb_with_new": 0.55,
+}
+
+
+def test_results_are_kept_once_and_grow(tmp_path):
+    path, proof = kept(tmp_path, **ARMS_KEPT)
+    content = path.read_text()
+    assert content.count("\n") == 21 and content.startswith("comparison,target,")
+    prove.keep(proof, tmp_path / "runs", path)
+    assert path.read_text() == content
+    results = tmp_path / "runs" / proof.name / "results.csv"
+    last = results.read_text().splitlines()[-1]
+    results.write_text(results.read_text() + last.replace("metaperturb:new,4", "metaperturb:new,5") + "\n")
+    prove.keep(proof, tmp_path / "runs", path)
+    assert path.read_text().startswith(content) and path.read_text().count("\n") == 22
+
+
+def test_the_page_of_results_judges_the_bundled_phi_and_knows_its_controls(tmp_path):
+    path, proof = kept(tmp_path, **ARMS_KEPT)
+    out = tmp_path / "docs" / "results.md"
+    run("benchmarks.results_page", "--rows", str(path), "--out", str(out))
+    text = out.read_text()
+    assert f"## {proof}" in text
+    (headline,) = [line for line in text.splitlines() if line.startswith("**metaperturb:new helps: ")]
+    assert "accuracy +5.6 points against none" in headline
+    assert "not better than the best control" in headline and "fixed_noise:new" in headline
+    assert "**metaperturb:published" not in text
+    assert "| `metaperturb:published.safetensors` | -" in text and " | harms | " in text
+
+
+def test_results_that_are_not_there_are_named(tmp_path):
+    printed = run("benchmarks.results_page", "--rows", str(tmp_path / "none.csv"), expect=2)
+    assert "none.csv' does not exist; make it with python -m benchmarks.prove" in printed

@@ -11,7 +11,17 @@ from mp_lightning.compare import Arm, Comparison, compare
 from mp_lightning.errors import ConfigurationError, DataError, PhiError, SiteError, UserError
 from mp_lightning.inference import Fold, Mean, MonteCarlo, reestimate_batch_norm
 from mp_lightning.mixin import MetaPerturbMixin
-from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, bundled_names, load_phi, save_phi
+from mp_lightning.perturbation import (
+    MetaPerturb,
+    NamedPhi,
+    Perturbation,
+    Phi,
+    PhiDescription,
+    describe_phi,
+    list_phi,
+    load_phi,
+    save_phi,
+)
 from mp_lightning.sites import Attachment, SitePlan, SiteSpec, attach, attachment_of, detach, find_sites
 
 __version__ = version("mp_lightning")
@@ -32,6 +42,7 @@ __all__ = [
     "NamedPhi",
     "Perturbation",
     "Phi",
+    "PhiDescription",
     "PhiError",
     "SiteError",
     "SitePlan",
@@ -39,10 +50,11 @@ __all__ = [
     "UserError",
     "attach",
     "attachment_of",
-    "bundled_names",
     "compare",
+    "describe_phi",
     "detach",
     "find_sites",
+    "list_phi",
     "load_phi",
     "reestimate_batch_norm",
     "save_phi",

@@ -53,6 +53,7 @@ def test_fit_leaves_phi_card_table_and_picture(finished: tuple[Path, Done]) -> N
         "phi.safetensors",
         "phi.json",
         "metrics.csv",
+        "phi.png",
         "training.png",
         "evaluation.json",
         "report.json",
@@ -64,9 +65,10 @@ def test_fit_leaves_phi_card_table_and_picture(finished: tuple[Path, Done]) -> N
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-00000001.ckpt", "step-00000002.ckpt"]
     assert list((run / "tensorboard").glob("events.*"))
     assert len(json.loads((run / "evaluation.json").read_text())) == 3
-    with Image.open(run / "training.png") as picture:
-        picture.verify()
-        assert picture.format == "PNG" and min(picture.size) > 400
+    for name in ("phi.png", "training.png"):
+        with Image.open(run / name) as picture:
+            picture.verify()
+            assert picture.format == "PNG" and min(picture.size) > 400
     header, *rows = (run / "metrics.csv").read_text().splitlines()
     assert [row.partition(",")[0] for row in rows] == ["1", "2"]
     for task in ("digits04-a", "digits04-b", "textures-a", "textures-b"):

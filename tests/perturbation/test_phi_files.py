@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mp_lightning.errors import ConfigurationError, PhiError
-from mp_lightning.perturbation import bundled_names, initial_phi, load_phi, save_phi
+from mp_lightning.perturbation import initial_phi, list_phi, load_phi, save_phi
 
 
 @pytest.fixture
@@ -120,7 +120,7 @@ def test_bad_file_is_named_in_one_line(saved, damage, reason):
 
 def test_default_is_bundled_trained_and_says_what_it_is():
     phi = load_phi()
-    assert phi.name in bundled_names()
+    assert phi.name in list_phi()
     assert phi.card["steps"] > 0
     assert "provisional" in str(phi)
     assert "python -m mp_lightning.meta fit" in phi.card["command"]

@@ -368,9 +368,9 @@ def test_another_strength_of_an_attached_model_is_refused():
     model, phi = fresh(conv4), NamedPhi(initial_phi(0), "mine", strength=0.5)
     attachment = attach(model, phi)
     assert attach(model, phi) is attach(model, phi, strength=0.5) is attach(model, strength=0.5) is attachment
-    for phi, strength in ((phi, 0.6), (initial_phi(0), None), (None, 1.0)):
+    for other, strength in ((phi, 0.6), (initial_phi(0), None), (None, 1.0)):
         with pytest.raises(ConfigurationError, match=r"already, at strength 0\.5 and not"):
-            attach(model, phi, strength=strength)
+            attach(model, other, strength=strength)
 
 
 def test_a_state_without_strength_is_one_of_full_strength():

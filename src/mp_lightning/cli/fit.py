@@ -19,6 +19,7 @@ from mp_lightning.compare.progress import progress_display, reading_display
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.meta.history import History
 from mp_lightning.meta.module import JointMetaTraining
+from mp_lightning.meta.phi_picture import draw_phi
 from mp_lightning.meta.picture import draw_training
 from mp_lightning.meta.placement import place
 from mp_lightning.meta.sources import ImageSource, built_in, from_settings
@@ -73,6 +74,7 @@ def run(config: DictConfig, path: Path) -> float:
     descriptions = module.description["tasks"]
     try:
         draw_training(history, path / "training.png", descriptions)
+        draw_phi(final, path / "phi.png")
         save_phi(path / PHI, final.phi, card, final.strength)
     except OSError as error:
         raise unusable(path, error) from error
@@ -92,7 +94,7 @@ def _finish(console: Console, folder: RunFolder, target: Target, results: list[A
     folder.finish(report)
     wide = console if console.is_terminal else Console(highlight=False, width=max(console.width, _LEAST_WIDTH))
     wide.print(table)
-    console.print(f"Written to {_bold(path)}: {PHI}, phi.json, metrics.csv, training.png")
+    console.print(f"Written to {_bold(path)}: {PHI}, phi.json, phi.png, metrics.csv, training.png")
     _print_report(console, report, path)
     return nll
 

@@ -111,12 +111,12 @@ def markdown(summary: Summary, rows: Sequence[Row], facts: Mapping[str, Any]) ->
         *(f"**{_literal(sentence)}**" for sentence in summary.headline),
         *map(_literal, summary.also),
         "## Scores\n\nMeans over the seeds with 95 % intervals; differences are paired by seed, p values corrected.",
-        _table(scores_grid(summary)),
+        table(scores_grid(summary)),
     ]
     modes = modes_grid(summary, rows)
     if modes.lines:
-        parts += ["## Noise in evaluation: `mc` and `mean`", _table(modes)]
-    parts += ["## Tests", _table(tests_grid(summary))]
+        parts += ["## Noise in evaluation: `mc` and `mean`", table(modes)]
+    parts += ["## Tests", table(tests_grid(summary))]
     repeat = json.dumps({key: value for key, value in facts.items() if key != "command"}, indent=2, default=str)
     # Longer than any fence within.
     parts += ["## How to repeat it", f"`````sh\n{facts['command']}\n`````", f"`````json\n{repeat}\n`````"]
@@ -140,7 +140,8 @@ def _tuned(one: Tuned) -> str:
     return f"{found} ({tried})" if tried else found
 
 
-def _table(grid: Grid) -> str:
+def table(grid: Grid) -> str:
+    """A table of a report in Markdown."""
     lines = [["arm", *map(_literal, grid.headings)], ["---"] * (1 + len(grid.headings))]
     lines += [[_literal(name), *map(_text, cells)] for name, cells in grid.lines]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)

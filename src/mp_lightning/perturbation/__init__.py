@@ -1,6 +1,7 @@
 """Floor 1: what is the perturbation? The mathematics, the net, its noise, its files, and what each one obeys."""
 
-from mp_lightning.perturbation.files import NamedPhi, bundled_names, check_strength, load_phi, save_phi
+from mp_lightning.perturbation.catalogue import PhiDescription, describe_phi
+from mp_lightning.perturbation.files import NamedPhi, check_strength, list_phi, load_phi, save_phi
 from mp_lightning.perturbation.net import MetaPerturb
 from mp_lightning.perturbation.noise import NoiseKey, gaussian_noise
 from mp_lightning.perturbation.phi import Phi, initial_phi
@@ -15,11 +16,13 @@ __all__ = [
     "Perturbation",
     "Perturbed",
     "Phi",
+    "PhiDescription",
     "Statistics",
-    "bundled_names",
     "check_strength",
+    "describe_phi",
     "gaussian_noise",
     "initial_phi",
+    "list_phi",
     "load_phi",
     "save_phi",
 ]

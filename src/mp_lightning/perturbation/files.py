@@ -67,7 +67,7 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
     """phi from a file, from the name of a bundled one, or as it is given.
 
     Args:
-        source: path of a ``.safetensors`` file, a name of :func:`bundled_names`, a :class:`Phi`, or None for the
+        source: path of a ``.safetensors`` file, a name of :func:`list_phi`, a :class:`Phi`, or None for the
             bundled default.
 
     Raises:
@@ -80,19 +80,19 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
         _check(source._asdict(), "the given phi")
         return NamedPhi(source, "given phi")
     name = DEFAULT_PHI if source is None else str(source)
-    if name in bundled_names():
+    if name in list_phi():
         return _read(BUNDLED / f"{name}.safetensors", name)
     return _read(Path(name), name)
 
 
-def bundled_names() -> list[str]:
-    """Names of the phi that come with the package."""
+def list_phi() -> list[str]:
+    """Names of the phi that come with the package, for ``MetaPerturbCallback(name)`` and ``describe_phi(name)``."""
     return sorted(path.stem for path in BUNDLED.glob("*.safetensors"))
 
 
 def _read(path: Path, name: str) -> NamedPhi:
     if not path.is_file():
-        known = ", ".join(bundled_names()) or "none"
+        known = ", ".join(list_phi()) or "none"
         raise PhiError(f"phi file '{path}' does not exist; {_REMEDY}, or name a bundled phi (there are: {known})")
     try:
         content = path.read_bytes()

@@ -1,0 +1,143 @@
+"""Does phi help? The comparisons that docs/results.md shows, one after another.
+
+    python -m benchmarks.prove --data FOLDER --published published_phi.npz
+    python -m benchmarks.results_page
+
+FOLDER holds imagenette.npz, cifar10.npz, cub.npz and so on, each with x_train, y_train, x_test and y_test. Each
+comparison is a run folder of ``compare`` below --runs, so that the same command continues one that was killed, and adds
+seeds and arms. Finished runs are appended to benchmarks/results/compare.csv, which is all that the page needs.
+"""
+
+import argparse
+import csv
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks.options import some_of
+from mp_lightning import Phi, save_phi
+from mp_lightning.perturbation.files import DEFAULT_PHI
+
+RESULTS = Path(__file__).parent / "results" / "compare.csv"
+PUBLISHED = "published.safetensors"
+# With the name of phi, so that the rows of one version stand beside those of the next.
+ARMS = (
+    *("none", f"fixed_noise:{DEFAULT_PHI}", f"shrink_only:{DEFAULT_PHI}", "dropblock"),
+    *(f"metaperturb:{PUBLISHED}", f"metaperturb:{DEFAULT_PHI}"),
+)
+_NAMES = {"scale_kernels": "stat_kernels"}  # in the authors' file
+
+
+@dataclass(frozen=True)
+class Proof:
+    """One comparison: a target, a network, and how it is trained."""
+
+    target: str
+    n_per_class: int | None
+    model: str
+    steps: int = 1200
+    batch_size: int = 64
+    lr: float = 1e-3
+    image_size: int = 32
+
+    @property
+    def name(self) -> str:
+        return f"{self.target}-{self.model}"
+
+    def __str__(self) -> str:
+        images = "all images" if self.n_per_class is None else f"{self.n_per_class} images a class"
+        steps = f"{self.steps} steps of {self.batch_size}"
+        return f"{self.target}, {images} of {self.image_size} pixels, {self.model}, {steps}"
+
+    def words(self) -> list[str]:
+        """As ``compare`` takes it."""
+        return [
+            f"n_per_class={'null' if self.n_per_class is None else self.n_per_class}",
+            *(f"{key}={getattr(self, key)}" for key in ("model", "steps", "batch_size", "lr", "image_size")),
+            "inference=mean",
+        ]
+
+
+# In the order in which they are made.
+PROOFS = [
+    Proof("imagenette", 50, "conv4"),
+    Proof("imagenette", 50, "resnet20"),
+    Proof("cifar10", 50, "conv4"),
+    Proof("cifar10", 50, "resnet20"),
+    Proof("cub", None, "conv4"),
+    Proof("cub", None, "resnet20"),
+]
+
+
+def published_phi(path: Path, folder: Path) -> None:
+    """Write the authors' numbers, which are not part of this project, as a phi file into a folder."""
+    with np.load(path) as content:
+        phi = Phi(**{name: torch.from_numpy(content[_NAMES.get(name, name)].copy()).float() for name in Phi._fields})
+    save_phi(folder / PUBLISHED, phi, {"kind": "the phi that the authors of MetaPerturb published"})
+
+
+def make(proof: Proof, given: argparse.Namespace, arms: list[str]) -> None:
+    """Make, or continue, one comparison."""
+    command = [
+        *(sys.executable, "-m", "mp_lightning.meta", "compare"),
+        f"target={(given.data / f'{proof.target}.npz').resolve()}",
+        *proof.words(),
+        *(f"arms=[{','.join(arms)}]", f"seeds={given.seeds}", f"jobs={given.jobs}", f"hydra.run.dir={proof.name}"),
+    ]
+    subprocess.run(command, cwd=given.runs, check=True)
+
+
+def keep(proof: Proof, runs: Path, results: Path) -> None:
+    """Append the finished runs of a comparison that are not there yet."""
+    kept = _rows(results)
+    known = {tuple(row[key] for key in ("comparison", "arm", "seed", "settings")) for row in kept}
+    found = [{"comparison": str(proof), **row} for row in _rows(runs / proof.name / "results.csv")]
+    new = [row for row in found if tuple(row[key] for key in ("comparison", "arm", "seed", "settings")) not in known]
+    if not new:
+        return
+    with results.open("a", newline="") as file:
+        writer = csv.DictWriter(file, list(new[0]), lineterminator="\n")
+        if not kept:
+            writer.writeheader()
+        writer.writerows(new)
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [proof.name for proof in PROOFS]
+    parser.add_argument("--data", type=Path, required=True, help="folder with the npz files of the targets")
+    parser.add_argument("--published", type=Path, help="npz with the authors' phi; without it that arm is left out")
+    parser.add_argument("--only", default=",".join(names), help="some of the comparisons, with commas")
+    parser.add_argument("--arms", default=",".join(ARMS), help="with commas")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/prove"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    chosen = some_of(parser, "only", given.only, names)
+    given.runs.mkdir(parents=True, exist_ok=True)
+    arms = given.arms.split(",")
+    if given.published is not None:
+        published_phi(given.published, given.runs)
+    else:
+        arms = [arm for arm in arms if PUBLISHED not in arm]
+    for proof in PROOFS:
+        if proof.name in chosen:
+            print(f"\n{proof}", flush=True)
+            make(proof, given, arms)
+            keep(proof, given.runs, given.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""docs/results.md, from the kept rows of benchmarks.prove.
+
+python -m benchmarks.results_page
+"""
+
+import argparse
+import csv
+from pathlib import Path
+from typing import get_type_hints
+
+from benchmarks.prove import PUBLISHED, RESULTS
+from mp_lightning.compare.cells import difference_cell, scores_grid, tests_grid
+from mp_lightning.compare.report import table
+from mp_lightning.compare.results import Row
+from mp_lightning.compare.summary import CONTROLS, VERDICT_METRICS, Summary, summarize
+
+PAGE = Path(__file__).parents[1] / "docs" / "results.md"
+_INTRODUCTION = """# Does it help?
+
+Made by `python -m benchmarks.results_page` from [compare.csv](../benchmarks/results/compare.csv), one row a run, which
+`python -m benchmarks.prove` makes by the command `compare`. `metaperturb:NAME` is a phi that comes with the package,
+`metaperturb:published.safetensors` the one that the authors of the paper published, at full strength. The controls
+`fixed_noise:NAME` and `shrink_only:NAME` have constant noise, or none, with the moments that the multiplier of that phi
+has at each site, and act at its strength. Scores are of one forward by expected noise, with batch norm re-estimated for
+it. Intervals are 95 % t intervals over seeds; p values of paired t tests are corrected by Holm's method over the arms
+and over accuracy and NLL.
+"""
+
+
+def read(path: Path) -> dict[str, list[Row]]:
+    """The rows of each comparison, in the order in which they were made."""
+    kinds, found = get_type_hints(Row), {}
+    with path.open(newline="") as file:
+        for values in csv.DictReader(file):
+            row = Row(**{name: kinds[name](values[name]) for name in kinds})
+            found.setdefault(values["comparison"], []).append(row)
+    return found
+
+
+def judged(rows: list[Row]) -> Summary:
+    """The verdict on the bundled phi, whose controls carry its name."""
+    arms = list(dict.fromkeys(row.arm for row in rows))
+    ours = [arm for arm in arms if arm.startswith("metaperturb:") and PUBLISHED not in arm]
+    return summarize(rows, focus=ours, controls=[arm for arm in arms if arm.partition(":")[0] in CONTROLS])
+
+
+def overview(summaries: dict[str, Summary]) -> str:
+    """One line a comparison and arm: differences from no regularizer, and verdicts."""
+    headings = ("comparison", "arm", "accuracy minus none, points", "verdict", "NLL minus none", "verdict")
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    for name, summary in summaries.items():
+        for arm, of_arm in summary.arms.items():
+            if not of_arm.verdicts:
+                continue
+            cells = []
+            for metric in VERDICT_METRICS:
+                cell = difference_cell(metric, of_arm.against_baseline.get(metric))
+                cells += [f"{cell.main} ({cell.detail})" if cell.detail else cell.main, of_arm.verdicts[metric].word]
+            lines.append(f"| {name} | `{arm}` | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def page(comparisons: dict[str, list[Row]]) -> str:
+    summaries = {name: judged(rows) for name, rows in comparisons.items()}
+    parts = [_INTRODUCTION.strip(), overview(summaries)]
+    for name, summary in summaries.items():
+        seconds = sum(row.seconds for row in comparisons[name]) / 60
+        devices = ", ".join(sorted({row.device for row in comparisons[name]}))
+        parts += [
+            f"## {name}",
+            *(f"**{sentence}**" for sentence in summary.headline),
+            *summary.also,
+            table(scores_grid(summary)),
+            table(tests_grid(summary)),
+            f"{len(comparisons[name])} runs, {seconds:.0f} minutes on {devices} in all.",
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=Path, default=RESULTS)
+    parser.add_argument("--out", type=Path, default=PAGE)
+    given = parser.parse_args()
+    if not given.rows.is_file():
+        parser.error(f"--rows: '{given.rows}' does not exist; make it with python -m benchmarks.prove")
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(page(read(given.rows)), encoding="utf-8")
+    print(f"Written: {given.out.name}, of {given.rows.name}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""The phi that come with the package: which there are, and what their cards say."""
+
+import textwrap
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mp_lightning.errors import PhiError
+from mp_lightning.perturbation.files import BUNDLED, DEFAULT_PHI, list_phi, load_phi
+
+_WIDTH = 100
+# In this order, under these headings; what a card holds beside them is in PhiDescription.card.
+_HEADINGS = {
+    "status": "status",
+    "kind": "kind",
+    "sources": "learned from",
+    "data_terms": "terms of the data",
+    "architectures": "networks",
+    "tasks": "tasks",
+    "seed": "seed",
+    "settings": "settings",
+    "selection": "selection",
+    "results": "results",
+    "known_limits": "known limits",
+    "command": "command",
+    "versions": "versions",
+    "created": "made on",
+    "sha256": "SHA-256",
+}
+
+
+@dataclass(frozen=True, repr=False)
+class PhiDescription:
+    """What is known of a bundled phi. Printed, it is the card as text.
+
+    Attributes:
+        name: for ``MetaPerturbCallback(name)``.
+        strength: at which it acts.
+        default: whether it is the one that is taken where none is named.
+        card: plain values: sources, settings, seeds, how it was chosen, results, SHA-256 of the file, ...
+        picture: a PNG of its filters and its response; None if there is none.
+    """
+
+    name: str
+    strength: float
+    default: bool
+    card: dict[str, Any]
+    picture: Path | None
+
+    def __str__(self) -> str:
+        lines = [f"{self.name}{' (the default)' if self.default else ''}, strength {self.strength:g}"]
+        width = max(map(len, _HEADINGS.values()))
+        for key, heading in _HEADINGS.items():
+            if key in self.card:
+                first, then = f"  {heading:<{width}}  ", " " * (width + 4)
+                lines += textwrap.wrap(
+                    _text(key, self.card[key]),
+                    _WIDTH,
+                    initial_indent=first,
+                    subsequent_indent=then,
+                    break_long_words=False,
+                    break_on_hyphens=False,
+                )
+        if self.picture is not None:
+            lines.append(f"  {'picture':<{width}}  {self.picture}")
+        return "\n".join(lines)
+
+    __repr__ = __str__
+
+
+def describe_phi(name: str = DEFAULT_PHI) -> PhiDescription:
+    """The card of a phi that comes with the package, its SHA-256 verified.
+
+    Args:
+        name: one of :func:`list_phi`; by default the one that is taken where none is named.
+
+    Raises:
+        PhiError: there is none of that name, or its file is not the one that its card describes.
+    """
+    if name not in list_phi():
+        raise PhiError(f"no phi '{name}' comes with the package; name one of {', '.join(list_phi())}")
+    phi = load_phi(name)
+    picture = BUNDLED / f"{name}.png"
+    return PhiDescription(
+        name=name,
+        strength=phi.strength,
+        default=name == DEFAULT_PHI,
+        card=phi.card,
+        picture=picture if picture.is_file() else None,
+    )
+
+
+def _text(key: str, value: Any) -> str:
+    if key == "tasks":
+        return str(len(value))
+    if isinstance(value, dict):
+        return ", ".join(f"{name}={_text('', one)}" for name, one in value.items())
+    if isinstance(value, list):
+        return "; ".join(_text("", one) for one in value)
+    return str(value)
