@@ -135,7 +135,7 @@ def test_fast_dev_run(tmp_path):
 )
 def test_ramp_over_40_percent_of_the_batches(tmp_path, options, batches, ramp):
     watch = Watch()
-    trainer(tmp_path, [MetaPerturbCallback(), watch], **options).fit(module(), loader(2))
+    trainer(tmp_path, [MetaPerturbCallback(strength=1), watch], **options).fit(module(), loader(2))
     assert watch.coeff == pytest.approx([min(1, batch / ramp) for batch in range(batches)])
 
 
@@ -157,7 +157,7 @@ def test_without_a_horizon_ramp_steps_is_asked_for(tmp_path, options):
         trainer(tmp_path, [MetaPerturbCallback()], **options).fit(module(), data)
     if options == {"max_epochs": 1}:
         watch = Watch()
-        trainer(tmp_path, [MetaPerturbCallback(ramp_steps=2), watch], **options).fit(module(), data)
+        trainer(tmp_path, [MetaPerturbCallback(ramp_steps=2, strength=1), watch], **options).fit(module(), data)
         assert watch.coeff == [0, 0.5, 1]
 
 
@@ -170,7 +170,7 @@ def test_max_time_alone_with_data_of_known_length(tmp_path):
 def test_max_steps_gives_endless_data_a_horizon(tmp_path):
     watch = Watch()
     data = DataLoader(Endless(5), batch_size=None)
-    trainer(tmp_path, [MetaPerturbCallback(), watch], max_epochs=-1, max_steps=5).fit(module(), data)
+    trainer(tmp_path, [MetaPerturbCallback(strength=1), watch], max_epochs=-1, max_steps=5).fit(module(), data)
     assert watch.coeff == [0, 0.5, 1, 1, 1]
 
 
@@ -334,7 +334,7 @@ def test_an_interrupted_training_leaves_a_model_that_can_be_evaluated(tmp_path):
 def test_many_statistics_survive_a_second_fit(tmp_path):
     """A second fit goes on where the first ended: the noise does not start anew, the strength neither."""
     model = module()
-    callback, watch = MetaPerturbCallback(), Watch()
+    callback, watch = MetaPerturbCallback(strength=1), Watch()
     trainer(tmp_path, [callback], max_epochs=1).fit(model, loader(4))
     before = copy.deepcopy(attachment_of(model).sites.state_dict())
     first = {name: value.clone() for name, value in attachment_of(model).sites.named_buffers()}
@@ -355,12 +355,20 @@ def test_a_strategy_that_trains_a_copy_says_so(tmp_path, capfd):
     assert attachment_of(model) is None
 
 
-def test_a_second_fit_says_that_it_starts_at_full_strength(tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("strength", "first", "second"),
+    [
+        (1, "strength grows over the", "at full strength from"),
+        (0.25, "strength grows to 0.25 over", "at strength 0.25 from"),
+    ],
+)
+def test_a_fit_says_how_its_strength_begins(tmp_path, caplog, strength, first, second):
     model = module()
-    trainer(tmp_path, [MetaPerturbCallback()]).fit(model, loader(4))
-    with caplog.at_level(logging.INFO):
-        trainer(tmp_path, [MetaPerturbCallback()]).fit(model, loader(4))
-    assert "at full strength from the first batch" in caplog.text
+    for expected in (first, second):
+        caplog.clear()
+        with caplog.at_level(logging.INFO):
+            trainer(tmp_path, [MetaPerturbCallback(strength=strength)]).fit(model, loader(4))
+        assert expected in caplog.text
 
 
 @pytest.mark.parametrize("options", [{"samples": 2.5}, {"fit_samples": 0}, {"ramp_steps": "x"}, {"ramp_steps": -1}])

@@ -58,7 +58,7 @@ def test_fit_and_test_on_real_digits(tmp_path, name, inference):
     trainer.fit(module, DataLoader(images, batch_size=16))
     attachment = attachment_of(module)
     assert len(attachment.plan) == sites
-    assert float(attachment.coeff) == 1
+    assert attachment.coeff == attachment.strength
     assert float(attachment.input_size) == 32
     assert all((site.mean != 0).any() for site in attachment.sites), "a site was never reached"
     result = trainer.test(module, DataLoader(images, batch_size=16), verbose=False)[0]

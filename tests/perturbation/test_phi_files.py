@@ -122,7 +122,7 @@ def test_default_is_bundled_trained_and_says_what_it_is():
     phi = load_phi()
     assert phi.name in list_phi()
     assert phi.card["steps"] > 0
-    assert "provisional" in str(phi)
+    assert phi.card["status"] in str(phi) and "early" in phi.card["status"]
     assert "python -m mp_lightning.meta fit" in phi.card["command"]
     assert json.dumps(phi.card)
     assert max(value.abs().max() for value in phi.phi) > 0.1  # a random phi stays below 0.05

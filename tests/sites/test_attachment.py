@@ -291,7 +291,7 @@ def test_a_batch_that_is_not_finite_leaves_the_statistics_alone(bad):
 
 @pytest.mark.parametrize(("total", "expected"), [(10, [0, 0.25, 0.5, 0.75, 1, 1]), (1, [1, 1]), (5, [0, 0.5, 1, 1])])
 def test_ramp_over_the_first_40_percent(total, expected):
-    attachment = attach(conv4(), total_steps=total)
+    attachment = attach(conv4(), total_steps=total, strength=1)
     seen = []
     for _ in expected:
         seen.append(float(attachment.coeff))
@@ -300,7 +300,7 @@ def test_ramp_over_the_first_40_percent(total, expected):
 
 
 def test_ramp_of_a_given_length():
-    attachment = attach(conv4(), ramp_steps=3)
+    attachment = attach(conv4(), ramp_steps=3, strength=1)
     seen = []
     for _ in range(4):
         attachment.step()
@@ -312,7 +312,7 @@ def test_ramp_of_a_given_length():
 
 def test_step_without_a_horizon_is_refused():
     attachment = attach(conv4())
-    assert float(attachment.coeff) == 1
+    assert attachment.coeff == attachment.strength
     with pytest.raises(ConfigurationError, match="total_steps="):
         attachment.step()
 
@@ -409,7 +409,7 @@ def test_phi_is_in_no_optimizer_and_does_not_train():
         loss.backward()
         optimizer.step()
         attachment.step()
-    assert float(attachment.coeff) == 1 and int(attachment.forwards) == 4
+    assert attachment.coeff == attachment.strength and int(attachment.forwards) == 4
     assert not torch.equal(model.fc.weight, before)
     for value, original in zip(attachment.perturbation.phi, phi, strict=True):
         assert torch.equal(value, original) and not value.requires_grad and value.grad is None

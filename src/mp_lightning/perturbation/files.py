@@ -17,7 +17,7 @@ from safetensors.torch import load, save
 from mp_lightning.errors import ConfigurationError, PhiError
 from mp_lightning.perturbation.phi import SHAPES, Phi
 
-DEFAULT_PHI = "tiny-imagenet-0"
+DEFAULT_PHI = "tiny-imagenet-1"
 BUNDLED = Path(__file__).parent / "bundled"
 STRENGTH = "strength"
 _REMEDY = "give a phi.safetensors written by 'python -m mp_lightning.meta fit'"
