@@ -92,18 +92,25 @@ def make(proof: Proof, given: argparse.Namespace, arms: list[str]) -> None:
 
 
 def keep(proof: Proof, runs: Path, results: Path) -> None:
-    """Append the finished runs of a comparison that are not there yet."""
+    """Add the finished runs of a comparison that are not there yet; the file is replaced as a whole."""
     kept = _rows(results)
-    known = {tuple(row[key] for key in ("comparison", "arm", "seed", "settings")) for row in kept}
+    known = {(row["comparison"], row["arm"], row["seed"]): row["settings"] for row in kept}
     found = [{"comparison": str(proof), **row} for row in _rows(runs / proof.name / "results.csv")]
-    new = [row for row in found if tuple(row[key] for key in ("comparison", "arm", "seed", "settings")) not in known]
+    for row in found:
+        if known.get((str(proof), row["arm"], row["seed"]), row["settings"]) != row["settings"]:
+            raise SystemExit(
+                f"{results} has arm {row['arm']}, seed {row['seed']} of '{proof}' made with other settings; remove the "
+                "rows of that comparison, or name another file with --out"
+            )
+    new = [row for row in found if (str(proof), row["arm"], row["seed"]) not in known]
     if not new:
         return
-    with results.open("a", newline="") as file:
+    partial = results.with_name(f"{results.name}.partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(new[0]), lineterminator="\n")
-        if not kept:
-            writer.writeheader()
-        writer.writerows(new)
+        writer.writeheader()
+        writer.writerows([*kept, *new])
+    partial.replace(results)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

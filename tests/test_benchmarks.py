@@ -122,6 +122,16 @@ def test_results_are_kept_once_and_grow(tmp_path):
     assert path.read_text().startswith(content) and path.read_text().count("\n") == 22
 
 
+def test_a_run_of_other_settings_does_not_stand_beside_the_kept_one(tmp_path):
+    path, proof = kept(tmp_path, **ARMS_KEPT)
+    content = path.read_text()
+    results = tmp_path / "runs" / proof.name / "results.csv"
+    results.write_text(results.read_text().replace("none,0,1,", "none,0,2,"))
+    with pytest.raises(SystemExit, match=r"has arm none, seed 0 of .* made with other settings; remove the rows"):
+        prove.keep(proof, tmp_path / "runs", path)
+    assert path.read_text() == content
+
+
 def test_the_page_of_results_judges_the_bundled_phi_and_knows_its_controls(tmp_path):
     path, proof = kept(tmp_path, **ARMS_KEPT)
     out = tmp_path / "docs" / "results.md"

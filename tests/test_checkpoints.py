@@ -111,6 +111,15 @@ def test_restore_brings_the_strength_back(tmp_path, strength):
     assert torch.equal(logits(restored), logits(model))
 
 
+def test_resuming_keeps_the_strength_and_says_so(tmp_path, recwarn):
+    _, _, path = trained(tmp_path, strength=0.5)
+    model = module()
+    run = trainer(tmp_path, [MetaPerturbCallback(initial_phi(0), strength=0.75)], max_epochs=3)
+    run.fit(model, loader(4), loader(2), ckpt_path=path, weights_only=True)
+    assert float(attachment_of(model).coeff) == 0.5
+    assert any("trained at strength 0.5, which stays in force instead of 0.75" in str(one.message) for one in recwarn)
+
+
 def test_restore_twice(tmp_path):
     model, _, path = trained(tmp_path)
     restored = MetaPerturbCallback.restore(module(seed=1), path)

@@ -8,7 +8,7 @@ from lightning_modules import Classifier, digits, loader, module, trainer
 from mp_lightning import MetaPerturbCallback, MetaPerturbMixin, attachment_of
 from mp_lightning.checkpoints import MARKER
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.perturbation import initial_phi
+from mp_lightning.perturbation import NamedPhi, initial_phi
 
 
 class Declared(MetaPerturbMixin, Classifier):
@@ -134,3 +134,30 @@ def test_a_callback_in_the_trainer_as_well_acts_once(tmp_path):
     run = trainer(tmp_path, [MetaPerturbCallback()], max_epochs=1)
     run.fit(model, loader(2))
     assert int(attachment_of(model).steps) == 2
+
+
+class Weaker(MetaPerturbMixin, Classifier):
+    def __init__(self):
+        super().__init__()
+        self.perturb(NamedPhi(initial_phi(0), "weaker", strength=0.5))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_that_are_older_than_strengths_act_at_full_strength(strict):
+    """The strength of the class that reads them has no say."""
+    old = Weaker().state_dict()
+    del old["_metaperturb.strength"]
+    old["_metaperturb.coeff"] = torch.ones(())
+    model = Weaker()
+    model.load_state_dict(old, strict=strict)
+    attachment_of(model).ramp_over(0)
+    assert float(attachment_of(model).strength) == float(attachment_of(model).coeff) == 1
+
+
+def test_a_declared_module_trains_on_with_the_strength_that_it_loaded(tmp_path):
+    weights = Weaker().state_dict()
+    weights["_metaperturb.strength"] = torch.tensor(0.25)
+    model = Weaker()
+    model.load_state_dict(weights)
+    trainer(tmp_path).fit(model, loader(4))
+    assert float(attachment_of(model).coeff) == 0.25

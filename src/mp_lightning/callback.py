@@ -1,5 +1,6 @@
 """The Lightning callback: a learned regularizer in one line."""
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -144,12 +145,15 @@ class MetaPerturbCallback(Callback):
 
         Raises:
             SiteError: the module has no site.
-            ConfigurationError: it is attached already, with another phi or at other sites than this callback was given.
+            ConfigurationError: it is attached already, with another phi or strength or at other sites than this
+                callback was given.
         """
-        attached = attachment_of(module) is not None
+        existing = attachment_of(module)
+        if existing is not None and self.persistent:
+            return self._with_hooks(module, existing)  # what a module declares may have been loaded with its weights
         attachment = attach(
             module,
-            self.phi if self._phi_given or (not attached and self.perturbation is None) else None,
+            self.phi if self._phi_given or (existing is None and self.perturbation is None) else None,
             perturbation=self.perturbation,
             sites=self.sites,
             strength=self.strength,
@@ -160,8 +164,7 @@ class MetaPerturbCallback(Callback):
             persistent=self.persistent,
             path=self.path,
         )
-        self._install_hooks(module).remove_with(attachment)
-        return attachment
+        return self._with_hooks(module, attachment)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         attachment = self._attached(pl_module)
@@ -175,6 +178,11 @@ class MetaPerturbCallback(Callback):
         if int(attachment.steps) >= (attachment.ramp_steps or 0):
             ramp = f"at {'full strength' if strength == 1 else f'strength {strength:g}'} from the first batch"
         rank_zero_info(f"MetaPerturb: {len(attachment.plan)} sites, {self._what(attachment)}, {ramp}")
+        if self.strength is not None and not math.isclose(self.strength, strength, rel_tol=1e-6):
+            rank_zero_warn(
+                f"MetaPerturb: the model was trained at strength {strength:g}, which stays in force instead of "
+                f"{self.strength:g}"
+            )
         if self._phi_given and attachment.phi_name != self.phi.name:
             rank_zero_warn(
                 f"MetaPerturb: the model was trained with phi '{attachment.phi_name}', which stays in force instead of "
@@ -280,6 +288,10 @@ class MetaPerturbCallback(Callback):
         if self.inference == "mc":
             return MonteCarlo(self.samples, self.output)
         return Fold(self.samples) if self.inference == "fold" else Mean(self.samples)
+
+    def _with_hooks(self, module: nn.Module, attachment: Attachment) -> Attachment:
+        self._install_hooks(module).remove_with(attachment)
+        return attachment
 
     def _install_hooks(self, module: nn.Module) -> CheckpointHooks:
         declared = {

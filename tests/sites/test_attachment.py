@@ -2,6 +2,7 @@
 
 import copy
 import io
+import math
 import pickle
 
 import pytest
@@ -371,6 +372,14 @@ def test_another_strength_of_an_attached_model_is_refused():
     for other, strength in ((phi, 0.6), (initial_phi(0), None), (None, 1.0)):
         with pytest.raises(ConfigurationError, match=r"already, at strength 0\.5 and not"):
             attach(model, other, strength=strength)
+
+
+@pytest.mark.parametrize("strength", [0.0, 5.0, math.nan, "0.5"])
+def test_a_phi_of_an_impossible_strength_is_refused(strength):
+    model = fresh(conv4)
+    with pytest.raises(ConfigurationError, match=f"strength of phi 'mine'={strength} cannot be used"):
+        attach(model, NamedPhi(initial_phi(0), "mine", strength=strength))
+    assert attachment_of(model) is None
 
 
 def test_a_state_without_strength_is_one_of_full_strength():

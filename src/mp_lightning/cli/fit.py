@@ -73,9 +73,9 @@ def run(config: DictConfig, path: Path) -> float:
     card = make_card(entries, module, trainer.world_size, target, results, given.transfer)
     descriptions = module.description["tasks"]
     try:
+        save_phi(path / PHI, final.phi, card, final.strength)
         draw_training(history, path / "training.png", descriptions)
         draw_phi(final, path / "phi.png")
-        save_phi(path / PHI, final.phi, card, final.strength)
     except OSError as error:
         raise unusable(path, error) from error
     table = training_table(history, descriptions)

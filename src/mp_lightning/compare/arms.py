@@ -97,7 +97,8 @@ class Arm:
 class Part:
     """One part of a combination: its kind, the value of its hyperparameter where it is fixed, and its phi.
 
-    ``strength`` is that of what stands at the sites in place of phi: the strength of the phi it is compared with.
+    ``strength`` is that of what stands at the sites in place of phi: the strength of the part's phi, or, of a random
+    phi, that of the phi for the arms that name none.
     """
 
     name: str

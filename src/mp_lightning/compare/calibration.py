@@ -44,7 +44,7 @@ def phi_digest(phi: NamedPhi) -> str:
 def matched_moments(experiment: Experiment, phi: NamedPhi, folder: Path) -> list[SiteMoments]:
     """Mean and variance of phi's multiplier at each site, in training, after a pilot run of at most 100 batches.
 
-    phi acts at full strength from the first batch of the pilot run, whose seed is none of the comparison's; the network
+    phi acts at its strength from the first batch of the pilot run, whose seed is none of the comparison's; the network
     is thrown away. What was measured is kept in ``folder``.
 
     Raises:

@@ -135,7 +135,9 @@ class Examination(L.Callback):
         inference, attachment.inference = attachment.inference, None
         try:
             with torch.no_grad():
-                return site_moments(attachment, self._forwards(trainer, module, loader))
+                found = site_moments(attachment, self._forwards(trainer, module, loader))
+            strength = float(attachment.strength)
+            return [SiteMoments(site, 1 + strength * (mean - 1), strength**2 * var) for site, mean, var in found]
         finally:
             attachment.inference = inference
 

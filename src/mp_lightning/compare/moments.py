@@ -21,9 +21,9 @@ class SiteMoments(NamedTuple):
 def site_moments(attachment: Attachment, forwards: Iterable[Callable[[], Any]]) -> list[SiteMoments]:
     """Mean and variance of the multiplier at each site over some forwards of the model.
 
-    The multiplier is what the perturbation gives at full strength, whatever the ramp has reached. Forwards in training
-    mode move running statistics, as always; those in evaluation mode sample only where the attachment's ``inference``
-    does (None: it does).
+    The multiplier is what the perturbation gives at strength 1, whatever its strength and the ramp are. Forwards in
+    training mode move running statistics, as always; those in evaluation mode sample only where the attachment's
+    ``inference`` does (None: it does).
 
     Args:
         attachment: of the model.

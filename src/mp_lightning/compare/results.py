@@ -81,7 +81,7 @@ class Row:
 
 @dataclass(frozen=True)
 class SiteMultiplier:
-    """Mean and standard deviation of the multiplier at one site after training."""
+    """Mean and standard deviation of what feature maps are multiplied by at one site after training."""
 
     site: str
     mean: float

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
             finite, or it is not the file that its card describes.
     """
     if isinstance(source, NamedPhi):
+        check_strength(source.strength, f"strength of phi '{source.name}'")
         return source
     if isinstance(source, Phi):
         _check(source._asdict(), "the given phi")
@@ -134,7 +136,7 @@ def check_strength(strength: float, what: str = "strength") -> None:
     Raises:
         ConfigurationError: it is not a number above 0 and at most 1.
     """
-    if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 < strength <= 1:
+    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 < strength <= 1:
         raise ConfigurationError(f"{what}={strength} cannot be used; give a number above 0 and at most 1")
 
 
@@ -142,7 +144,7 @@ def _taken_strength(tensors: dict[str, torch.Tensor], what: str) -> float:
     """The strength, taken out of the tensors of a file."""
     value = tensors.pop(STRENGTH, torch.ones(()))
     if value.dim() or not 0 < float(value) <= 1:  # NaN is neither
-        raise PhiError(f"{what}: '{STRENGTH}' is not one number above 0 and at most 1; {_REMEDY}")
+        raise PhiError(f"{what}: '{STRENGTH}' is not a single number above 0 and at most 1; {_REMEDY}")
     return float(f"{float(value):.7g}")  # as it was written, and not as float32 holds it
 
 

@@ -114,6 +114,11 @@ class Attachment(KeepsPrecision):
     _size_source: int
     input_size: Tensor
 
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}coeff" in state_dict:  # before there were other strengths it was 1
+            state_dict.setdefault(f"{prefix}strength", torch.ones(()))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
     def forward(self, x: Any) -> Any:
         """The identity: containers such as ``nn.Sequential`` call every submodule, this one included."""
         return x

@@ -72,8 +72,8 @@ def attach(
     Raises:
         PhiError: phi cannot be loaded.
         SiteError: no site was found, or the plan does not fit the model.
-        ConfigurationError: the model is attached already, with another phi, perturbation or plan; or ``path`` is
-            unknown or ``strength`` out of range.
+        ConfigurationError: the model is attached already, with another phi, strength, perturbation or plan; or
+            ``path`` is unknown or ``strength`` out of range.
     """
     existing = attachment_of(model)
     named = None if perturbation is not None else load_phi(phi)
@@ -167,8 +167,8 @@ def _check_same(
     wanted = named.strength if strength is None and named is not None else strength
     if wanted is not None and not math.isclose(wanted, float(existing.strength), rel_tol=1e-6):
         raise ConfigurationError(
-            f"the model is attached already, at strength {float(existing.strength):g} and not {wanted:g}; call "
-            "detach() before attaching again"
+            f"the model is attached already, at strength {float(existing.strength):g} and not {wanted:g}; pass "
+            f"strength={float(existing.strength):g} to keep it, or call detach() before attaching again"
         )
     if sites is not None and sites != existing.plan:
         raise ConfigurationError("the model is attached already, at other sites; call detach() before attaching again")
