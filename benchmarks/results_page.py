@@ -23,7 +23,8 @@ Made by `python -m benchmarks.results_page` from [compare.csv](../benchmarks/res
 `fixed_noise:NAME` and `shrink_only:NAME` have constant noise, or none, with the moments that the multiplier of that phi
 has at each site, and act at its strength; it is these that any other phi is compared with as well. Scores are of one
 forward by expected noise, with batch norm re-estimated for it. Intervals are 95 % t intervals over seeds; p values of
-paired t tests are corrected by Holm's method over the arms and over accuracy and NLL.
+paired t tests are corrected by Holm's method over the arms and over accuracy and NLL. Times were taken beside other
+work, and are not to be compared.
 """
 
 

@@ -106,7 +106,7 @@ def damage_card(path):
         (damage_shape, "'op1_all' is \\(5, 5\\)"),
         (damage_not_finite, "'scale_weight' holds numbers that are not finite"),
         (damage_names, "holds another"),
-        *((damage_strength(value), "'strength' is not a single number above 0") for value in (0.0, 1.5, math.nan, [0.5])),
+        *((damage_strength(bad), "'strength' is not a single number above 0") for bad in (0.0, 1.5, math.nan, [0.5])),
         (damage_card, "not readable JSON"),
     ],
 )
