@@ -1,5 +1,6 @@
 """One picture of a phi: its filters, what its scale weighs, and how it responds to feature maps."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -25,6 +26,7 @@ def draw_phi(phi: NamedPhi, path: Path) -> None:
     an element is centred, when its channel, or every channel, has one value everywhere; and the factor that acts on
     maps of independent N(0, 1) elements, its mean and standard deviation, by the size of the map.
     """
+    phi = replace(phi, phi=Phi(*(value.detach().float().cpu() for value in phi.phi)))
     figure = Figure(figsize=(8.0, 6.4), layout=ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06))
     FigureCanvasAgg(figure)
     above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=[1.5, 1])[:, 0]
@@ -47,7 +49,7 @@ def _draw_filters(part: SubFigure, phi: Phi) -> None:
         "mean of channels, 2nd": phi.op2_all,
     }
     scale = {f"scale, filter {number}": kernel for number, kernel in enumerate(phi.scale_kernels, start=1)}
-    filters = {name: kernel.detach().float().cpu() for name, kernel in {**noise, **scale}.items()}
+    filters = {**noise, **scale}
     largest = max(float(kernel.abs().max()) for kernel in filters.values()) or 1.0
     for axis, (name, kernel) in zip(part.subplots(2, 4).flat, filters.items(), strict=True):
         axis.imshow(kernel.numpy(), cmap="RdBu_r", vmin=-largest, vmax=largest)
@@ -60,7 +62,7 @@ def _draw_filters(part: SubFigure, phi: Phi) -> None:
 
 
 def _draw_weights(axis: Axes, phi: Phi) -> None:
-    axis.barh(range(len(_WEIGHTS)), phi.scale_weight.detach().cpu().tolist(), color="0.45")
+    axis.barh(range(len(_WEIGHTS)), phi.scale_weight.tolist(), color="0.45")
     axis.set_yticks(range(len(_WEIGHTS)), _WEIGHTS, fontsize=7)
     axis.invert_yaxis()
     axis.axvline(0, color="0.3", linewidth=0.7)
