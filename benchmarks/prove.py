@@ -3,9 +3,10 @@
     python -m benchmarks.prove --data FOLDER --published published_phi.npz
     python -m benchmarks.results_page
 
-FOLDER holds imagenette.npz, cifar10.npz, cub.npz and so on, each with x_train, y_train, x_test and y_test. Each
-comparison is a run folder of ``compare`` below --runs, so that the same command continues one that was killed, and adds
-seeds and arms. Finished runs are appended to benchmarks/results/compare.csv, which is all that the page needs.
+FOLDER holds imagenette.npz, cifar10.npz, cub.npz and so on, each with x_train, y_train, x_test and y_test; in cub84.npz
+are the images of cub.npz with 84 pixels, and in resnet20.safetensors the weights that are fine-tuned. Each comparison
+is a run folder of ``compare`` below --runs, so that the same command continues one that was killed, and adds seeds and
+arms. Finished runs are appended to benchmarks/results/compare.csv, which is all that the page needs.
 """
 
 import argparse
@@ -28,6 +29,7 @@ PUBLISHED = "published.safetensors"
 ARMS = (
     *("none", f"fixed_noise:{DEFAULT_PHI}", f"shrink_only:{DEFAULT_PHI}", "dropblock"),
     *(f"metaperturb:{PUBLISHED}", f"metaperturb:{DEFAULT_PHI}"),
+    *("dropout", "manifold_mixup"),
 )
 _NAMES = {"scale_kernels": "stat_kernels"}  # in the authors' file
 
@@ -43,33 +45,47 @@ class Proof:
     batch_size: int = 64
     lr: float = 1e-3
     image_size: int = 32
+    weights: str | None = None  # fine-tuned from this file of FOLDER
 
     @property
     def name(self) -> str:
-        return f"{self.target}-{self.model}"
+        """Of its run folder."""
+        return f"{self.target}-{self.model.replace(':', '-')}{'-finetuned' if self.weights else ''}"
 
     def __str__(self) -> str:
         images = "all images" if self.n_per_class is None else f"{self.n_per_class} images a class"
+        model = f"{self.model} fine-tuned" if self.weights else self.model
         steps = f"{self.steps} steps of {self.batch_size}"
-        return f"{self.target}, {images} of {self.image_size} pixels, {self.model}, {steps}, Adam {self.lr:g}"
+        return f"{self.target}, {images} of {self.image_size} pixels, {model}, {steps}, Adam {self.lr:g}"
 
-    def words(self) -> list[str]:
-        """As ``compare`` takes it."""
+    def words(self, data: Path) -> list[str]:
+        """As ``compare`` takes it, with the files of a folder."""
         return [
+            f"target={(data / f'{self.target}.npz').resolve()}",
             f"n_per_class={'null' if self.n_per_class is None else self.n_per_class}",
             *(f"{key}={getattr(self, key)}" for key in ("model", "steps", "batch_size", "lr", "image_size")),
+            *([f"weights={(data / self.weights).resolve()}"] if self.weights else []),
             "inference=mean",
         ]
 
 
-# In the order in which they are made. At a learning rate of 1e-3 Conv4 does not reach all its training images.
+_TARGETS = {"imagenette": 50, "cifar10": 50, "cub": None, "dtd10": None, "fashion_mnist": 50}  # images of each class
+
+# In the order in which they are made: first small networks, then every target and network. At a learning rate of 1e-3
+# Conv4 does not reach all its training images.
 PROOFS = [
-    Proof("imagenette", 50, "conv4", lr=3e-3),
-    Proof("imagenette", 50, "resnet20"),
-    Proof("cifar10", 50, "conv4", lr=3e-3),
-    Proof("cifar10", 50, "resnet20"),
-    Proof("cub", None, "conv4", lr=3e-3),
-    Proof("cub", None, "resnet20"),
+    *(
+        Proof(target, n_per_class, model, lr=lr)
+        for target, n_per_class in _TARGETS.items()
+        for model, lr in (("conv4", 3e-3), ("resnet20", 1e-3))
+    ),
+    *(Proof(target, count, "resnet20", weights="resnet20.safetensors") for target, count in _TARGETS.items()),
+    Proof("cub84", None, "resnet20", image_size=84),
+    *(
+        Proof(target, n_per_class, model)
+        for model in ("vgg9", "resnet44", "wrn28_2", "torchvision:resnet18")
+        for target, n_per_class in _TARGETS.items()
+    ),
 ]
 
 
@@ -84,8 +100,7 @@ def make(proof: Proof, given: argparse.Namespace, arms: list[str]) -> None:
     """Make, or continue, one comparison."""
     command = [
         *(sys.executable, "-m", "mp_lightning.meta", "compare"),
-        f"target={(given.data / f'{proof.target}.npz').resolve()}",
-        *proof.words(),
+        *proof.words(given.data),
         *(f"arms=[{','.join(arms)}]", f"seeds={given.seeds}", f"jobs={given.jobs}", f"hydra.run.dir={proof.name}"),
     ]
     subprocess.run(command, cwd=given.runs, check=True)
@@ -142,8 +157,11 @@ def main() -> None:
     for proof in PROOFS:
         if proof.name in chosen:
             print(f"\n{proof}", flush=True)
-            make(proof, given, arms)
-            keep(proof, given.runs, given.out)
+            keep(proof, given.runs, given.out)  # what was made before this command was killed
+            try:
+                make(proof, given, arms)
+            finally:
+                keep(proof, given.runs, given.out)
 
 
 if __name__ == "__main__":

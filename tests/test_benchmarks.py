@@ -12,7 +12,11 @@ from benchmarks import prove
 from benchmarks.measure import interleaved
 from benchmarks.table import Table
 
+from mp_lightning.cli.words import compose
+from mp_lightning.compare.architecture import Architecture
+from mp_lightning.compare.arms import parse_arm
 from mp_lightning.compare.results import Row
+from mp_lightning.perturbation import load_phi
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -148,3 +152,34 @@ def test_the_page_of_results_judges_the_bundled_phi_and_knows_its_controls(tmp_p
 def test_results_that_are_not_there_are_named(tmp_path):
     printed = run("benchmarks.results_page", "--rows", str(tmp_path / "none.csv"), expect=2)
     assert "none.csv' does not exist; make it with python -m benchmarks.prove" in printed
+
+
+def test_every_proof_is_its_own_and_one_that_compare_takes(tmp_path):
+    """Two proofs of one name would share a run folder, and two of one description the page's section."""
+    names, descriptions = {proof.name for proof in prove.PROOFS}, {str(proof) for proof in prove.PROOFS}
+    assert len(names) == len(descriptions) == len(prove.PROOFS)
+    for proof in prove.PROOFS:
+        config = compose("compare", proof.words(tmp_path))
+        Architecture.parse(config.model).check(config.image_size)
+        assert config.target == str(tmp_path / f"{proof.target}.npz") and config.inference == "mean"
+        assert (config.weights is None) == ("fine-tuned" not in str(proof))
+    for arm in prove.ARMS:
+        parse_arm(arm.replace(prove.PUBLISHED, prove.DEFAULT_PHI), load_phi())
+
+
+def test_rows_survive_a_comparison_that_is_interrupted(tmp_path, monkeypatch):
+    path, proof = kept(tmp_path, **ARMS_KEPT)
+    path.unlink()
+    results = tmp_path / "runs" / proof.name / "results.csv"
+    finished = results.rename(results.with_name("finished"))
+
+    def interrupted(*_, **__):
+        finished.rename(results)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prove.subprocess, "run", interrupted)
+    folders = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(path)]
+    monkeypatch.setattr("sys.argv", ["prove", *folders, "--only", proof.name])
+    with pytest.raises(KeyboardInterrupt):
+        prove.main()
+    assert path.read_text().count("\n") == 21
