@@ -124,6 +124,7 @@ def test_a_few_small_logits_are_no_probabilities():
     assert output_kind(one_hot, "Net") == "probabilities"
     assert output_kind(one_hot.log_softmax(1), "Net") == "log_probabilities"
     assert output_kind(torch.randn(50, 3), "Net") == "logits"
+    assert output_kind(torch.zeros(50, 3), "Net") == "logits"  # of a new head that starts at zero, as torchvision's ViT
 
 
 @pytest.mark.parametrize("samples", [0, -1])

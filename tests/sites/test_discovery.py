@@ -171,13 +171,26 @@ def test_model_is_left_as_it_was():
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
+class SplitChannels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3, padding=1)
+
+    def forward(self, x):
+        return x + F.gelu(self.conv(x).unflatten(1, (2, 4))).flatten(1, 2)
+
+
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU()), "it has no 2-d convolution"),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "of its activations \\(1\\) none ends a residual block"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(4, 4), nn.ReLU()), "it has no convolution"),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 4), nn.ReLU()),
+            "of its activations \\(3\\) none ends a residual block, is inside of one, or follows a convolution",
+        ),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid()), "its networks call no activation that can be seen"),
         (build_backbone("conv4", 10).requires_grad_(False), "all its parameters are frozen"),
-        (torchvision.models.convnext_tiny(weights=None), "no \\(B, C, H, W\\) map"),
+        (SplitChannels(), "what reaches these has no known number of channels: :gelu"),
     ],
 )
 def test_no_site_is_one_line_with_what_was_found_and_the_remedy(model, reason):

@@ -143,6 +143,8 @@ def output_kind(output: Any, model: str, declared: Output | None = None) -> Outp
         return "probabilities"
     if bool((values <= 0).all()) and bool(values.logsumexp(dim=1).abs().max() < _TOLERANCE):
         return "log_probabilities"
+    if not values.any():
+        return "logits"  # of a head that starts with zeros
     if values.numel() >= _EVIDENCE and bool(((values >= 0) & (values <= 1)).all()):
         raise ConfigurationError(
             f"{model} gives numbers from 0 to 1 that do not add up to 1 in each row, such as one probability per label;"

@@ -12,6 +12,7 @@ from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, MetaPerturb, Perturbation
 from mp_lightning.perturbation.precision import KeepsPrecision
 from mp_lightning.sites.calls import ActivationModule, Block
+from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, entry_names
 from mp_lightning.sites.site import Site, in_backward
@@ -163,7 +164,7 @@ class Attachment(KeepsPrecision):
         for block in self._blocks:
             block.calls = 0
         if image is not None:
-            self._note_height(float(image.shape[2]), _FINAL if training else _PROVISIONAL)
+            self._note_height(float(height_of(image)), _FINAL if training else _PROVISIONAL)
 
     def _note_height(self, height: float, source: int) -> None:
         """The first training images decide; images that are evaluated before (a sanity check) may be of another size.
@@ -211,7 +212,7 @@ class Attachment(KeepsPrecision):
         if not torch.compiler.is_compiling() and self._size_source == 0 and int(self.size_source) == 0:
             raise SiteError(
                 "the height of the model's input is unknown, since its forward was not called with a (B, C, H, W) "
-                "tensor; pass input_size="
+                "tensor (or (B, C, L), (B, C, D, H, W)); pass input_size="
             )
         return self.input_size
 

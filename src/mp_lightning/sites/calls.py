@@ -116,7 +116,7 @@ class ActivationModule:
     def _replay(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A block that checkpoints a part of itself computes that part again without being called."""
         for site in self._sites.values():
-            past = site.recall(args[0]) if args[0].dim() == 4 else None
+            past = site.recall_input(args[0])
             if past is not None:
                 return (self.block.perturb(site, args[0], past.training), *args[1:])
         return None

@@ -4,14 +4,19 @@ The paper perturbs *before the last activation of every residual block*, not aft
 networks, after the normalization and before the activation of every convolution. As rules on the graph of operations:
 
 residual
-    A sum of two paths with a common origin, at least one of them with a convolution of its own, is a residual sum. If
-    all that follows the sum is an activation (dropout and the like aside), the site is the input of that activation.
+    A sum of two paths with a common origin, at least one of them with a convolution of its own, is a residual sum; so
+    is one of tokens, where a path has a linear layer and a layer normalization. If all that follows the sum is an
+    activation (dropout and the like aside), the site is the input of that activation.
 pre-activation
     Otherwise the sum is the residual stream, which is never multiplied: the multiplier is about one half, and one half
-    to the power of the depth would silence it. The site is the input of the last activation inside the branch. Gates
-    of squeeze-and-excitation, which follow a global pooling, do not count.
+    to the power of the depth would silence it. The site is the input of the last activation inside the branch: in
+    transformers and ConvNeXt, of that between the two linear layers. A branch without one, such as attention, has no
+    site. Gates of squeeze-and-excitation, which follow a global pooling, do not count, nor does what no input of the
+    block leads to, such as a net that makes position biases.
 plain
     In a model without any residual sum: every activation of a normalized convolution.
+unnormalized
+    In a model without normalized convolutions either: every activation of a convolution.
 """
 
 import operator
@@ -21,13 +26,14 @@ import torch
 from torch import fx, nn
 
 from mp_lightning.errors import SiteError
-from mp_lightning.sites.operations import NORMS, OperationGraph, is_product
+from mp_lightning.sites.operations import LAYERS, NORMS, TOKEN_NORMS, OperationGraph, is_product
 from mp_lightning.sites.plan import SitePlan, SiteSpec
 from mp_lightning.sites.tracing import CONVOLUTIONS, is_frozen, trace_regions
 
 RESIDUAL = "residual: activation after the sum"
 PRE_ACTIVATION = "pre-activation: last activation inside the branch"
 PLAIN = "plain: activation after a normalized convolution"
+UNNORMALIZED = "plain: activation after a convolution"
 
 
 def find_sites(model: nn.Module) -> SitePlan:
@@ -55,6 +61,8 @@ def _search(model: nn.Module, through_lightning: bool) -> "tuple[list[_Graph], l
     found = [site for graph in graphs for site in graph.residual_sites()]
     if not found:
         found = [site for graph in graphs for site in graph.plain_sites()]
+    if not found:
+        found = [site for graph in graphs for site in graph.unnormalized_sites()]
     return graphs, failures, found
 
 
@@ -90,19 +98,42 @@ class _Graph(OperationGraph):
                         sites.append(site)
         return sites
 
+    def unnormalized_sites(self) -> list[SiteSpec]:
+        sources = ((node, self._source(node)) for node in self.activations())
+        sites = [
+            self._site(node, UNNORMALIZED, f"output of {self._describe(source)}")
+            for node, source in sources
+            if source is not None and self._is_layer(source, CONVOLUTIONS) and not self._gives_logits(node)
+        ]
+        return [site for site in sites if site is not None]
+
+    def _gives_logits(self, node: fx.Node) -> bool:
+        """Whether a convolutional classifier ends here: its maps are pooled over the image, and no layer follows."""
+        later = [n for n in self._nodes if node in self._ancestors[n]]
+        return any(self._pools(n) for n in later) and not any(self._is_layer(n, LAYERS) for n in later)
+
     def _is_residual_sum(self, node: fx.Node) -> bool:
         functions = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
         methods = node.op == "call_method" and node.target in ("add", "add_", "__add__")
         if not (functions or methods) or len(node.args) < 2 or not all(isinstance(a, fx.Node) for a in node.args[:2]):
             return False
-        if any(self._is_flat(arg) for arg in node.args[:2] if isinstance(arg, fx.Node)):
-            return False  # logits of two heads, not maps
         left, right = self._paths(node)
-        common = self._ancestors[node] - left - right
-        return bool(common) and any(self._is_layer(n, CONVOLUTIONS) for n in left | right)
+        if not self._ancestors[node] - left - right:
+            return False
+        tokens = self._sums_tokens(node, left | right)
+        if any(self._is_flat(arg) for arg in node.args[:2] if isinstance(arg, fx.Node)) and not tokens:
+            return False  # logits of two heads, not maps
+        return tokens or any(self._is_layer(n, CONVOLUTIONS) for n in left | right)
+
+    def _sums_tokens(self, node: fx.Node, paths: set[fx.Node]) -> bool:
+        """Whether the branch is a transformer's: a linear layer, and a normalization of tokens in it or after it."""
+        if self._dimensions(node) == 2:
+            return False  # features of whole images
+        normalized = any(self._is_layer(n, TOKEN_NORMS) for n in (*paths, *node.users))
+        return normalized and any(self._is_layer(n, (nn.Linear,)) for n in paths)
 
     def _is_flat(self, node: fx.Node) -> bool:
-        """Whether the node is the output of a linear layer, so no (B, C, H, W) map."""
+        """Whether the node is the output of a linear layer, so no map, unless of tokens."""
         source: fx.Node | None = node
         while source is not None and (self._is_transparent(source) or self._is_activation(source)):
             source = self._source(source)
@@ -123,7 +154,10 @@ class _Graph(OperationGraph):
 
     def _last_activation_inside(self, node: fx.Node) -> fx.Node | None:
         branch = set.union(*self._paths(node))
-        candidates = [n for n in branch if self._is_activation(n) and not self._is_gate(n, branch)]
+        origin = {n for n in self._ancestors[node] - branch if n.op != "get_attr"}
+        candidates = [
+            n for n in branch if self._is_activation(n) and self._ancestors[n] & origin and not self._is_gate(n, branch)
+        ]
         return max(candidates, key=self._order.__getitem__, default=None)
 
     def _is_gate(self, node: fx.Node, branch: set[fx.Node]) -> bool:
@@ -174,7 +208,8 @@ class _Graph(OperationGraph):
             activation = None
             function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "activation")
             name = f"{self._region.qualified(scope)}:{function}"
-        return SiteSpec(name, self._region.qualified(scope), activation, call, channels, rule, reads)
+        layout = self._layout(node.all_input_nodes[0])
+        return SiteSpec(name, self._region.qualified(scope), activation, call, channels, rule, reads, layout)
 
     def _describe_inputs(self, node: fx.Node) -> str:
         left, right = self._paths(node)
@@ -196,12 +231,13 @@ def _nothing_found(model: nn.Module, graphs: list[_Graph], failures: list[str]) 
     if is_frozen(model):
         found = "all its parameters are frozen"
     elif not any(isinstance(part, CONVOLUTIONS) for part in model.modules()):
-        found = "it has no 2-d convolution"
+        found = "it has no convolution"
     elif left_out:
-        found = f"what reaches these is no (B, C, H, W) map with a known number of channels: {', '.join(left_out[:5])}"
+        found = f"what reaches these has no known number of channels: {', '.join(left_out[:5])}"
     elif seen:
         found = (
-            f"of its activations ({', '.join(seen[:5])}) none ends a residual block or follows a normalized convolution"
+            f"of its activations ({', '.join(seen[:5])}) none ends a residual block, is inside of one, or follows a "
+            "convolution"
         )
     elif failures:
         found = f"its forward cannot be followed: {', '.join(failures[:3])}"

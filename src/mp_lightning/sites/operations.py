@@ -7,10 +7,19 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from mp_lightning.sites.activations import ACTIVATION_FUNCTIONS, ACTIVATION_METHODS, ACTIVATION_MODULES
+from mp_lightning.sites.layout import FIRST, LAST
 from mp_lightning.sites.tracing import CONVOLUTIONS, Region
 
-NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.InstanceNorm2d)
-LAYERS = (*CONVOLUTIONS, *NORMS)
+NORMS = (
+    *(nn.modules.batchnorm._BatchNorm, nn.GroupNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+TOKEN_NORMS = (nn.LayerNorm, nn.RMSNorm)  # over the last dimension
+LAYERS: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, *NORMS, *TOKEN_NORMS, nn.Linear)
+_DIMENSIONS: dict[type[nn.Module], int] = {
+    **{nn.Conv1d: 3, nn.Conv2d: 4, nn.Conv3d: 5},
+    **{nn.ConvTranspose1d: 3, nn.ConvTranspose2d: 4, nn.ConvTranspose3d: 5},
+}
 # What turns a tensor into the weights of a gate.
 _SQUASHING_MODULES = (nn.Sigmoid, nn.Hardsigmoid, nn.Softmax, nn.Softmax2d)
 _SQUASHING_FUNCTIONS = {torch.sigmoid, F.sigmoid, F.hardsigmoid, torch.softmax, F.softmax}
@@ -19,8 +28,19 @@ _TRANSPARENT_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
 _TRANSPARENT_NAMES = ("StochasticDepth", "DropPath")
 _TRANSPARENT_FUNCTIONS = {F.dropout, F.dropout2d, F.alpha_dropout}
 _TRANSPARENT_METHODS = {"contiguous", "clone"}
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.ZeroPad2d)
-_SAME_CHANNELS = {F.pad, F.max_pool2d, F.avg_pool2d, F.interpolate, F.adaptive_avg_pool2d, torch.mul, operator.mul}
+_POOLS = (
+    *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
+    *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.ZeroPad2d),
+)
+_SAME_CHANNELS = {
+    *(F.pad, F.max_pool1d, F.max_pool2d, F.max_pool3d, F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
+    *(F.interpolate, F.adaptive_avg_pool2d, torch.mul, operator.mul),
+}
+# By name: functions and methods that give as many dimensions as they take.
+_SAME_DIMENSIONS = {
+    *("add", "iadd", "add_", "sub", "mul", "imul", "mul_", "truediv", "cat", "permute", "transpose", "movedim", "roll"),
+    *("contiguous", "clone", "to", "dropout", "pad", "relu", "gelu", "silu", "layer_norm", "linear", "interpolate"),
+}
 _GLOBAL_POOLS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 _CHANNELS = (1, -3)  # the dimension of the channels in (B, C, H, W)
 
@@ -37,6 +57,7 @@ class OperationGraph:
         for node in self._nodes:  # in order of execution, so that inputs come first
             inputs = node.all_input_nodes
             self._ancestors[node] = set(inputs).union(*(self._ancestors[i] for i in inputs))
+        self._known_dimensions: dict[fx.Node, int | None] = {}
         self.left_out: list[str] = []
 
     def activations(self) -> list[fx.Node]:
@@ -84,6 +105,10 @@ class OperationGraph:
             return layer.num_channels
         if isinstance(layer, nn.modules.batchnorm._NormBase):
             return layer.num_features
+        if isinstance(layer, nn.Linear):
+            return layer.out_features
+        if isinstance(layer, TOKEN_NORMS):
+            return int(layer.normalized_shape[-1])
         inputs = node.all_input_nodes
         if node.op == "call_function" and node.target is torch.cat:
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
@@ -94,6 +119,54 @@ class OperationGraph:
         if not self._keeps_channels(node):
             return None
         return next((channels for n in inputs if (channels := self._channels(n)) is not None), None)
+
+    def _layout(self, node: fx.Node) -> str:
+        """Where the channels are in what an operation gives, by the last layer before it that is known."""
+        layer = self._layer(node)
+        if isinstance(layer, LAYERS):
+            return LAST if isinstance(layer, (nn.Linear, *TOKEN_NORMS)) else FIRST
+        inputs = node.all_input_nodes
+        return self._layout(inputs[0]) if inputs else FIRST
+
+    def _dimensions(self, node: object) -> int | None:
+        """How many dimensions a tensor has, as far as its operations tell; None: they do not."""
+        if not isinstance(node, fx.Node):
+            return None
+        if node not in self._known_dimensions:
+            self._known_dimensions[node] = self._count_dimensions(node)
+        return self._known_dimensions[node]
+
+    def _count_dimensions(self, node: fx.Node) -> int | None:
+        if node.op not in ("call_module", "call_function", "call_method"):
+            return None
+        layer = self._layer(node)
+        if isinstance(layer, CONVOLUTIONS):
+            return next((count for kind, count in _DIMENSIONS.items() if isinstance(layer, kind)), None)
+        if self._is_module(node, nn.Flatten):
+            assert isinstance(layer, nn.Flatten)
+            return layer.start_dim + 1 if layer.start_dim >= 0 and layer.end_dim == -1 else None
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        before = self._dimensions(node.args[0]) if node.args else None
+        if node.op == "call_module":
+            return None if self._is_module(node, (nn.Unflatten, nn.Unfold, nn.Fold)) else before
+        rest = node.args[1:]
+        if name in ("view", "reshape"):
+            sizes = rest[0] if len(rest) == 1 else rest
+            return len(sizes) if isinstance(sizes, list | tuple) else None
+        if name == "flatten":
+            start = rest[0] if rest else node.kwargs.get("start_dim", 0)
+            return start + 1 if isinstance(start, int) and start >= 0 and len(rest) < 2 else None
+        if name == "getitem" and before is not None:
+            index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
+            return before - sum(not isinstance(part, slice | type(Ellipsis)) for part in index)
+        if name in ("mean", "sum", "amax") and before is not None:
+            dim = rest[0] if rest else node.kwargs.get("dim")
+            kept = node.kwargs.get("keepdim", rest[1] if len(rest) > 1 else False)
+            if kept or dim is None:
+                return before if kept else 0
+            return before - (len(dim) if isinstance(dim, list | tuple) else 1)
+        known = (self._dimensions(argument) for argument in node.all_input_nodes) if name in _SAME_DIMENSIONS else ()
+        return max((count for count in known if count is not None), default=None)
 
     def _keeps_channels(self, node: fx.Node) -> bool:
         if node.op == "call_function" and node.target is F.pad:

@@ -6,8 +6,9 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 from mp_lightning.errors import SiteError
+from mp_lightning.sites.layout import FIRST, LAYOUTS
 
-VERSION = 1
+VERSION = 2  # of version 1, all layouts were channels first
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,11 @@ class SiteSpec:
         activation: the activation module, or None for an activation function.
         call: index of the call within one forward of the scope: among the calls of that module, or, for a function,
             among all activation calls, those of modules included.
-        channels: C of the tensor (B, C, H, W).
+        channels: C of the tensor.
         rule: the rule that chose it.
         reads: what the tensor is, for people.
+        layout: 'channels first', (B, C, H, W), (B, C, L) or (B, C, D, H, W), or 'channels last', (B, N, C) or
+            (B, H, W, C).
     """
 
     name: str
@@ -32,6 +35,7 @@ class SiteSpec:
     channels: int
     rule: str
     reads: str
+    layout: str = FIRST
 
 
 class SitePlan:
@@ -105,8 +109,12 @@ class SitePlan:
         """
         names = {field.name for field in fields(SiteSpec)}
         try:
-            entries = data["sites"]
-            if data["version"] != VERSION or any(set(entry) != names for entry in entries):
+            version, entries = data["version"], data["sites"]
+            if version == 1:
+                entries = [{"layout": FIRST, **entry} for entry in entries]
+            if version not in (1, VERSION) or any(
+                set(entry) != names or entry["layout"] not in LAYOUTS for entry in entries
+            ):
                 raise ValueError
             return cls([SiteSpec(**entry) for entry in entries])
         except (KeyError, TypeError, ValueError) as error:

@@ -94,5 +94,8 @@ def entry_names(model: nn.Module, plan: SitePlan) -> list[str]:
 
 
 def first_image(values: tuple[Any, ...]) -> Tensor | None:
-    """The first (B, C, H, W) tensor among a forward's arguments."""
-    return next((value for value in values if isinstance(value, torch.Tensor) and value.dim() == 4), None)
+    """The first image among a forward's arguments: (B, C, H, W), or, where there is none, a clip or a signal."""
+    tensors = [value for value in values if isinstance(value, torch.Tensor)]
+    signals = [value for value in tensors if value.dim() == 3 and value.is_floating_point()]
+    images = [value for dim in (4, 5) for value in tensors if value.dim() == dim]
+    return next(iter([*images, *signals]), None)

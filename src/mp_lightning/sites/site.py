@@ -1,7 +1,7 @@
 """One site: the perturbation of one feature map, with the running statistics that belong to this place alone."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +11,7 @@ from mp_lightning.errors import SiteError
 from mp_lightning.perturbation import FusedPerturbation, NoiseKey, Norms, Perturbed, Statistics
 from mp_lightning.perturbation.mathematics import apply_multiplier
 from mp_lightning.perturbation.precision import KeepsPrecision
+from mp_lightning.sites.layout import as_maps, channels_of, from_maps, shape_words, stretch
 from mp_lightning.sites.plan import SiteSpec
 
 if TYPE_CHECKING:
@@ -66,18 +67,25 @@ class Site(KeepsPrecision):
         """Perturb one feature map.
 
         Args:
-            x: (B, C, H, W), any floating dtype; half precision is computed in float32 and given back as it came.
+            x: in the layout of the plan (:mod:`mp_lightning.sites.layout`), any floating dtype; half precision is
+                computed in float32 and given back as it came.
             call: how many times this site was reached before within one forward of the model.
             training: use, and record, the statistics of the batch; otherwise the running ones.
 
         Raises:
-            SiteError: ``x`` is not (B, C, H, W) with the number of channels of the plan.
+            SiteError: ``x`` has another layout or number of channels than the plan says.
         """
-        if x.dim() != 4 or x.shape[1] != self.spec.channels:
+        spec = self.spec
+        if channels_of(x, spec.layout) != spec.channels:
             raise SiteError(
-                f"site '{self.spec.name}' got a tensor of shape {tuple(x.shape)}, expected "
-                f"(B, {self.spec.channels}, H, W); leave it out of the plan"
+                f"site '{spec.name}' got a tensor of shape {tuple(x.shape)}, expected "
+                f"{shape_words(spec.layout, spec.channels)}; leave it out of the plan"
             )
+        y = self._perturb(as_maps(x, spec.layout), stretch(x, spec.layout), call, training)
+        return from_maps(y, x, spec.layout)
+
+    def _perturb(self, x: Tensor, stretched: float, call: int, training: bool) -> Tensor:
+        """Maps (B, C, H, W) that are so many times higher than what they show."""
         shared = self.attachment
         if shared.folding and not training:
             return self._folded(x)
@@ -85,7 +93,12 @@ class Site(KeepsPrecision):
         key = self._noise_key(x, call, training, replay) if training or shared.sampling else None
         fused = shared.fused_for(x)
         with torch.autocast(x.device.type, enabled=False):
-            done = self._reference(x, key, training) if fused is None else self._fused(fused, x, key, training)
+            height = shared.input_height()
+            norms = Norms(shared.channel_norm, height if stretched == 1 else height * stretched)
+            if fused is None:
+                done = self._reference(x, key, norms, training)
+            else:
+                done = self._fused(fused, x, key, norms, training)
             if done.measured is not None and not replay:
                 if fused is None:
                     self._record(done.measured)
@@ -95,13 +108,15 @@ class Site(KeepsPrecision):
                 shared.bound_hits.add_(done.hits.sum())
         return done.y
 
-    def _fused(self, perturbation: FusedPerturbation, x: Tensor, key: NoiseKey | None, training: bool) -> Perturbed:
+    def _fused(
+        self, perturbation: FusedPerturbation, x: Tensor, key: NoiseKey | None, norms: Norms, training: bool
+    ) -> Perturbed:
         shared = self.attachment
         return perturbation.fused(
             x,
             key,
             self.statistics,
-            Norms(shared.channel_norm, shared.input_height()),
+            norms,
             coeff=shared.coeff,
             clip=shared.clip,
             training=training,
@@ -116,7 +131,7 @@ class Site(KeepsPrecision):
         y = x * factor.view(1, -1, 1, 1).to(x.dtype)
         return y if shared.clip is None else y.clamp_(max=shared.clip)
 
-    def _reference(self, x: Tensor, key: NoiseKey | None, training: bool) -> Perturbed:
+    def _reference(self, x: Tensor, key: NoiseKey | None, norms: Norms, training: bool) -> Perturbed:
         shared, dtype = self.attachment, x.dtype
         if dtype in (torch.float16, torch.bfloat16):
             x = x.float()
@@ -124,7 +139,8 @@ class Site(KeepsPrecision):
         if training:
             statistics, measured = shared.perturbation.measure(x, statistics, shared.synchronize)
         eps = None if key is None else key.draw(x)
-        norms = Norms(shared.channel_norm, shared.input_height().to(x.dtype))
+        assert isinstance(norms.size, Tensor)
+        norms = replace(norms, size=norms.size.to(x.dtype))
         multiplier = shared.perturbation.multiplier(x, eps, statistics, norms)
         if shared.observed is not None:
             total, count = shared.observed.get(self.spec.name, (0.0, 0))
@@ -161,6 +177,12 @@ class Site(KeepsPrecision):
             self._calls.append(_Call(forward, stream, training, x.shape, _fingerprint(x)))
         rank, world = shared.shard
         return NoiseKey(shared.seed, stream, forward, rank, world)
+
+    def recall_input(self, x: Tensor) -> "_Call | None":
+        """The call that is being computed again for an input in the layout of the plan, if it is one of this site's."""
+        if channels_of(x, self.spec.layout) != self.spec.channels:
+            return None
+        return self.recall(as_maps(x, self.spec.layout))
 
     def recall(self, x: Tensor) -> "_Call | None":
         """The call that is being computed again: the one that saw the same numbers.
