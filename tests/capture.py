@@ -17,13 +17,15 @@ def inputs_at(plan, model, forward):
 
     The last call of a block counts where it is called several times.
     """
-    of_modules, of_functions = defaultdict(list), defaultdict(list)
+    of_modules, of_functions, of_scopes = defaultdict(list), defaultdict(list), {}
     running = []
     handles = []
 
     def begin(scope):
         def hook(module, args):
             running.append(scope)
+            if not module._modules:  # it may keep the function that it calls, so that no stand-in is seen
+                of_scopes[scope] = args[0].clone()
             for calls in (of_modules, of_functions):
                 for key in [key for key in calls if key[0] == scope]:
                     del calls[key]
@@ -72,7 +74,12 @@ def inputs_at(plan, model, forward):
     for handle in handles:
         handle.remove()
     calls = {**of_modules, **of_functions}
-    return {site.name: calls[site.scope, site.activation][site.call] for site in plan}
+    return {
+        site.name: calls[site.scope, site.activation][site.call]
+        if (site.scope, site.activation) in calls
+        else of_scopes[site.scope]
+        for site in plan
+    }
 
 
 class Unchanged:

@@ -43,7 +43,7 @@ ALL_LIBRARIES = {
 LIBRARIES = {
     0: {"torch", "torchvision", "numpy", "scipy", "sklearn", "PIL"},
     1: {"torch", "triton", "safetensors"},
-    2: {"torch"},
+    2: {"torch", "yaml"},
     3: {"torch"},
     4: ALL_LIBRARIES,
     5: ALL_LIBRARIES,

@@ -22,7 +22,17 @@ from mp_lightning.perturbation import (
     load_phi,
     save_phi,
 )
-from mp_lightning.sites import Attachment, SitePlan, SiteSpec, attach, attachment_of, detach, find_sites
+from mp_lightning.sites import (
+    Attachment,
+    SitePlan,
+    SiteSpec,
+    attach,
+    attachment_of,
+    choose_sites,
+    detach,
+    find_activations,
+    find_sites,
+)
 
 __version__ = version("mp_lightning")
 
@@ -50,9 +60,11 @@ __all__ = [
     "UserError",
     "attach",
     "attachment_of",
+    "choose_sites",
     "compare",
     "describe_phi",
     "detach",
+    "find_activations",
     "find_sites",
     "list_phi",
     "load_phi",

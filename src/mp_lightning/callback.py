@@ -22,8 +22,9 @@ from mp_lightning.inference import INFERENCE_MODES, Fold, Mean, MonteCarlo, Outp
 from mp_lightning.inference.undisturbed import undisturbed
 from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_strength, load_phi
 from mp_lightning.schedule import total_training_batches
-from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of
+from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, PathName, check_path, ramp_length
+from mp_lightning.sites.choice import is_file
 
 # A trainer forgets its training data when it goes on to test, which is when re-estimation may need it.
 _TRAINING_DATA: "WeakKeyDictionary[pl.Trainer, CombinedLoader]" = WeakKeyDictionary()
@@ -50,7 +51,10 @@ class MetaPerturbCallback(Callback):
     Args:
         phi: a ``phi.safetensors`` file, the name of a bundled phi, or None for the bundled default.
         perturbation: any other :class:`~mp_lightning.Perturbation`, to stand at the same sites in place of phi.
-        sites: where to perturb; None finds the sites, see :func:`mp_lightning.find_sites`.
+        sites: where to perturb; None finds the sites. A plan, a YAML file with one, names, patterns, classes of
+            modules or functions choose them: see :func:`mp_lightning.choose_sites`.
+        target: name of the only part of the module that is perturbed, such as 'student'; None perturbs every network in
+            it that is trained.
         ramp_steps: number of training batches over which the strength grows; None takes the first 40 % of the run.
         strength: how much of the perturbation acts once it has grown, above 0 and at most 1; None takes the one that
             phi comes with, and 1 for any other perturbation.
@@ -76,7 +80,8 @@ class MetaPerturbCallback(Callback):
         phi: "str | Path | Phi | NamedPhi | None" = None,
         *,
         perturbation: Perturbation | None = None,
-        sites: SitePlan | None = None,
+        sites: Sites = None,
+        target: str | None = None,
         ramp_steps: int | None = None,
         strength: float | None = None,
         inference: Literal["mean", "mc", "fold"] = "mean",
@@ -98,7 +103,8 @@ class MetaPerturbCallback(Callback):
         self.phi = load_phi(phi)  # now, so that a bad file is known before data is prepared
         self._phi_given = phi is not None
         self.perturbation = perturbation
-        self.sites = sites
+        self.sites = SitePlan.load(sites) if is_file(sites) else sites  # now, so that a bad file is known early
+        self.target = target
         self.ramp_steps = ramp_steps
         self.strength = strength
         self.inference = inference
@@ -156,6 +162,7 @@ class MetaPerturbCallback(Callback):
             self.phi if self._phi_given or (existing is None and self.perturbation is None) else None,
             perturbation=self.perturbation,
             sites=self.sites,
+            target=self.target,
             strength=self.strength,
             input_size=self.input_size,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,

@@ -39,12 +39,14 @@ def test_plans_from_before_there_were_layouts_are_channels_first(plan):
     data = plan.to_dict()
     old = [{key: value for key, value in site.items() if key != "layout"} for site in data["sites"]]
     assert SitePlan.from_dict({"version": 1, "sites": old}) == plan
-    with pytest.raises(SiteError, match="not a plan"):
+    with pytest.raises(SiteError, match="layout='channels upside down'"):
         SitePlan.from_dict({**data, "sites": [{**site, "layout": "channels upside down"} for site in data["sites"]]})
 
 
 def test_foreign_data_is_refused():
     with pytest.raises(SiteError, match="not a plan"):
+        SitePlan.from_dict({"version": 3, "sites": []})
+    with pytest.raises(SiteError, match="site 'a' of the plan has no key"):
         SitePlan.from_dict({"version": 1, "sites": [{"name": "a"}]})
 
 

@@ -20,6 +20,7 @@ unnormalized
 """
 
 import operator
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -28,46 +29,86 @@ from torch import fx, nn
 from mp_lightning.errors import SiteError
 from mp_lightning.sites.operations import LAYERS, NORMS, TOKEN_NORMS, OperationGraph, is_product
 from mp_lightning.sites.plan import SitePlan, SiteSpec
-from mp_lightning.sites.tracing import CONVOLUTIONS, is_frozen, trace_regions
+from mp_lightning.sites.recording import NoImageFits
+from mp_lightning.sites.tracing import CONVOLUTIONS, Region, is_frozen, record_region, trace_regions
 
 RESIDUAL = "residual: activation after the sum"
 PRE_ACTIVATION = "pre-activation: last activation inside the branch"
 PLAIN = "plain: activation after a normalized convolution"
 UNNORMALIZED = "plain: activation after a convolution"
+NAMED = "named by the user"
 
 
-def find_sites(model: nn.Module) -> SitePlan:
+def find_sites(model: nn.Module, target: str | None = None) -> SitePlan:
     """The sites of ``model``.
 
     Args:
         model: any module; of a LightningModule the networks inside are looked at. Frozen networks are left alone.
+        target: name of the only submodule in which to look, such as 'student'.
 
     Raises:
         SiteError: there is none; the message says what was found instead.
     """
-    graphs, failures, found = _search(model, through_lightning=False)
-    if not found:  # the layers may be the LightningModule's own
-        graphs, failures, found = _search(model, through_lightning=True)
+    return _plan(model, target, _sites_of)
+
+
+def find_activations(model: nn.Module, target: str | None = None) -> SitePlan:
+    """All that can be a site of ``model``: every activation, of a module or a function, of maps, tokens or signals.
+
+    Arguments and errors are those of :func:`find_sites`.
+    """
+    return _plan(model, target, lambda graphs: [site for graph in graphs for site in graph.candidates()])
+
+
+def _plan(model: nn.Module, target: str | None, choose: "Callable[[list[_Graph]], list[SiteSpec]]") -> SitePlan:
+    prefix = target or ""
+    graphs, failures, found = _search(model.get_submodule(prefix), prefix, choose)
     unique = {(site.scope, site.activation, site.call): site for site in reversed(found)}
     sites = [site for site in found if unique.get((site.scope, site.activation, site.call)) is site]
     if not sites:
-        raise SiteError(_nothing_found(model, graphs, failures))
+        raise SiteError(_nothing_found(model.get_submodule(prefix), graphs, failures))
     return SitePlan(_with_unique_names(sites))
 
 
-def _search(model: nn.Module, through_lightning: bool) -> "tuple[list[_Graph], list[str], list[SiteSpec]]":
-    regions, failures = trace_regions(model, through_lightning)
-    graphs = [_Graph(region) for region in regions]
+def _search(
+    model: nn.Module, prefix: str, choose: "Callable[[list[_Graph]], list[SiteSpec]]"
+) -> "tuple[list[_Graph], list[str], list[SiteSpec]]":
+    for through_lightning in (False, True):  # the layers may be the LightningModule's own
+        regions, failures = trace_regions(model, through_lightning, prefix)
+        graphs = [_Graph(region) for region in regions]
+        found = choose(graphs)
+        if any(graph.left_out for graph in graphs):
+            graphs = [_Graph(_with_shapes(graph)) if graph.left_out else graph for graph in graphs]
+            found = choose(graphs)
+        if found:
+            break
+    return graphs, failures, found
+
+
+def _sites_of(graphs: "list[_Graph]") -> list[SiteSpec]:
     found = [site for graph in graphs for site in graph.residual_sites()]
     if not found:
         found = [site for graph in graphs for site in graph.plain_sites()]
-    if not found:
-        found = [site for graph in graphs for site in graph.unnormalized_sites()]
-    return graphs, failures, found
+    return found or [site for graph in graphs for site in graph.unnormalized_sites()]
+
+
+def _with_shapes(graph: "_Graph") -> Region:
+    """The region with the shapes of its operations, where they can be had."""
+    region = graph.region
+    try:
+        return record_region(region.module, region.prefix)
+    except NoImageFits:
+        return region
 
 
 class _Graph(OperationGraph):
     """The rules on one region."""
+
+    def candidates(self) -> list[SiteSpec]:
+        inputs = ((node, node.all_input_nodes[0]) for node in self.activations())
+        maps = (node for node, read in inputs if self._dimensions(read) not in (1, 2))
+        sites = [self._site(node, NAMED, f"output of {self._describe_source(node)}") for node in maps]
+        return [site for site in sites if site is not None]
 
     def residual_sites(self) -> list[SiteSpec]:
         sites = []
@@ -127,9 +168,11 @@ class _Graph(OperationGraph):
 
     def _sums_tokens(self, node: fx.Node, paths: set[fx.Node]) -> bool:
         """Whether the branch is a transformer's: a linear layer, and a normalization of tokens in it or after it."""
-        if self._dimensions(node) == 2:
+        dimensions = self._dimensions(node)
+        if dimensions == 2:
             return False  # features of whole images
-        normalized = any(self._is_layer(n, TOKEN_NORMS) for n in (*paths, *node.users))
+        norms = TOKEN_NORMS if dimensions is None else (*TOKEN_NORMS, *NORMS)
+        normalized = any(self._is_layer(n, norms) for n in (*paths, *node.users))
         return normalized and any(self._is_layer(n, (nn.Linear,)) for n in paths)
 
     def _is_flat(self, node: fx.Node) -> bool:
@@ -199,17 +242,17 @@ class _Graph(OperationGraph):
         if node.op == "call_module":
             earlier = [n for n in self._nodes if n.op == "call_module" and n.target == node.target]
             call = sum(self._scope(n)[0] == key for n in earlier[: earlier.index(node)])
-            activation = self._region.qualified(str(node.target))
+            activation = self.region.qualified(str(node.target))
             # A module shared by several blocks is registered under one of them only.
             inside = not scope or str(node.target).startswith(f"{scope}.")
-            name = activation if inside else f"{self._region.qualified(scope)}:{activation}"
+            name = activation if inside else f"{self.region.qualified(scope)}:{activation}"
         else:
             call = sum(key in self._stack(n) for n in self.activations() if self._order[n] < self._order[node])
             activation = None
             function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "activation")
-            name = f"{self._region.qualified(scope)}:{function}"
+            name = f"{self.region.qualified(scope)}:{function}"
         layout = self._layout(node.all_input_nodes[0])
-        return SiteSpec(name, self._region.qualified(scope), activation, call, channels, rule, reads, layout)
+        return SiteSpec(name, self.region.qualified(scope), activation, call, channels, rule, reads, layout)
 
     def _describe_inputs(self, node: fx.Node) -> str:
         left, right = self._paths(node)
@@ -245,7 +288,7 @@ def _nothing_found(model: nn.Module, graphs: list[_Graph], failures: list[str]) 
         found = f"these networks in it are frozen and left alone: {', '.join(frozen[:5])}"
     else:
         found = "its networks call no activation that can be seen"
-    remedy = "name the sites yourself with sites=SitePlan([...])"
+    remedy = "name the sites yourself with sites="
     return f"no site for a perturbation in {type(model).__name__}: {found}; {remedy}"
 
 

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from mp_lightning.sites.activations import ACTIVATION_FUNCTIONS, ACTIVATION_METHODS, ACTIVATION_MODULES
 from mp_lightning.sites.layout import FIRST, LAST
+from mp_lightning.sites.recording import SHAPE
 from mp_lightning.sites.tracing import CONVOLUTIONS, Region
 
 NORMS = (
@@ -41,6 +42,7 @@ _SAME_DIMENSIONS = {
     *("add", "iadd", "add_", "sub", "mul", "imul", "mul_", "truediv", "cat", "permute", "transpose", "movedim", "roll"),
     *("contiguous", "clone", "to", "dropout", "pad", "relu", "gelu", "silu", "layer_norm", "linear", "interpolate"),
 }
+_MIXTURES = {"matmul", "bmm"}
 _GLOBAL_POOLS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 _CHANNELS = (1, -3)  # the dimension of the channels in (B, C, H, W)
 
@@ -49,7 +51,7 @@ class OperationGraph:
     """The operations of one region, in order of execution."""
 
     def __init__(self, region: Region) -> None:
-        self._region = region
+        self.region = region
         self._nodes = list(region.graph.nodes)
         self._modules = dict(region.module.named_modules())
         self._order = {node: index for index, node in enumerate(self._nodes)}
@@ -58,6 +60,7 @@ class OperationGraph:
             inputs = node.all_input_nodes
             self._ancestors[node] = set(inputs).union(*(self._ancestors[i] for i in inputs))
         self._known_dimensions: dict[fx.Node, int | None] = {}
+        self._known_layouts: dict[fx.Node, str] = {}
         self.left_out: list[str] = []
 
     def activations(self) -> list[fx.Node]:
@@ -66,9 +69,9 @@ class OperationGraph:
     def name(self, node: fx.Node) -> str:
         """A readable name in the model."""
         return (
-            self._region.qualified(self._scope(node)[1] + f":{node.name}")
+            self.region.qualified(self._scope(node)[1] + f":{node.name}")
             if node.op != "call_module"
-            else (self._region.qualified(str(node.target)))
+            else (self.region.qualified(str(node.target)))
         )
 
     def _pools(self, node: fx.Node) -> bool:
@@ -98,6 +101,10 @@ class OperationGraph:
         return list(self._stack(node).items())[-1]
 
     def _channels(self, node: fx.Node) -> int | None:
+        """C of what an operation gives: read off its shape where that was recorded, else by the layers before it."""
+        shape: tuple[int, ...] = node.meta.get(SHAPE, ())
+        if len(shape) in (3, 4):  # five dimensions may be channels in groups, and not a volume
+            return shape[-1 if self._layout(node) == LAST else 1]
         layer = self._layer(node)
         if isinstance(layer, CONVOLUTIONS):
             return layer.out_channels
@@ -121,12 +128,45 @@ class OperationGraph:
         return next((channels for n in inputs if (channels := self._channels(n)) is not None), None)
 
     def _layout(self, node: fx.Node) -> str:
-        """Where the channels are in what an operation gives, by the last layer before it that is known."""
+        """Where the channels are in what an operation gives: as the last layer before it wrote them, moved since."""
+        if node not in self._known_layouts:
+            self._known_layouts[node] = self._find_layout(node)
+        return self._known_layouts[node]
+
+    def _find_layout(self, node: fx.Node) -> str:
         layer = self._layer(node)
+        if isinstance(layer, NORMS) and self._reads_features(node):
+            return LAST
         if isinstance(layer, LAYERS):
             return LAST if isinstance(layer, (nn.Linear, *TOKEN_NORMS)) else FIRST
         inputs = node.all_input_nodes
-        return self._layout(inputs[0]) if inputs else FIRST
+        if not inputs:
+            return FIRST
+        before = self._values(node)
+        layout, dimensions = self._layout(before), self._dimensions(before)
+        order = _moved(node, dimensions)
+        if order is None or dimensions is None:
+            return layout
+        position = order.index(1 if layout == FIRST else dimensions - 1)
+        return FIRST if position == 1 else LAST if position == dimensions - 1 else layout
+
+    def _values(self, node: fx.Node) -> fx.Node:
+        """The tensor whose layout an operation keeps: where values are mixed by attention, that of the values."""
+        inputs = node.all_input_nodes
+        if _name(node) in _MIXTURES and len(inputs) > 1:
+            return inputs[0] if self._is_attention(inputs[1]) else inputs[1]
+        return inputs[min(2, len(inputs) - 1)] if _name(node) == "scaled_dot_product_attention" else inputs[0]
+
+    def _is_attention(self, node: fx.Node) -> bool:
+        """Whether the tensor holds weights of attention, perhaps dropped out or transposed."""
+        while not self._squashes(node) and _name(node) in _SAME_DIMENSIONS and node.all_input_nodes:
+            node = node.all_input_nodes[0]
+        return self._squashes(node)
+
+    def _reads_features(self, node: fx.Node) -> bool:
+        """Whether a normalization over samples and space gets a table (N, C), as of tokens one below the other."""
+        source = self._source(self._first_of_layer(node))
+        return self._dimensions(node) == 2 or (source is not None and self._is_layer(source, (nn.Linear,)))
 
     def _dimensions(self, node: object) -> int | None:
         """How many dimensions a tensor has, as far as its operations tell; None: they do not."""
@@ -137,6 +177,8 @@ class OperationGraph:
         return self._known_dimensions[node]
 
     def _count_dimensions(self, node: fx.Node) -> int | None:
+        if SHAPE in node.meta:
+            return len(node.meta[SHAPE])
         if node.op not in ("call_module", "call_function", "call_method"):
             return None
         layer = self._layer(node)
@@ -145,7 +187,7 @@ class OperationGraph:
         if self._is_module(node, nn.Flatten):
             assert isinstance(layer, nn.Flatten)
             return layer.start_dim + 1 if layer.start_dim >= 0 and layer.end_dim == -1 else None
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        name = _name(node)
         before = self._dimensions(node.args[0]) if node.args else None
         if node.op == "call_module":
             return None if self._is_module(node, (nn.Unflatten, nn.Unfold, nn.Fold)) else before
@@ -226,12 +268,31 @@ class OperationGraph:
 
     def _describe(self, node: fx.Node) -> str:
         if node.op == "call_module":
-            return self._region.qualified(str(node.target))
+            return self.region.qualified(str(node.target))
         return "the input" if node.op == "placeholder" else f"{node.name}"
 
     def _describe_source(self, node: fx.Node) -> str:
         source = self._source(node)
         return self._describe(source) if source is not None else "the input"
+
+
+def _name(node: fx.Node) -> str:
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+
+
+def _moved(node: fx.Node, dimensions: int | None) -> list[int] | None:
+    """For each dimension of what the operation gives, which one it was; None: as far as is known, none is moved."""
+    if dimensions is None or node.op == "call_module" or _name(node) not in ("permute", "transpose", "swapaxes"):
+        return None
+    rest = [*node.args[1:], *node.kwargs.values()]
+    numbers = rest[0] if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest
+    order = [number % dimensions for number in numbers if isinstance(number, int)]
+    if _name(node) == "permute":
+        return order if sorted(order) == list(range(dimensions)) else None
+    moved = list(range(dimensions))
+    if len(order) == 2:
+        moved[order[0]], moved[order[1]] = order[1], order[0]
+    return moved
 
 
 def is_product(node: fx.Node) -> bool:

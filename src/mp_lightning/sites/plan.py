@@ -3,11 +3,17 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
+
+import yaml
 
 from mp_lightning.errors import SiteError
 from mp_lightning.sites.layout import FIRST, LAYOUTS
 
+_HEAD = """# Where a model is perturbed, in order of execution. Take out what you do not want, and give the file back:
+# MetaPerturbCallback(sites="THIS_FILE.yaml").
+"""
 VERSION = 2  # of version 1, all layouts were channels first
 
 
@@ -107,20 +113,43 @@ class SitePlan:
         Raises:
             SiteError: it is not that.
         """
-        names = {field.name for field in fields(SiteSpec)}
+        version = data.get("version") if isinstance(data, dict) else None
+        if version not in (1, VERSION) or not isinstance(data.get("sites"), list):
+            raise SiteError(f"this is not a plan of version {VERSION}; make one with find_sites(model).to_dict()")
+        return cls([_site(entry, number, version) for number, entry in enumerate(data["sites"], start=1)])
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as YAML, to be read, edited, and given back as ``sites=path``.
+
+        Raises:
+            SiteError: the file cannot be written.
+        """
+        text = yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, allow_unicode=True)
         try:
-            version, entries = data["version"], data["sites"]
-            if version == 1:
-                entries = [{"layout": FIRST, **entry} for entry in entries]
-            if version not in (1, VERSION) or any(
-                set(entry) != names or entry["layout"] not in LAYOUTS for entry in entries
-            ):
-                raise ValueError
-            return cls([SiteSpec(**entry) for entry in entries])
-        except (KeyError, TypeError, ValueError) as error:
-            raise SiteError(
-                f"this is not a plan of version {VERSION}; make one with find_sites(model).to_dict()"
-            ) from error
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(_HEAD + text, encoding="utf-8")
+        except OSError as error:
+            raise SiteError(f"plan '{path}' cannot be written ({error.strerror}); choose another place") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> "SitePlan":
+        """From a file that :meth:`save` wrote, edited or not.
+
+        Raises:
+            SiteError: the file is missing or holds no plan; the message names the entry.
+        """
+        try:
+            data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise SiteError(f"plan '{path}' cannot be read ({error.strerror}); give the path of a YAML file") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            line = getattr(getattr(error, "problem_mark", None), "line", None)
+            where = "" if line is None else f" in line {line + 1}"
+            raise SiteError(f"plan '{path}' is no YAML{where}; write it again with SitePlan.save") from error
+        try:
+            return cls.from_dict(data)
+        except SiteError as error:
+            raise SiteError(f"plan '{path}': {error}") from error
 
     def __str__(self) -> str:
         rows = [("site", "channels", "rule", "reads")]
@@ -141,3 +170,22 @@ class SitePlan:
                 raise SiteError(f"no site matches '{pattern}'; the sites are: {', '.join(self.names)}")
             chosen |= found
         return chosen
+
+
+def _site(entry: Any, number: int, version: int) -> SiteSpec:
+    kinds = {field.name: field.type for field in fields(SiteSpec)}
+    name = entry.get("name", f"number {number}") if isinstance(entry, dict) else f"number {number}"
+    if not isinstance(entry, dict):
+        raise SiteError(f"site {name} of the plan is {entry!r}; give its {', '.join(kinds)}")
+    entry = {**({"layout": FIRST} if version == 1 else {}), **entry}
+    wrong = sorted({str(key) for key in entry} ^ set(kinds))
+    if wrong:
+        unknown = wrong[0] in entry
+        raise SiteError(f"site '{name}' of the plan {'has an unknown' if unknown else 'has no'} key '{wrong[0]}'")
+    for key, kind in kinds.items():
+        value = entry[key]
+        good = isinstance(value, kind) and value is not True and value is not False  # type: ignore[arg-type]
+        if not good or (key == "layout" and value not in LAYOUTS) or (key == "channels" and value < 1):
+            wanted = " or ".join(f"'{layout}'" for layout in LAYOUTS) if key == "layout" else f"{kind}"
+            raise SiteError(f"site '{name}' of the plan has {key}={value!r}; give {wanted}")
+    return SiteSpec(**entry)

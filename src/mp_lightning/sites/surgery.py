@@ -20,6 +20,7 @@ from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, check_strength, load_phi
 from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName, ramp_length
 from mp_lightning.sites.calls import Block
+from mp_lightning.sites.choice import Sites, choose_sites
 from mp_lightning.sites.discovery import find_sites
 from mp_lightning.sites.plan import SitePlan
 
@@ -28,7 +29,8 @@ def attach(
     model: nn.Module,
     phi: "str | Path | Phi | NamedPhi | None" = None,
     *,
-    sites: SitePlan | None = None,
+    sites: Sites = None,
+    target: str | None = None,
     perturbation: Perturbation | None = None,
     total_steps: int | None = None,
     ramp_steps: int | None = None,
@@ -48,7 +50,9 @@ def attach(
     Args:
         model: any module; what its forward computes changes, its parameters and its ``state_dict`` keys do not.
         phi: a phi file, the name of a bundled one, or None for the bundled default. Never trained.
-        sites: where to perturb; None finds the sites (:func:`find_sites`).
+        sites: where to perturb; None finds the sites. A plan, a YAML file with one, names, patterns, classes of
+            modules, functions: see :func:`~mp_lightning.sites.choose_sites`.
+        target: name of the only submodule that is perturbed, such as 'student'.
         perturbation: any other :class:`~mp_lightning.perturbation.Perturbation` in place of phi.
         total_steps: number of training batches of the run; the strength grows over the first 40 % of them.
         ramp_steps: number of batches over which it grows, instead. With neither, it is at full strength from the start
@@ -80,10 +84,10 @@ def attach(
     if strength is not None:
         check_strength(strength)
     if existing is not None:
-        _check_same(existing, None if phi is None else named, perturbation, sites, strength)
+        wanted = None if sites is None else choose_sites(model, sites, target)
+        _check_same(existing, None if phi is None else named, perturbation, wanted, strength)
         return existing
-    plan = find_sites(model) if sites is None else sites
-    _check_fits(plan, model)
+    plan = choose_sites(model, sites, target)
     if named is not None:
         perturbation = MetaPerturb(named.phi, persistent=persistent)
     assert perturbation is not None
@@ -92,7 +96,7 @@ def attach(
         plan,
         perturbation,
         phi_name=perturbation.name if named is None else named.name,
-        channel_norm=_channel_norm(model, plan, sites),
+        channel_norm=_channel_norm(model, plan, sites, target),
         input_size=input_size,
         strength=strength if strength is not None else 1.0 if named is None else named.strength,
         seed=seed,
@@ -174,24 +178,11 @@ def _check_same(
         raise ConfigurationError("the model is attached already, at other sites; call detach() before attaching again")
 
 
-def _check_fits(plan: SitePlan, model: nn.Module) -> None:
-    if len(plan) == 0:
-        raise SiteError(f"the plan for {type(model).__name__} holds no site; leave sites= out to find them")
-    modules = dict(model.named_modules(remove_duplicate=False))
-    for spec in plan:
-        for name in (spec.scope, spec.activation):
-            if name is not None and name not in modules:
-                raise SiteError(
-                    f"site '{spec.name}' does not fit: {type(model).__name__} has no module '{name}'; "
-                    "give the model that the plan was made for"
-                )
-
-
-def _channel_norm(model: nn.Module, plan: SitePlan, given: SitePlan | None) -> int:
+def _channel_norm(model: nn.Module, plan: SitePlan, given: Sites, target: str | None) -> int:
     """The most channels of any site of the *default* plan, so that leaving sites out changes no other site."""
     if given is None:
         return plan.channel_norm
     try:
-        return find_sites(model).channel_norm
+        return find_sites(model, target).channel_norm
     except SiteError:
         return plan.channel_norm

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from mp_lightning.sites.recording import NoImageFits, record
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -40,7 +42,9 @@ class _Tracer(fx.Tracer):
         return type(m).__name__ in ("StochasticDepth", "DropPath") or super().is_leaf_module(m, module_qualified_name)
 
 
-def trace_regions(model: nn.Module, through_lightning: bool = False) -> tuple[list[Region], list[str]]:
+def trace_regions(
+    model: nn.Module, through_lightning: bool = False, prefix: str = ""
+) -> tuple[list[Region], list[str]]:
     """Trace the model, or, where that is impossible, its parts.
 
     Left out are parts without convolutions, parts whose parameters are all frozen (teachers, perceptual losses) and
@@ -49,13 +53,14 @@ def trace_regions(model: nn.Module, through_lightning: bool = False) -> tuple[li
     Args:
         model: the model.
         through_lightning: trace a LightningModule's own forward, too.
+        prefix: the name of the model in the one that it is a part of.
 
     Returns:
         The regions in order of registration, and what could not be traced, for messages.
     """
     regions: list[Region] = []
     failures: list[str] = []
-    _trace(model, "", through_lightning, regions, failures)
+    _trace(model, prefix, through_lightning, regions, failures)
     return regions, failures
 
 
@@ -71,8 +76,23 @@ def _trace(module: nn.Module, prefix: str, through_lightning: bool, regions: lis
         except Exception as error:  # user code that meets a proxy raises anything
             reason = str(error).strip().split("\n")[0][:100]
             failures.append(f"'{prefix or type(module).__name__}' ({type(error).__name__}: {reason})")
+        try:
+            regions.append(record_region(module, prefix))
+            return
+        except NoImageFits as error:
+            failures.append(f"'{prefix or type(module).__name__}' ({error})")
     for name, child in children:
         _trace(child, f"{prefix}.{name}" if prefix else name, through_lightning, regions, failures)
+
+
+def record_region(module: nn.Module, prefix: str) -> Region:
+    """A part as one graph whose operations have shapes.
+
+    Raises:
+        NoImageFits: its forward fails for every image that was tried.
+    """
+    with _left_as_it_was(module):
+        return Region(prefix, module, record(module, _Tracer().is_leaf_module))
 
 
 def is_frozen(module: nn.Module) -> bool:
