@@ -84,7 +84,7 @@ class CheckpointHooks:
         attachment = attachment_of(self._module)
         if attachment is None:
             return
-        checkpoint[KEY] = {**attachment.state(), "inference": self._inference}
+        checkpoint[KEY] = {**attachment.state(), "inference": self._inference, "module": _importable(self._module)}
         if self._marker and "state_dict" in checkpoint:
             # A copy, but one that keeps the versions of modules, which are an attribute of the dict.
             checkpoint["state_dict"] = copy.copy(checkpoint["state_dict"])
@@ -102,6 +102,14 @@ class CheckpointHooks:
             self._replaced[name](checkpoint)
         elif hasattr(type(self._module), name):  # a plain nn.Module has none
             getattr(type(self._module), name)(self._module, checkpoint)
+
+
+def _importable(module: nn.Module) -> str | None:
+    """'package.module:Class' of a module, unless its class can only be found where it was trained."""
+    cls = type(module)
+    if cls.__module__ == "__main__" or "<locals>" in cls.__qualname__:
+        return None
+    return f"{cls.__module__}:{cls.__qualname__}"
 
 
 def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:

@@ -109,14 +109,14 @@ _TIMM = {
 
 # Small networks by the configurations of transformers: sites, and how many have the channels last.
 _TRANSFORMERS = {
-    "ResNet": ({"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1]}, {RESIDUAL: 5}, 0),
-    "ConvNext": ({"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1]}, {PRE_ACTIVATION: 5}, 5),
-    "ViT": (
+    "resnet": ({"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1]}, {RESIDUAL: 5}, 0),
+    "convnext": ({"hidden_sizes": [8, 8, 16, 16], "depths": [1, 1, 2, 1]}, {PRE_ACTIVATION: 5}, 5),
+    "vit": (
         {"hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2, "intermediate_size": 32},
         {PRE_ACTIVATION: 3},
         3,
     ),
-    "Swin": ({"embed_dim": 8, "depths": [1, 1, 2], "num_heads": [1, 2, 2], "window_size": 4}, {PRE_ACTIVATION: 4}, 4),
+    "swin": ({"embed_dim": 8, "depths": [1, 1, 2], "num_heads": [1, 2, 2], "window_size": 4}, {PRE_ACTIVATION: 4}, 4),
 }
 
 # Name in our configurations, sites by rule, and how many have the channels last (None: not counted).

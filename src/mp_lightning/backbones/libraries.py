@@ -1,4 +1,4 @@
-"""Networks of torchvision and of timm by their names there. Weights are freshly drawn: nothing is downloaded."""
+"""Networks of torchvision, timm and transformers by their names. Weights are drawn afresh: nothing is downloaded."""
 
 import difflib
 import importlib
@@ -52,6 +52,26 @@ def _from_timm(name: str, num_classes: int, in_channels: int) -> nn.Module:
     if name not in known and name not in timm.list_pretrained():
         raise _unknown("timm", name, known, "timm.list_models()")
     net: nn.Module = timm.create_model(name, pretrained=False, num_classes=num_classes, in_chans=in_channels)
+    return net
+
+
+def build_transformers_network(kind: str) -> nn.Module:
+    """An image classifier of transformers by its kind, such as 'vit', with the settings that the kind has by default.
+
+    Raises:
+        ConfigurationError: transformers is absent or has no such kind.
+    """
+    try:
+        transformers = importlib.import_module("transformers")
+    except ImportError as error:
+        raise ConfigurationError(
+            f"transformers:{kind} needs the package transformers ({error}): pip install transformers"
+        ) from error
+    mapping = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING
+    kinds = {config.model_type: config for config in mapping}
+    if kind not in kinds:
+        raise _unknown("transformers", kind, kinds, "transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING")
+    net: nn.Module = transformers.AutoModelForImageClassification.from_config(kinds[kind]())
     return net
 
 

@@ -26,8 +26,10 @@ VERBS = {
     "fit": "meta-train a perturbation and write phi.safetensors",
     "compare": "train arms side by side and say with intervals whether any of them helps",
     "select": "name the best run of a sweep and write its phi, with a card that lists the others",
+    "sites": "show where a model would be perturbed and what that costs; write the plan to a file",
+    "export": "write a trained model as ONNX or by torch.export, without anything that draws noise",
 }
-_ONCE = {"select"}  # verbs of which a sweep makes no sense
+_ONCE = {"select", "sites", "export"}  # verbs of which a sweep makes no sense
 USER_ERROR = 2
 INTERRUPTED = 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"

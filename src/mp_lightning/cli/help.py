@@ -30,6 +30,16 @@ _EXAMPLES = {
         "sweep=runs/sweep-fit by=accuracy": "the run with the best held-out accuracy",
         "sweep=runs/sweep-fit to=my-phi.safetensors": "written to a file of your choice",
     },
+    "sites": {
+        "model=torchvision:resnet50": "also timm:NAME, transformers:NAME",
+        "model=my_package.nets:make_net input=1x64x64": "your own function, and the size of its images",
+        "model=train.py:Classifier target=student to=plan.yaml": "a part of it; the plan as a file that can be edited",
+    },
+    "export": {
+        "ckpt=last.ckpt to=model.onnx": "needs mp_lightning[export]",
+        "ckpt=last.ckpt to=model.pt2 mode=fold": "for torch.export.load; with constants in place of what was learned",
+        "ckpt=last.ckpt to=model.onnx model=train.py:Classifier": "where the checkpoint does not say what was trained",
+    },
 }
 _OPTIONS = {
     "-m": "run every combination of the values that are given as key=a,b,c; hydra/sweeper=optuna searches "

@@ -65,7 +65,7 @@ class Cost(L.Callback):
             self._kept = KeptForBackward(pl_module)
             self._kept.__enter__()
         if self._step % self._every == 0:
-            _wait(pl_module.device)
+            wait(pl_module.device)
             self._start = time.perf_counter()
 
     def on_before_backward(self, trainer: L.Trainer, pl_module: L.LightningModule, loss: Tensor) -> None:
@@ -76,7 +76,7 @@ class Cost(L.Callback):
     ) -> None:
         timed = self._step % self._every == 0 and self._step not in (0, _MEASURED)
         if timed:
-            _wait(pl_module.device)
+            wait(pl_module.device)
             self._times.append(time.perf_counter() - self._start)
         self._stop_measuring()
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
@@ -137,6 +137,7 @@ class KeptForBackward:
         self._alive.clear()
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Until the device has done what it was given, so that time can be measured."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -42,6 +42,7 @@ class Attachment(KeepsPrecision):
         folding: use the constants.
         observed: by site, the sum of the expected multipliers of each channel (C,) and of how many forwards, while
             constants are estimated.
+        frozen: see :meth:`freeze`.
         strays: how many blocks ran in evaluation mode outside of any forward of the model.
     """
 
@@ -86,6 +87,7 @@ class Attachment(KeepsPrecision):
         self.perturbing = False
         self.depth = 0
         self.strays = 0
+        self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
         for name, value in {
             "strength": torch.tensor(float(strength)),
@@ -154,8 +156,8 @@ class Attachment(KeepsPrecision):
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
-        if in_backward():
-            return  # activation checkpointing computes this forward again
+        if self.frozen or in_backward():  # in backward, activation checkpointing computes this forward again
+            return
         self.training_forward = training
         if training:
             self.evaluation_buffers = self.constants = None  # they belong to the weights before this step
@@ -187,7 +189,7 @@ class Attachment(KeepsPrecision):
 
     def begin_block(self, training: bool) -> None:
         """Called when the forward of a block begins. Outside of any forward of the model it counts as one by itself."""
-        if self.depth == 0 and not in_backward():
+        if self.depth == 0 and not self.frozen and not in_backward():
             self.strays += not training
             self.begin_forward(training, None)
 
@@ -237,6 +239,24 @@ class Attachment(KeepsPrecision):
     def entry_modules(self) -> dict[str, nn.Module]:
         """The modules that may be called as 'the model', by name ('' is the model that was given)."""
         return {name: self.model.get_submodule(name) for name in entry_names(self.model, self.plan)}
+
+    def freeze(self, folding: bool) -> None:
+        """Stay in one deterministic mode of evaluation for good: nothing is counted or measured any more.
+
+        Args:
+            folding: by the constants, which become a buffer of each site; otherwise by the expected noise.
+        """
+        for name, value in (self.evaluation_buffers or {}).items():
+            path, _, leaf = name.rpartition(".")
+            self.model.get_submodule(path)._buffers[leaf] = value.detach().clone()
+        for site in self._sites():
+            if folding:
+                assert self.constants is not None
+                constants = self.constants[site.spec.name].to(self.coeff.device)
+                site.factor = 1 + self.coeff * (constants - 1)
+        self.evaluation_buffers = self.inference = None
+        self.sampling, self.folding, self.frozen = False, folding, True
+        self.path = "reference"
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint needs, as tensors, dicts, lists, strings and numbers only."""

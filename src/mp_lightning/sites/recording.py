@@ -36,14 +36,32 @@ def record(module: nn.Module, leaf: Callable[[nn.Module, str], bool]) -> fx.Grap
     Raises:
         NoImageFits: the forward failed for every image that was guessed; the message is the first failure's.
     """
+    return _first_that_fits(module, leaf)[1]
+
+
+def image_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of images that the module takes, without the batch: what it declares, or the first that was guessed.
+
+    Raises:
+        NoImageFits: as :func:`record`.
+    """
+    return _first_that_fits(module, lambda part, name: False)[0][1:]
+
+
+def _first_that_fits(module: nn.Module, leaf: Callable[[nn.Module, str], bool]) -> tuple[tuple[int, ...], fx.Graph]:
     reason = "it has no convolution that would tell what it takes"
     for number, shape in enumerate(_images(module)):
         try:
-            return _Recorder(module, leaf).run(shape)
+            return shape, _Recorder(module, leaf).run(shape)
         except Exception as error:  # user code that gets the wrong image raises anything
             if number == 0:
                 reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
     raise NoImageFits(reason)
+
+
+def in_channels(module: nn.Module) -> int:
+    """The likeliest number of channels of the images that the module takes."""
+    return next((shape[1] for shape in _images(module)), 3)
 
 
 def _images(module: nn.Module) -> Iterator[tuple[int, ...]]:

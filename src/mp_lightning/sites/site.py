@@ -46,6 +46,7 @@ class Site(KeepsPrecision):
     """
 
     attachment: "Attachment"
+    factor: Tensor | None  # of each channel (C,), once the attachment is frozen by constants
 
     def __init__(self, spec: SiteSpec, index: int, attachment: "Attachment", persistent: bool) -> None:
         super().__init__()
@@ -55,6 +56,7 @@ class Site(KeepsPrecision):
         self.__dict__["attachment"] = attachment
         self._calls: deque[_Call] = deque(maxlen=_REMEMBERED)
         self._statistics = tuple(attachment.perturbation.initial_statistics(spec.channels))
+        self.register_buffer("factor", None, persistent=False)
         for name, value in attachment.perturbation.initial_statistics(spec.channels).items():
             self.register_buffer(name, value, persistent=persistent)
 
@@ -125,10 +127,13 @@ class Site(KeepsPrecision):
 
     def _folded(self, x: Tensor) -> Tensor:
         """By a constant for each channel: linear but for the bound, which is not counted here."""
-        shared = self.attachment
-        assert shared.constants is not None
-        factor = 1 + shared.coeff * (shared.constants[self.spec.name].to(shared.coeff.device) - 1)
-        y = x * factor.view(1, -1, 1, 1).to(x.dtype)
+        shared, factor = self.attachment, self.factor
+        if factor is None:
+            assert shared.constants is not None
+            factor = 1 + shared.coeff * (shared.constants[self.spec.name].to(shared.coeff.device) - 1)
+        if factor.dtype != x.dtype:
+            factor = factor.to(x.dtype)
+        y = x * factor.view(1, -1, 1, 1)
         return y if shared.clip is None else y.clamp_(max=shared.clip)
 
     def _reference(self, x: Tensor, key: NoiseKey | None, norms: Norms, training: bool) -> Perturbed:

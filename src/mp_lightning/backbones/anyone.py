@@ -1,0 +1,87 @@
+"""Anyone's network by what its user calls it: ours, a library's, or that of a function in the user's own code."""
+
+import importlib
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
+from mp_lightning.backbones.build import build_backbone, list_backbones
+from mp_lightning.backbones.libraries import LIBRARIES, build_transformers_network
+from mp_lightning.errors import ConfigurationError
+
+FORMS = "torchvision:NAME, timm:NAME, transformers:NAME, package.module:factory or file.py:factory"
+
+
+def build_network(name: str) -> nn.Module:
+    """Build a network with freshly drawn weights, or whatever the user's own function gives.
+
+    Args:
+        name: 'torchvision:resnet50', 'timm:NAME', 'transformers:vit' (a kind of model, by its configuration), one of
+            :func:`~mp_lightning.backbones.list_backbones`, or 'package.module:factory' or 'file.py:factory', where the
+            factory is a function without arguments, a class that needs none, or a module.
+
+    Raises:
+        ConfigurationError: there is no such network, or building it failed; the message says which and why.
+    """
+    library, _, rest = name.partition(":")
+    if library == "transformers":
+        return build_transformers_network(rest)
+    if library in LIBRARIES or name in list_backbones():
+        return build_backbone(name, 1000 if library in LIBRARIES else 10)
+    made = find_object(name)
+    if not isinstance(made, nn.Module):
+        if not callable(made):
+            raise ConfigurationError(
+                f"model={name} is a {type(made).__name__}; name a function or class that makes one"
+            )
+        try:
+            made = made()
+        except Exception as error:  # the user's code raises anything
+            raise ConfigurationError(
+                f"model={name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}; name a function "
+                "that needs no arguments"
+            ) from error
+    if not isinstance(made, nn.Module):
+        raise ConfigurationError(f"model={name} gave a {type(made).__name__}; it must give a torch.nn.Module")
+    return made
+
+
+def find_object(name: str) -> Any:
+    """What 'package.module:name' or 'file.py:name' stands for.
+
+    Raises:
+        ConfigurationError: it cannot be imported.
+    """
+    place, _, attribute = name.rpartition(":")
+    if not place or not attribute:
+        raise ConfigurationError(f"model={name} is unknown; give {FORMS}, or one of {', '.join(list_backbones())}")
+    found: Any = _module(place, name)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            raise ConfigurationError(f"model={name}: there is no '{part}' in {place}")
+        found = getattr(found, part)
+    return found
+
+
+def _module(place: str, name: str) -> ModuleType:
+    try:
+        return _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:  # the user's code raises anything
+        raise ConfigurationError(
+            f"model={name}: {place} cannot be imported ({type(error).__name__}: "
+            f"{str(error).partition(chr(10))[0]}); give {FORMS}"
+        ) from error
+
+
+def _from_file(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    if spec is None or spec.loader is None:
+        raise ImportError(f"{path} is no file of Python")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules.setdefault(path.stem, module)  # where classes look for their own module
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,126 @@
+"""``export``: write a trained model to a file that runs elsewhere."""
+
+import inspect
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.markup import escape
+from torch import nn
+
+from mp_lightning.backbones.anyone import find_object
+from mp_lightning.callback import MetaPerturbCallback
+from mp_lightning.checkpoints import KEY, read_checkpoint
+from mp_lightning.cli.model_options import read_image, required
+from mp_lightning.cli.options import check, check_choice, check_keys
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.inference.export import SUFFIXES, ExportMode, export
+from mp_lightning.sites import attachment_of
+from mp_lightning.sites.recording import in_channels
+
+_KEYS = ("command", "ckpt", "to", "mode", "model", "input")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What ``export`` reads from its configuration, checked."""
+
+    checkpoint: Path
+    to: Path
+    mode: str | None
+    model: str | None
+    image: tuple[int, ...] | None
+
+
+def read(config: DictConfig) -> Request:
+    """The settings of a configuration.
+
+    Raises:
+        ConfigurationError: a key is unknown, or a value is missing or cannot be used; the message names it.
+    """
+    check_keys([str(key) for key in config if key != "hydra"], _KEYS)
+    to = Path(required(config, "to", "model.onnx"))
+    if to.suffix not in SUFFIXES:
+        raise ConfigurationError(f"to={to} cannot be used; give a file name that ends in {' or '.join(SUFFIXES)}")
+    mode = check(config.mode, str | None, "mode")
+    if mode == "mc":
+        raise ConfigurationError("mode=mc cannot be exported, as it draws noise in every forward; use mean or fold")
+    return Request(
+        checkpoint=Path(required(config, "ckpt", "last.ckpt")),
+        to=to,
+        mode=None if mode is None else check_choice(mode, ("mean", "fold"), "mode"),
+        model=check(config.model, str | None, "model"),
+        image=read_image(config.input),
+    )
+
+
+def run(config: DictConfig, path: Path) -> None:
+    """Restore the model, write the file, and say how far its output is from the model's.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be read, or is not that of this model.
+        ConfigurationError: the model cannot be made or exported.
+    """
+    given = read(config)
+    content = read_checkpoint(given.checkpoint)
+    mode = given.mode or content[KEY]["inference"]["inference"]
+    if mode == "mc":
+        raise ConfigurationError(
+            f"checkpoint '{given.checkpoint}' was trained with inference='mc', which draws noise in every forward and "
+            "cannot be exported; train with inference='mean' or 'fold'"
+        )
+    model = MetaPerturbCallback.restore(_make(given.model, content), given.checkpoint)
+    attachment = attachment_of(model)
+    assert attachment is not None
+    side = int(attachment.input_size)
+    image = given.image or (in_channels(model), side, side)
+    difference = export(model, given.to, torch.rand(2, *image), cast(ExportMode, mode))
+    console = Console(highlight=False, soft_wrap=True)
+    size = "x".join(map(str, image))
+    checked = "not compared, as onnxruntime is not installed" if math.isnan(difference) else f"{difference:.1e}"
+    console.print(
+        f"Written to [bold]{escape(str(given.to))}[/bold]: {escape(type(model).__name__)}, mode {mode}, any number "
+        f"of images of {size}. Largest difference from the model's own output: {checked}"
+    )
+
+
+def _make(name: str | None, content: dict[str, Any]) -> L.LightningModule:
+    """A fresh module of the class that was trained."""
+    given = name is not None
+    name = name or content[KEY].get("module")
+    if name is None:
+        raise ConfigurationError(
+            "the checkpoint does not say of which class the model is; name it with model=package.module:Class or "
+            "model=file.py:Class"
+        )
+    found = find_object(name)
+    hyperparameters = dict(content.get("hyper_parameters") or {})
+    if isinstance(found, type) and issubclass(found, L.LightningModule):
+        hyperparameters = _accepted(found, hyperparameters)
+    elif given and callable(found):
+        hyperparameters = {}
+    else:
+        raise ConfigurationError(f"model={name} is no LightningModule; name the class that was trained")
+    try:
+        made = found(**hyperparameters)
+    except Exception as error:  # the user's code raises anything
+        raise ConfigurationError(
+            f"model={name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}; call "
+            "save_hyperparameters() in it, or name a function without arguments that makes it"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise ConfigurationError(f"model={name} gave a {type(made).__name__}; it must give the module that was trained")
+    return cast(L.LightningModule, made)
+
+
+def _accepted(cls: type, hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """Those that the class takes."""
+    parameters = inspect.signature(cls).parameters
+    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return hyperparameters
+    return {key: value for key, value in hyperparameters.items() if key in parameters}

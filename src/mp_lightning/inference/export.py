@@ -1,0 +1,159 @@
+"""The way out: a trained model as plain operations, for ONNX and ``torch.export``, in one of the deterministic modes.
+
+A copy of the model is frozen in its mode: batch norm holds the statistics that were estimated for it, nothing draws
+noise, counts or measures. With 'mean' the 82 numbers of phi stay in the graph and are evaluated at each site; with
+'fold' a multiplication by one constant for each channel is all that remains of the perturbation.
+"""
+
+import copy
+import importlib
+import os
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.sites import Attachment, attachment_of
+
+ExportMode = Literal["mean", "fold"]
+SUFFIXES = (".onnx", ".pt2")
+
+
+def exportable(model: nn.Module, mode: ExportMode) -> nn.Module:
+    """A copy of an attached model that computes one mode of inference by plain operations, in evaluation.
+
+    Args:
+        model: attached, trained, and re-estimated for the mode (the callback does that when training ends). Of a
+            LightningModule without a forward of its own, the network in it that holds the sites is taken.
+        mode: 'mean' or 'fold'.
+
+    Raises:
+        ConfigurationError: the model is not attached or not ready for the mode, or the mode needs samples.
+    """
+    if mode not in ("mean", "fold"):
+        raise ConfigurationError(
+            f"mode={mode} cannot be exported, as it draws noise in every forward; use mean or fold"
+        )
+    attachment = attachment_of(model)
+    if attachment is None:
+        raise ConfigurationError(f"{type(model).__name__} has no perturbation attached; export it as any other model")
+    _check_ready(attachment, mode)
+    name = _entry(attachment)
+    frozen = copy.deepcopy(attachment.model).eval()
+    own = attachment_of(frozen)
+    assert own is not None
+    own.freeze(folding=mode == "fold")
+    return frozen.get_submodule(name)
+
+
+def export(model: nn.Module, path: str | Path, images: Tensor, mode: ExportMode = "mean") -> float:
+    """Write an attached model to a file that needs neither this package nor, as ONNX, torch.
+
+    Args:
+        model: as for :func:`exportable`; on the CPU.
+        path: ``.onnx``, which needs the packages onnx and onnxscript, or ``.pt2``, for ``torch.export.load``. The size
+            of the batch stays free.
+        images: (B, C, H, W) float32 with at least two images, of the size that the file shall take.
+        mode: 'mean' or 'fold'.
+
+    Returns:
+        The largest absolute difference between the outputs of the file and of the model for these images; NaN for
+        ONNX where the package onnxruntime is missing.
+
+    Raises:
+        ConfigurationError: as :func:`exportable`; or the ending is unknown, a package is missing, or the model cannot
+            be exported.
+    """
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ConfigurationError(f"to={path} cannot be used; give a file name that ends in {' or '.join(SUFFIXES)}")
+    frozen = exportable(model, mode)
+    partial = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
+    try:
+        with torch.no_grad():
+            expected = frozen(images)
+            program = torch.export.export(frozen, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            difference = (_write_onnx if path.suffix == ".onnx" else _write_pt2)(program, partial, images, expected)
+            partial.replace(path)
+        except OSError as error:
+            raise ConfigurationError(f"'{path}' cannot be written ({error.strerror}); choose another place") from error
+        return difference
+    except ConfigurationError:
+        raise
+    except Exception as error:  # torch.export raises many kinds for code that it cannot follow
+        raise ConfigurationError(
+            f"{type(model).__name__} cannot be exported ({type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0][:200]}); its forward must be one that torch.export can follow"
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _write_pt2(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: object) -> float:
+    torch.export.save(program, path)
+    return _difference(torch.export.load(path).module()(images), expected)
+
+
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: object) -> float:
+    try:
+        for package in ("onnx", "onnxscript"):
+            importlib.import_module(package)
+    except ImportError as error:
+        raise ConfigurationError(
+            f"ONNX needs a package that is missing ({error}): pip install 'mp_lightning[export]'"
+        ) from error
+    torch.onnx.export(program, (images,), path, dynamo=True, external_data=False, verbose=False)
+    try:
+        onnxruntime = importlib.import_module("onnxruntime")
+    except ImportError:
+        return float("nan")
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    return _difference([torch.from_numpy(output) for output in outputs], expected)
+
+
+def _difference(outputs: object, expected: object) -> float:
+    pairs = zip(_tensors(outputs), _tensors(expected), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
+
+
+def _tensors(value: object) -> list[Tensor]:
+    if isinstance(value, Tensor):
+        return [value]
+    parts = list(value.values()) if isinstance(value, dict) else value
+    return [tensor for part in parts for tensor in _tensors(part)] if isinstance(parts, list | tuple) else []
+
+
+def _check_ready(attachment: Attachment, mode: str) -> None:
+    has_batch_norm = any(isinstance(module, _BatchNorm) for module in attachment.model.modules())
+    folded = attachment.constants is not None
+    if mode == "fold" and not folded:
+        raise ConfigurationError(
+            "mode=fold needs constants, which were not estimated; train with inference='fold', or call "
+            "mp_lightning.reestimate_batch_norm with fold=True"
+        )
+    if mode == "mean" and has_batch_norm and (folded or attachment.evaluation_buffers is None):
+        why = "was estimated for mode=fold" if folded else "was not re-estimated since the model was trained"
+        raise ConfigurationError(
+            f"mode=mean: batch norm {why}; save the checkpoint after fit with inference='mean', or call "
+            "mp_lightning.reestimate_batch_norm"
+        )
+
+
+def _entry(attachment: Attachment) -> str:
+    """Name of the module whose forward is exported."""
+    entries = attachment.entry_modules()
+    if type(attachment.model).forward.__qualname__ not in ("LightningModule.forward", "_forward_unimplemented"):
+        return ""
+    entries.pop("", None)
+    if len(entries) != 1:
+        raise ConfigurationError(
+            f"{type(attachment.model).__name__} has no forward and holds {len(entries)} networks "
+            f"({', '.join(entries)}); give it a forward"
+        )
+    return next(iter(entries))

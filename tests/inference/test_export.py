@@ -1,0 +1,152 @@
+"""Files that run without this package give what the model gives."""
+
+import copy
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torchvision.models.convnext import CNBlockConfig
+
+from mp_lightning import ConfigurationError, attach, reestimate_batch_norm
+from mp_lightning.inference import Fold, Mean
+from mp_lightning.inference.export import export, exportable
+from mp_lightning.sites import attachment_of
+
+NETWORKS = {
+    "ResNet18": lambda: torchvision.models.resnet18(num_classes=5),
+    "MobileNetV3": lambda: torchvision.models.mobilenet_v3_small(num_classes=5),
+    "ConvNeXt": lambda: torchvision.models.ConvNeXt(
+        [CNBlockConfig(16, 32, 1), CNBlockConfig(32, 64, 2), CNBlockConfig(64, None, 1)], num_classes=5
+    ),
+    "ViT": lambda: torchvision.models.VisionTransformer(32, 8, 3, 2, 16, 32, num_classes=5),
+}
+
+
+def trained(name="ResNet18", mode="mean"):
+    """Attached, with statistics that differ from those of a fresh model, and re-estimated for the mode."""
+    torch.manual_seed(0)
+    model = NETWORKS[name]()
+    for part in model.modules():
+        if isinstance(part, nn.Linear):  # torchvision's heads may start at zero
+            nn.init.normal_(part.weight, std=0.01)
+    attachment = attach(model, total_steps=4)
+    images = torch.rand(8, 3, 32, 32)
+    for _ in range(3):
+        model(images)
+        attachment.step()
+    reestimate_batch_norm(attachment, [lambda: model(images)], fold=mode == "fold")
+    attachment.inference = Fold() if mode == "fold" else Mean()
+    return model.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["mean", "fold"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_onnx_gives_the_output_of_the_model(name, mode, tmp_path):
+    onnx, onnxruntime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = trained(name, mode)
+    path = tmp_path / "model.onnx"
+    assert export(model, path, torch.rand(2, 3, 32, 32), mode) < 1e-4
+    images = torch.rand(5, 3, 32, 32)  # as many as one likes
+    with torch.no_grad():
+        expected = model(images)
+    session = onnxruntime.InferenceSession(path)
+    (output,) = session.run(None, {session.get_inputs()[0].name: images.numpy()})
+    assert torch.allclose(torch.from_numpy(output), expected, atol=1e-4, rtol=0)
+    kinds = [node.op_type for node in onnx.load(path).graph.node]
+    assert ("Softplus" in kinds) == (mode == "mean")  # of the perturbation alone
+    assert not any(kind.startswith("Random") for kind in kinds)
+    sites = len(attachment_of(model).plan)
+    assert kinds.count("Clip") >= sites
+
+
+@pytest.mark.parametrize("mode", ["mean", "fold"])
+def test_torch_export_gives_the_output_of_the_model(mode, tmp_path):
+    model = trained(mode=mode)
+    path = tmp_path / "to" / "model.pt2"
+    assert export(model, path, torch.rand(2, 3, 32, 32), mode) < 1e-4
+    images = torch.rand(3, 3, 32, 32)
+    with torch.no_grad():
+        expected = model(images)
+    program = torch.export.load(path)
+    assert torch.allclose(program.module()(images), expected, atol=1e-4, rtol=0)
+    assert not program.graph_signature.buffers_to_mutate
+    targets = [str(node.target) for node in program.run_decompositions().graph.nodes]
+    assert any("aten.abs" in target for target in targets) == (mode == "mean")  # of the perturbation alone
+    assert [entry.name for entry in path.parent.iterdir()] == ["model.pt2"]
+
+
+def test_fold_leaves_one_multiplication_by_constants_at_each_site(tmp_path):
+    model = trained(mode="fold")
+    plain = torchvision.models.resnet18(num_classes=5).eval()
+    images = torch.rand(2, 3, 32, 32)
+
+    def operations(module):
+        program = torch.export.export(module, (images,)).run_decompositions()
+        return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+    folded, bare = operations(exportable(model, "fold")), operations(plain)
+    added = {kind: folded.count(kind) - bare.count(kind) for kind in set(folded)}
+    added = {kind: count for kind, count in added.items() if count}
+    assert added == {"aten.mul.Tensor": 8, "aten.view.default": 8, "aten.clamp.default": 8}
+
+
+def test_the_model_is_left_as_it_was():
+    model = trained()
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        before = model(images)
+    state = copy.deepcopy(model.state_dict())
+    frozen = exportable(model, "mean")
+    with torch.no_grad():
+        assert torch.allclose(frozen(images), before, atol=1e-5)
+        assert torch.equal(model(images), before)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    assert int(attachment_of(frozen).evaluations) == 0 or frozen is not model
+    model.train()
+    assert not torch.equal(model(images), model(images))  # and it can be trained on
+
+
+class DrawsWithNumbers(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torchvision.models.resnet18(num_classes=5)
+
+    def forward(self, x):
+        return self.net(x) * float(x.sum())
+
+
+@pytest.mark.parametrize(
+    ("make", "path", "mode", "message"),
+    [
+        (lambda: trained(), "m.onnx", "mc", "mode=mc cannot be exported, as it draws noise"),
+        (lambda: trained(), "m.onnx", "fold", "mode=fold needs constants"),
+        (lambda: trained(mode="fold"), "m.onnx", "mean", "batch norm was estimated for mode=fold"),
+        (lambda: trained(), "m.tflite", "mean", r"to=.*m\.tflite cannot be used; give a file name that ends in \.onnx"),
+        (lambda: torchvision.models.resnet18(), "m.onnx", "mean", "ResNet has no perturbation attached"),
+    ],
+)
+def test_what_cannot_be_exported_says_why(make, path, mode, message, tmp_path):
+    with pytest.raises(ConfigurationError, match=message):
+        export(make(), tmp_path / path, torch.rand(2, 3, 32, 32), mode)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_was_trained_on_must_be_reestimated():
+    model = trained()
+    model.train()(torch.rand(4, 3, 32, 32))
+    with pytest.raises(ConfigurationError, match="batch norm was not re-estimated since the model was trained"):
+        exportable(model, "mean")
+
+
+def test_a_forward_that_torch_cannot_follow_is_one_line(tmp_path):
+    model = DrawsWithNumbers()
+    attachment = attach(model, ramp_steps=0)
+    reestimate_batch_norm(attachment, [lambda: model(torch.rand(4, 3, 32, 32))])
+    attachment.inference = Mean()
+    with pytest.raises(ConfigurationError, match="DrawsWithNumbers cannot be exported") as caught:
+        export(model.eval(), tmp_path / "m.pt2", torch.rand(2, 3, 32, 32))
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
