@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from mp_lightning.backbones import list_backbones
 from mp_lightning.backbones.anyone import build_network
 from mp_lightning.cli.model_options import read_image, required
 from mp_lightning.cli.options import check, check_keys
@@ -119,6 +120,8 @@ def _guess_image(model: nn.Module, name: str) -> tuple[int, ...]:
     Raises:
         ConfigurationError: it takes none of those that were tried.
     """
+    if name in list_backbones():
+        return (3, 32, 32)
     try:
         return image_shape(model)
     except NoImageFits as error:

@@ -91,7 +91,8 @@ def export(model: nn.Module, path: str | Path, images: Tensor, mode: ExportMode 
             f"{str(error).strip().partition(chr(10))[0][:200]}); its forward must be one that torch.export can follow"
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        if partial.exists():
+            partial.unlink()
 
 
 def _write_pt2(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: object) -> float:
