@@ -24,6 +24,8 @@ FLOORS = {
     "callback": 3,
     "mixin": 3,
     "schedule": 3,
+    "neighbours": 3,
+    "site_metrics": 3,
     "checkpoints": 3,
     "inference": 3,
     "compare": 4,
@@ -48,8 +50,13 @@ LIBRARIES = {
     4: ALL_LIBRARIES,
     5: ALL_LIBRARIES,
 }
-# Lightning enters the third floor through one file, so that the mixin and plain loops need no base class.
-MORE_LIBRARIES = {"backbones": {"timm"}, "callback": {"lightning", "pytorch_lightning"}}
+# Lightning enters the third floor through the callback alone, so that the mixin and plain loops need no base class.
+MORE_LIBRARIES = {
+    "backbones": {"timm", "transformers"},
+    "callback": {"lightning", "pytorch_lightning"},
+    "neighbours": {"lightning"},
+    "inference": {"onnxruntime"},
+}
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, CheckpointHoo
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import INFERENCE_MODES, Fold, Mean, MonteCarlo, Output, OutputAverage, reestimate_batch_norm
 from mp_lightning.inference.undisturbed import undisturbed
+from mp_lightning.neighbours import act_last, all_parameters_trained, check_strategy, leave_averages_plain
 from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_strength, load_phi
 from mp_lightning.schedule import total_training_batches
+from mp_lightning.site_metrics import SiteMetrics
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, PathName, check_path, ramp_length
 from mp_lightning.sites.choice import is_file
@@ -73,6 +75,9 @@ class MetaPerturbCallback(Callback):
         marker: let a plain strict load of a checkpoint fail with a message that names :meth:`restore`.
         path: 'auto' computes the perturbation by the fast path wherever this machine has one; 'reference' by the
             readable one, which is slower and the same function.
+        log_every: number of training batches after which mean and spread of the multiplier, and the scale, at each site
+            go to the trainer's loggers; None takes ten times ``log_every_n_steps``, or a tenth of a shorter run; 0 logs
+            nothing. Compiled models are not watched.
     """
 
     def __init__(
@@ -94,6 +99,7 @@ class MetaPerturbCallback(Callback):
         sync_statistics: bool = False,
         marker: bool = True,
         path: PathName = "auto",
+        log_every: int | None = None,
     ) -> None:
         super().__init__()
         if inference not in INFERENCE_MODES:
@@ -121,8 +127,12 @@ class MetaPerturbCallback(Callback):
         self.persistent = False
         if strength is not None:
             check_strength(strength)
-        if ramp_steps is not None and (not isinstance(ramp_steps, int) or ramp_steps < 0):
-            raise ConfigurationError(f"ramp_steps={ramp_steps}: give a whole number of batches, or 0 for no ramp")
+        for name, value, off in (("ramp_steps", ramp_steps, "no ramp"), ("log_every", log_every, "nothing")):
+            if value is not None and (not isinstance(value, int) or value < 0):
+                raise ConfigurationError(f"{name}={value}: give a whole number of batches, or 0 for {off}")
+        self.log_every = log_every
+        self._log_every = self._batches = 0
+        self._metrics: SiteMetrics | None = None
         for number in (samples, fit_samples):
             MonteCarlo(number, output)  # the same checks, early
 
@@ -131,6 +141,7 @@ class MetaPerturbCallback(Callback):
         if stage != "fit":
             self._install_hooks(pl_module)
             return
+        check_strategy(trainer)
         if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
             rank_zero_warn(
                 "MetaPerturb: this strategy trains copies of the module in processes of their own, and brings back "
@@ -139,7 +150,12 @@ class MetaPerturbCallback(Callback):
         if _makes_layers_late(pl_module) and attachment_of(pl_module) is None:
             _AfterConfigureModel(self, pl_module).install()
         else:
-            self.attach(pl_module)
+            with all_parameters_trained(trainer, pl_module):
+                self.attach(pl_module)
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        act_last(trainer, self)
+        leave_averages_plain(trainer)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         hooks = CheckpointHooks.of(pl_module)
@@ -179,6 +195,8 @@ class MetaPerturbCallback(Callback):
         total = None if self.ramp_steps is not None else total_training_batches(trainer)
         attachment.ramp_over(ramp_length(total) if total is not None else self.ramp_steps or 0)
         attachment.inference = None
+        self._metrics, self._batches = SiteMetrics(attachment), int(attachment.steps)
+        self._log_every = self._sparsely(trainer, total) if trainer.loggers and self._metrics.can_watch else 0
         of = f" of {total}" if total is not None else ""
         to = "" if (strength := float(attachment.strength)) == 1 else f" to {strength:g}"
         ramp = f"strength grows{to} over the first {attachment.ramp_steps}{of} training batches"
@@ -196,10 +214,28 @@ class MetaPerturbCallback(Callback):
                 f"'{self.phi.name}'"
             )
 
+    def _sparsely(self, trainer: pl.Trainer, total: int | None) -> int:
+        """Number of batches between two looks at the sites."""
+        if self.log_every is not None:
+            return self.log_every
+        usual = 10 * max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        return usual if total is None else min(usual, max(1, total // 10))
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        self._batches += 1
+        if self._log_every and self._metrics and self._batches % self._log_every == 0:
+            self._metrics.watch()
+
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._attached(pl_module).step()
+        metrics = self._metrics.measure() if self._metrics else {}
+        if metrics and trainer.is_global_zero:
+            for logger in trainer.loggers:
+                logger.log_metrics(metrics, step=trainer.global_step)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         attachment = self._attached(pl_module)

@@ -126,6 +126,10 @@ def _run(attachment: "Attachment", forwards: Iterable[Callable[[], Any]], stop: 
             forward()
         except _ForwardDone:
             continue
+        except Exception:
+            if not stop.seen:
+                raise
+            continue  # after a forward of the model: a step may want gradients, which there are none of
         if stop.seen:
             continue
         names = " or ".join(f"self.{name}" if name else "self" for name in attachment.entry_modules())
@@ -160,7 +164,9 @@ def _estimating(
         module.momentum = None
     attachment.inference = stop
     try:
-        yield stop
+        # A plain average needs the count of batches, on which a compiled graph cannot branch.
+        with torch.compiler.set_stance("force_eager"):
+            yield stop
     finally:
         attachment.inference = previous
         for module, saved, momentum in buffers:

@@ -1,8 +1,8 @@
 """Running training steps for their forward alone, without a trace in metrics, logs and data loaders."""
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -12,6 +12,8 @@ from torch import nn
 def undisturbed(module: nn.Module, loaders: list[Any]) -> Iterator[None]:
     """Nothing that ``module`` logs is kept, and its metrics and the generators of the loaders come back as they were.
 
+    Steps that optimize by hand (``manual_backward``, ``self.optimizers()``) go through all of it without any effect.
+
     Args:
         module: a LightningModule.
         loaders: that the steps take their batches from.
@@ -20,11 +22,18 @@ def undisturbed(module: nn.Module, loaders: list[Any]) -> Iterator[None]:
     generators = {g: g.get_state() for g in (getattr(h, "generator", None) for h in holders) if g is not None}
     metrics: list[Any] = [m for m in module.modules() if hasattr(m, "metric_state")]  # those of torchmetrics
     states = [copy.deepcopy({**m.metric_state, "_update_count": m._update_count}) for m in metrics]
-    module.__dict__["log"] = _ignore
+    instead = {"log": _ignore}
+    if not getattr(module, "automatic_optimization", True):
+        instead |= {"manual_backward": _ignore, "clip_gradients": _ignore}
+        instead |= {name: _idle(getattr(module, name)) for name in ("optimizers", "lr_schedulers")}
+    before = {name: module.__dict__[name] for name in instead if name in module.__dict__}
+    module.__dict__.update(instead)
     try:
         yield
     finally:
-        del module.__dict__["log"]
+        for name in instead:
+            del module.__dict__[name]
+        module.__dict__.update(before)
         for metric, state in zip(metrics, states, strict=True):
             for name, value in state.items():
                 setattr(metric, name, value)
@@ -33,5 +42,27 @@ def undisturbed(module: nn.Module, loaders: list[Any]) -> Iterator[None]:
             generator.set_state(state_)
 
 
-def _ignore(*args: Any, **kwargs: Any) -> None:
-    pass
+def _ignore(*args: Any, **kwargs: Any) -> Any:
+    return nullcontext()  # some of what is replaced is used as a context
+
+
+def _idle(get: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that gives what another one does, optimizers or schedulers, with steps of no effect."""
+
+    def idle(*args: Any, **kwargs: Any) -> Any:
+        found = get(*args, **kwargs)
+        return [_Idle(each) for each in found] if isinstance(found, list) else found and _Idle(found)
+
+    return idle
+
+
+class _Idle:
+    """An optimizer or scheduler that can be read, and does nothing."""
+
+    _actions = ("step", "zero_grad", "toggle_model", "untoggle_model", "load_state_dict")
+
+    def __init__(self, real: Any) -> None:
+        self._real = real
+
+    def __getattr__(self, name: str) -> Any:
+        return _ignore if name in self._actions else getattr(self._real, name)

@@ -86,6 +86,12 @@ class Site(KeepsPrecision):
         y = self._perturb(as_maps(x, spec.layout), stretch(x, spec.layout), call, training)
         return from_maps(y, x, spec.layout)
 
+    def maps_and_norms(self, x: Tensor) -> tuple[Tensor, Norms]:
+        """What the perturbation reads of a tensor in the layout of the plan: float32 (B, C, H, W), and the norms."""
+        layout = self.spec.layout
+        height = self.attachment.input_height() * stretch(x, layout)
+        return as_maps(x, layout).float(), Norms(self.attachment.channel_norm, height)
+
     def _perturb(self, x: Tensor, stretched: float, call: int, training: bool) -> Tensor:
         """Maps (B, C, H, W) that are so many times higher than what they show."""
         shared = self.attachment

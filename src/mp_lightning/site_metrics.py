@@ -1,0 +1,69 @@
+"""What the perturbation does at each site, now and then, for a logger: read beside the step and never part of it."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from mp_lightning.perturbation import MetaPerturb
+from mp_lightning.sites import Attachment
+from mp_lightning.sites.site import Site
+
+_IMAGES = 4  # of a batch that are looked at
+PREFIX = "metaperturb"
+
+
+class SiteMetrics:
+    """The expected multiplier at each site on a few images of one training batch.
+
+    Args:
+        attachment: of the model; compiled models are not watched, since a hook would compile them again.
+    """
+
+    def __init__(self, attachment: Attachment) -> None:
+        self._attachment = attachment
+        self._seen: dict[Site, Tensor] = {}
+        self._handles: list[RemovableHandle] = []
+
+    @property
+    def can_watch(self) -> bool:
+        """Whether the model runs uncompiled."""
+        parts = self._attachment.model.modules()
+        return not any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
+
+    def watch(self) -> None:
+        """Keep what the sites get in the next forward; its last call counts."""
+        self._handles = [site.register_forward_pre_hook(self._keep) for site in self._attachment.sites]
+
+    def measure(self) -> dict[str, float]:
+        """Mean and standard deviation of the multiplier, over elements, and the mean scale s of the channels, by site.
+
+        Returns:
+            ``metaperturb/SITE/multiplier_mean``, ``.../multiplier_std``, and, of MetaPerturb, ``.../scale``; empty
+            without a forward since :meth:`watch`.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        seen, self._seen = self._seen, {}
+        names: list[str] = []
+        values: list[Tensor] = []
+        with torch.no_grad():
+            for site, x in seen.items():
+                for name, value in self._of(site, x).items():
+                    names.append(f"{PREFIX}/{site.spec.name}/{name}")
+                    values.append(value)
+        return dict(zip(names, torch.stack(values).tolist(), strict=True)) if values else {}
+
+    def _keep(self, site: nn.Module, args: tuple[Tensor, ...]) -> None:
+        assert isinstance(site, Site)
+        self._seen[site] = args[0][:_IMAGES].detach().clone()
+
+    def _of(self, site: Site, x: Tensor) -> dict[str, Tensor]:
+        perturbation = self._attachment.perturbation
+        maps, norms = site.maps_and_norms(x)
+        with torch.autocast(x.device.type, enabled=False):
+            multiplier = perturbation.multiplier(maps, None, site.statistics, norms).expand_as(maps)
+            found = {"multiplier_mean": multiplier.mean(), "multiplier_std": multiplier.std()}
+            if isinstance(perturbation, MetaPerturb):
+                found["scale"] = perturbation.scale(maps, perturbation.phi, site.statistics, norms).mean()
+        return found

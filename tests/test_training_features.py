@@ -1,0 +1,372 @@
+"""Whatever else a training does, the sites act, what is counted is right, and the order of callbacks is no matter."""
+
+import copy
+import csv
+
+import lightning as L
+import pytest
+import torch
+import torchvision
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    EMAWeightAveraging,
+    LearningRateFinder,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
+from omegaconf import OmegaConf
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_modules import digits
+from mp_lightning import ConfigurationError, MetaPerturbCallback, attach, attachment_of, reestimate_batch_norm
+from mp_lightning.backbones import build_backbone
+
+BATCHES = 4
+
+
+class Module(L.LightningModule):
+    def __init__(self, lr: float = 1e-3, batch_size: int = 8):
+        super().__init__()
+        self.lr, self.batch_size = lr, batch_size
+        torch.manual_seed(0)
+        self.net = build_backbone("resnet20", 10, width=4)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def training_step(self, batch, batch_idx=0):
+        return cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch, batch_idx=0):
+        self.log("loss", cross_entropy(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=self.lr)
+
+    def train_dataloader(self):
+        x, y = digits()
+        count = BATCHES * 8
+        return DataLoader(TensorDataset(x[:count], y[:count]), batch_size=self.batch_size)
+
+    def val_dataloader(self):
+        x, y = digits()
+        return DataLoader(TensorDataset(x[100:116], y[100:116]), batch_size=8)
+
+
+def trainer_with(tmp_path, callbacks, **options):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    return L.Trainer(
+        **{"default_root_dir": tmp_path, "accelerator": "cpu", "max_epochs": 2, "logger": False, **quiet, **options},
+        callbacks=callbacks,
+    )
+
+
+def fit(tmp_path, module=None, others=(), ours_first=True, **options):
+    module = Module() if module is None else module
+    callback = MetaPerturbCallback()
+    callbacks = [callback, *others] if ours_first else [*others, callback]
+    trainer = trainer_with(tmp_path, callbacks, **options)
+    trainer.fit(module)
+    return module, trainer
+
+
+def check_acted(module, batches, sites=9, forwards=None):
+    """Every batch was counted, and every site has seen it."""
+    attachment = attachment_of(module)
+    assert len(attachment.plan) == sites
+    assert int(attachment.steps) == batches
+    assert int(attachment.forwards) == (batches if forwards is None else forwards)
+    fresh = attachment.perturbation.initial_statistics
+    for site in attachment.sites:
+        initial = fresh(site.spec.channels)
+        assert not any(torch.equal(value, initial[name]) for name, value in site.statistics.items()), site.spec.name
+    return attachment
+
+
+@pytest.mark.parametrize(
+    ("options", "batches"),
+    [
+        ({"precision": "bf16-mixed"}, 2 * BATCHES),
+        ({"accumulate_grad_batches": 3}, 2 * BATCHES),
+        ({"gradient_clip_val": 0.1}, 2 * BATCHES),
+        ({"overfit_batches": 2}, 2 * 2),
+        ({"limit_train_batches": 3}, 2 * 3),
+        ({"limit_train_batches": 0.5, "limit_val_batches": 0}, BATCHES),
+        ({"num_sanity_val_steps": 2, "max_steps": 3}, 3),
+    ],
+    ids=lambda value: ",".join(value) if isinstance(value, dict) else None,
+)
+def test_options_of_the_trainer(tmp_path, options, batches):
+    module, trainer = fit(tmp_path, **options)
+    attachment = check_acted(module, batches)
+    assert attachment.evaluation_buffers
+    trainer.validate(module, verbose=False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="16-mixed needs a GPU; on a CPU Lightning takes bf16 instead")
+def test_sixteen_bits_on_a_gpu(tmp_path):
+    module, _ = fit(tmp_path, precision="16-mixed", accelerator="gpu", devices=1)
+    check_acted(module, 2 * BATCHES)
+
+
+class Adversarial(Module):
+    """Two networks and two optimizers, stepped by hand."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+        self.other = build_backbone("resnet20", 10, width=4)
+
+    def training_step(self, batch, batch_idx=0):
+        for net, optimizer in zip((self.net, self.other), self.optimizers(), strict=True):
+            optimizer.zero_grad()
+            self.manual_backward(cross_entropy(net(batch[0]), batch[1]))
+            optimizer.step()
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(net.parameters(), lr=0.01) for net in (self.net, self.other)]
+
+
+def test_manual_optimization_of_two_networks(tmp_path):
+    module, trainer = fit(tmp_path, Adversarial())
+    check_acted(module, 2 * BATCHES, sites=9 + 9, forwards=2 * 2 * BATCHES)
+    trainer.validate(module, verbose=False)
+
+
+class Checkpointed(Module):
+    def forward(self, x):
+        return checkpoint(self.net, x, use_reentrant=False)
+
+
+def test_activation_checkpointing_trains_as_without(tmp_path):
+    plain, _ = fit(tmp_path)
+    recomputed, _ = fit(tmp_path, Checkpointed())
+    check_acted(recomputed, 2 * BATCHES)
+    for a, b in zip(plain.net.parameters(), recomputed.net.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_channels_last_trains_as_channels_first(tmp_path):
+    plain, _ = fit(tmp_path)
+    other, _ = fit(tmp_path, Module().to(memory_format=torch.channels_last))
+    check_acted(other, 2 * BATCHES)
+    for a, b in zip(plain.net.parameters(), other.net.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-4)
+
+
+def compiled_inside():
+    module = Module()
+    module.net = torch.compile(module.net, backend="aot_eager", fullgraph=True)
+    return module
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["inside", "whole"])
+def test_compiled_models_train_as_others_and_their_sites_act(tmp_path, how):
+    """The canary: a graph that left the sites out would leave their statistics as they were."""
+    torch._dynamo.reset()
+    plain, _ = fit(tmp_path)
+    module = compiled_inside() if how == "inside" else Module()
+    callback = MetaPerturbCallback()
+    trainer = trainer_with(tmp_path, [callback])
+    trainer.fit(torch.compile(module, backend="aot_eager") if how == "whole" else module)
+    check_acted(module, 2 * BATCHES)
+    for a, b in zip(plain.net.parameters(), module.net.parameters(), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_model_that_was_compiled_and_run_before_is_compiled_again(tmp_path):
+    torch._dynamo.reset()
+    module = compiled_inside()
+    module.train()(torch.rand(8, 3, 16, 16))
+    trainer = trainer_with(tmp_path, [MetaPerturbCallback()])
+    trainer.fit(module)
+    check_acted(module, 2 * BATCHES)
+
+
+AVERAGES = {
+    "WeightAveraging": WeightAveraging,
+    "EMAWeightAveraging": EMAWeightAveraging,
+    "StochasticWeightAveraging": lambda: StochasticWeightAveraging(1e-2, swa_epoch_start=1),
+}
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize("name", AVERAGES)
+def test_batch_norm_is_estimated_for_the_averaged_weights(tmp_path, name, ours_first):
+    module, trainer = fit(tmp_path, others=[AVERAGES[name]()], ours_first=ours_first)
+    epochs = 2 + name.startswith("Stochastic")  # which updates batch norm in an epoch of its own
+    attachment = check_acted(module, epochs * BATCHES)
+    found = copy.deepcopy(attachment.evaluation_buffers)
+    batches = [batch for batch in module.train_dataloader()]
+    reestimate_batch_norm(attachment, [lambda batch=batch: module.training_step(batch) for batch in batches])
+    assert found.keys() == attachment.evaluation_buffers.keys()
+    for key, value in attachment.evaluation_buffers.items():
+        assert torch.allclose(value, found[key], atol=1e-6), key
+    trainer.validate(module, verbose=False)
+
+
+class Finetuning(BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net, train_bn=False)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net, optimizer)
+
+
+class WithHead(Module):
+    def __init__(self):
+        super().__init__()
+        self.head = nn.Linear(10, 10)
+
+    def forward(self, x):
+        return self.head(self.net(x))
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_a_backbone_that_is_frozen_for_a_while_has_its_sites(tmp_path, ours_first):
+    module, _ = fit(tmp_path, WithHead(), [Finetuning()], ours_first)
+    check_acted(module, 2 * BATCHES)
+    assert all(parameter.requires_grad for parameter in module.net.parameters())
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+@pytest.mark.parametrize(
+    "finder",
+    [
+        lambda: LearningRateFinder(num_training_steps=5),
+        lambda: BatchSizeFinder(init_val=4, max_trials=2, steps_per_trial=2),
+    ],
+    ids=["LearningRateFinder", "BatchSizeFinder"],
+)
+def test_finders_leave_no_trace_in_what_is_counted(tmp_path, finder, ours_first):
+    module, trainer = fit(tmp_path, others=[finder()], ours_first=ours_first)
+    check_acted(module, trainer.num_training_batches * 2)
+
+
+def test_the_tuner_leaves_the_statistics_as_they_were(tmp_path):
+    module = Module()
+    trainer = trainer_with(tmp_path, [MetaPerturbCallback()])
+    Tuner(trainer).lr_find(module, num_training=5)
+    attachment = attachment_of(module)
+    assert (int(attachment.steps), int(attachment.forwards)) == (0, 0)
+    for site in attachment.sites:
+        initial = attachment.perturbation.initial_statistics(site.spec.channels)
+        assert all(torch.equal(value, initial[name]) for name, value in site.statistics.items())
+    trainer.fit(module)
+    check_acted(module, 2 * BATCHES)
+
+
+def test_lightning_cli(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    quiet = ["enable_progress_bar", "enable_model_summary", "enable_checkpointing", "logger"]
+    cli = LightningCLI(
+        Module,
+        args=[
+            "fit",
+            "--trainer.callbacks+=mp_lightning.MetaPerturbCallback",
+            "--trainer.callbacks.sites=[net.layer1.*,net.layer2.*]",
+            "--trainer.max_epochs=2",
+            "--trainer.accelerator=cpu",
+            *(f"--trainer.{key}=false" for key in quiet),
+        ],
+        save_config_callback=None,
+    )
+    attachment = check_acted(cli.model, 2 * BATCHES, sites=6)
+    assert all(name.startswith("net.layer") for name in attachment.plan.names)
+
+
+def test_hydra_makes_the_callback(tmp_path):
+    config = {"_target_": "mp_lightning.MetaPerturbCallback", "sites": ["net.*.0.*"], "inference": "fold"}
+    module = Module()
+    trainer_with(tmp_path, [instantiate(OmegaConf.create(config))]).fit(module)
+    assert len(attachment_of(module).plan) == 3
+    assert attachment_of(module).constants is not None
+
+
+@pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
+def test_strategies_that_cut_a_module_into_pieces_are_refused(tmp_path, name):
+    module = Module()
+    trainer = trainer_with(tmp_path, [MetaPerturbCallback()])
+    trainer.strategy.__class__ = type(name, (type(trainer.strategy),), {})
+    with pytest.raises(ConfigurationError, match=f"does not work with {name}.* use strategy='ddp'"):
+        trainer.fit(module)
+    assert attachment_of(module) is None
+
+
+class Distillation(Module):
+    """A student, a teacher that is frozen, and a copy of the student that follows it."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = torchvision.models.resnet18(num_classes=10).requires_grad_(False)
+        self.follower = copy.deepcopy(self.net)
+
+    def training_step(self, batch, batch_idx=0):
+        with torch.no_grad():
+            target = self.teacher(batch[0]).softmax(dim=1) + self.follower(batch[0]).softmax(dim=1)
+        return cross_entropy(self(batch[0]), target / 2)
+
+
+def test_target_leaves_an_ema_teacher_alone(tmp_path):
+    module = Distillation()
+    trainer_with(tmp_path, [MetaPerturbCallback(target="net")]).fit(module)
+    attachment = check_acted(module, 2 * BATCHES)
+    assert {name.split(".")[0] for name in attachment.plan.names} == {"net"}
+
+
+def logged(path):
+    with next(path.rglob("metrics.csv")).open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_what_the_sites_do_goes_to_the_logger_and_the_training_is_the_same(tmp_path):
+    quiet, _ = fit(tmp_path)
+    module = Module()
+    callback = MetaPerturbCallback(log_every=3)
+    trainer_with(tmp_path, [callback], logger=CSVLogger(tmp_path, "logs"), log_every_n_steps=1).fit(module)
+    for a, b in zip(quiet.state_dict().values(), module.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    attachment = attachment_of(module)
+    rows = [row for row in logged(tmp_path) if row.get(f"metaperturb/{attachment.plan.names[0]}/scale")]
+    assert len(rows) == 2 * BATCHES // 3
+    for name in attachment.plan.names:
+        for row in rows:
+            mean, std, scale = (
+                float(row[f"metaperturb/{name}/{what}"]) for what in ("multiplier_mean", "multiplier_std", "scale")
+            )
+            assert 0 < mean < 3 and 0 <= std < 2 and 0 < scale < 1
+    assert not any(site._forward_pre_hooks for site in attachment.sites)
+
+
+def test_the_logged_numbers_are_those_of_the_multiplier():
+    from mp_lightning.site_metrics import SiteMetrics
+
+    torch.manual_seed(0)
+    model = build_backbone("conv4", 3, width=4, image_size=16)
+    attachment = attach(model, ramp_steps=0)
+    images = torch.rand(4, 3, 16, 16)
+    metrics = SiteMetrics(attachment)
+    assert metrics.measure() == {}
+    metrics.watch()
+    seen = {}
+    for site in attachment.sites:
+        site.register_forward_pre_hook(lambda site, args: seen.__setitem__(site, args[0].clone()))
+    model(images)
+    found = metrics.measure()
+    for site, x in seen.items():
+        maps, norms = site.maps_and_norms(x)
+        multiplier = attachment.perturbation.multiplier(maps, None, site.statistics, norms)
+        assert found[f"metaperturb/{site.spec.name}/multiplier_mean"] == pytest.approx(float(multiplier.mean()))
+        assert found[f"metaperturb/{site.spec.name}/multiplier_std"] == pytest.approx(float(multiplier.std()))
+    assert len(found) == 3 * len(seen) == 12
