@@ -2,6 +2,9 @@
 
 import copy
 import csv
+import os
+import subprocess
+import sys
 
 import lightning as L
 import pytest
@@ -370,3 +373,69 @@ def test_the_logged_numbers_are_those_of_the_multiplier():
         assert found[f"metaperturb/{site.spec.name}/multiplier_mean"] == pytest.approx(float(multiplier.mean()))
         assert found[f"metaperturb/{site.spec.name}/multiplier_std"] == pytest.approx(float(multiplier.std()))
     assert len(found) == 3 * len(seen) == 12
+
+
+SCRIPT = """
+import sys
+import lightning as L
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+from mp_lightning import MetaPerturbCallback, attachment_of
+from mp_lightning.backbones import build_backbone
+
+
+class Module(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.net = build_backbone("resnet20", 3, width=4)
+        self.first = None
+
+    def training_step(self, batch):
+        logits = self.net(batch[0])
+        self.first = logits.detach().clone() if self.first is None else self.first
+        return cross_entropy(logits, batch[1])
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    images = torch.rand(1, 3, 16, 16).expand(32, -1, -1, -1)  # the same for both, so that only the noise differs
+    data = DataLoader(TensorDataset(images, torch.arange(32) % 3), batch_size=4)
+    module = Module()
+    trainer = L.Trainer(
+        max_epochs=1, accelerator="cpu", devices=2, strategy="ddp", callbacks=[MetaPerturbCallback(ramp_steps=0)],
+        logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+    )
+    trainer.fit(module, data)
+    attachment = attachment_of(module)
+    torch.save(
+        {
+            "steps": int(attachment.steps),
+            "first": module.first,
+            "weights": {name: value for name, value in module.net.named_parameters()},
+            "buffers": attachment.evaluation_buffers,
+            "statistics": [dict(site.statistics) for site in attachment.sites],
+        },
+        f"{sys.argv[1]}/rank{trainer.global_rank}.pt",
+    )
+"""
+
+
+@pytest.mark.slow
+def test_ddp_on_two_processes(tmp_path):
+    script = tmp_path / "train.py"
+    script.write_text(SCRIPT)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=240, env=environment
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    zero, one = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert zero["steps"] == one["steps"] == 4
+    assert not torch.equal(zero["first"], one["first"])  # noise of their own
+    for part in ("weights", "buffers"):
+        assert zero[part] and all(torch.equal(value, one[part][name]) for name, value in zero[part].items())
+    assert all(value.isfinite().all() for site in zero["statistics"] for value in site.values())
