@@ -171,3 +171,31 @@ def test_a_model_that_was_changed_after_its_plan_was_made(resnet):
     with pytest.raises(SiteError, match=r"site 'layer1\.0\.relu' got a tensor of shape .*expected \(B, 64, H, W\)"):
         model(torch.rand(2, 3, 32, 32))
     assert attachment.depth == 0
+
+
+class HoldsTraced(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torch.jit.trace(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.rand(1, 3, 8, 8))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(
+    ("make", "what"),
+    [
+        (lambda: torch.jit.script(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())), "it was scripted"),
+        (HoldsTraced, "its part 'net' was scripted"),
+        (
+            lambda: torch.export.export(
+                nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), (torch.rand(1, 3, 8, 8),)
+            ).module(),
+            "it was scripted, traced or exported",
+        ),
+    ],
+)
+def test_a_model_that_can_no_longer_be_changed_is_refused(make, what):
+    with pytest.raises(SiteError, match=f"{what}.*attach first"):
+        attach(make())

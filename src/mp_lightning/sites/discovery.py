@@ -61,6 +61,8 @@ def find_activations(model: nn.Module, target: str | None = None) -> SitePlan:
 
 
 def _plan(model: nn.Module, target: str | None, choose: "Callable[[list[_Graph]], list[SiteSpec]]") -> SitePlan:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise SiteError(_compiled(model, "it"))
     prefix = target or ""
     graphs, failures, found = _search(model.get_submodule(prefix), prefix, choose)
     unique = {(site.scope, site.activation, site.call): site for site in reversed(found)}
@@ -273,6 +275,10 @@ def _nothing_found(model: nn.Module, graphs: list[_Graph], failures: list[str]) 
     seen = [graph.name(node) for graph in graphs for node in graph.activations()]
     if is_frozen(model):
         found = "all its parameters are frozen"
+    elif scripted := [name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)]:
+        return _compiled(model, f"its part '{scripted[0]}'")
+    elif isinstance(model, fx.GraphModule):
+        return _compiled(model, "it")
     elif not any(isinstance(part, CONVOLUTIONS) for part in model.modules()):
         found = "it has no convolution"
     elif left_out:
@@ -290,6 +296,14 @@ def _nothing_found(model: nn.Module, graphs: list[_Graph], failures: list[str]) 
         found = "its networks call no activation that can be seen"
     remedy = "name the sites yourself with sites="
     return f"no site for a perturbation in {type(model).__name__}: {found}; {remedy}"
+
+
+def _compiled(model: nn.Module, what: str) -> str:
+    return (
+        f"no site for a perturbation in {type(model).__name__}: {what} was scripted, traced or exported, and computes "
+        "the same whatever is attached; attach first, or give the model that it was made from (torch.compile may come "
+        "before)"
+    )
 
 
 def _frozen_networks(model: nn.Module) -> list[str]:

@@ -136,6 +136,11 @@ class Site(KeepsPrecision):
         shared, factor = self.attachment, self.factor
         if factor is None:
             assert shared.constants is not None
+            if self.spec.name not in shared.constants:
+                raise SiteError(
+                    f"site '{self.spec.name}' has no constant, as no batch reached it when the constants were "
+                    "estimated; use inference='mean', or leave it out of the plan"
+                )
             factor = 1 + shared.coeff * (shared.constants[self.spec.name].to(shared.coeff.device) - 1)
         if factor.dtype != x.dtype:
             factor = factor.to(x.dtype)
