@@ -9,7 +9,7 @@ from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.checkpoints import CheckpointError
 from mp_lightning.compare import Arm, Comparison, compare
 from mp_lightning.errors import ConfigurationError, DataError, PhiError, SiteError, UserError
-from mp_lightning.inference import Fold, Mean, MonteCarlo, reestimate_batch_norm
+from mp_lightning.inference import Fold, Mean, MonteCarlo, export, exportable, reestimate_batch_norm
 from mp_lightning.mixin import MetaPerturbMixin
 from mp_lightning.perturbation import (
     MetaPerturb,
@@ -64,6 +64,8 @@ __all__ = [
     "compare",
     "describe_phi",
     "detach",
+    "export",
+    "exportable",
     "find_activations",
     "find_sites",
     "list_phi",

@@ -9,8 +9,7 @@ from torch import nn
 from torchvision.models.convnext import CNBlockConfig
 
 from mp_lightning import ConfigurationError, attach, reestimate_batch_norm
-from mp_lightning.inference import Fold, Mean
-from mp_lightning.inference.export import export, exportable
+from mp_lightning.inference import Fold, Mean, export, exportable
 from mp_lightning.sites import attachment_of
 
 NETWORKS = {

@@ -19,7 +19,7 @@ from mp_lightning.checkpoints import KEY, read_checkpoint
 from mp_lightning.cli.model_options import read_image, required
 from mp_lightning.cli.options import check, check_choice, check_keys
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.inference.export import SUFFIXES, ExportMode, export
+from mp_lightning.inference.exporting import SUFFIXES, ExportMode, export
 from mp_lightning.sites import attachment_of
 from mp_lightning.sites.recording import in_channels
 
