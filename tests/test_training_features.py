@@ -149,6 +149,30 @@ class Checkpointed(Module):
         return checkpoint(self.net, x, use_reentrant=False)
 
 
+class WithClosure(Module):
+    """The model runs inside of the optimizer's step."""
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx=0):
+        optimizer = self.optimizers()
+
+        def closure():
+            optimizer.zero_grad()
+            loss = cross_entropy(self(batch[0]), batch[1])
+            self.manual_backward(loss)
+            return loss
+
+        optimizer.step(closure=closure)
+
+
+def test_a_model_that_runs_in_a_closure_is_reestimated(tmp_path):
+    module, _ = fit(tmp_path, WithClosure())
+    assert check_acted(module, 2 * BATCHES).evaluation_buffers
+
+
 def test_activation_checkpointing_trains_as_without(tmp_path):
     plain, _ = fit(tmp_path)
     recomputed, _ = fit(tmp_path, Checkpointed())
@@ -241,6 +265,19 @@ def test_a_backbone_that_is_frozen_for_a_while_has_its_sites(tmp_path, ours_firs
     module, _ = fit(tmp_path, WithHead(), [Finetuning()], ours_first)
     check_acted(module, 2 * BATCHES)
     assert all(parameter.requires_grad for parameter in module.net.parameters())
+
+
+@pytest.mark.parametrize("ours_first", [True, False])
+def test_a_frozen_teacher_beside_a_finetuned_backbone(tmp_path, ours_first, recwarn):
+    class Taught(WithHead):
+        def __init__(self):
+            super().__init__()
+            self.teacher = build_backbone("resnet20", 10, width=4).requires_grad_(False)
+
+    module, _ = fit(tmp_path, Taught(), [Finetuning()], ours_first)
+    found = {name.split(".")[0] for name in attachment_of(module).plan.names}
+    said = [str(warning.message) for warning in recwarn if "target=" in str(warning.message)]
+    assert (found == {"net"}, bool(said)) == (ours_first, not ours_first)  # alone, or with a warning
 
 
 @pytest.mark.parametrize("ours_first", [True, False])
@@ -342,7 +379,7 @@ def test_what_the_sites_do_goes_to_the_logger_and_the_training_is_the_same(tmp_p
         assert torch.equal(a, b)
     attachment = attachment_of(module)
     rows = [row for row in logged(tmp_path) if row.get(f"metaperturb/{attachment.plan.names[0]}/scale")]
-    assert len(rows) == 2 * BATCHES // 3
+    assert [int(row["step"]) for row in rows] == [2, 5]  # as Lightning counts batches
     for name in attachment.plan.names:
         for row in rows:
             mean, std, scale = (
@@ -439,3 +476,16 @@ def test_ddp_on_two_processes(tmp_path):
     for part in ("weights", "buffers"):
         assert zero[part] and all(torch.equal(value, one[part][name]) for name, value in zero[part].items())
     assert all(value.isfinite().all() for site in zero["statistics"] for value in site.values())
+
+
+def test_an_error_in_a_watched_batch_leaves_no_hook(tmp_path):
+    class Fails(Module):
+        def training_step(self, batch, batch_idx=0):
+            self.net(batch[0])
+            raise ValueError("no")
+
+    module = Fails()
+    trainer = trainer_with(tmp_path, [MetaPerturbCallback(log_every=1)], logger=CSVLogger(tmp_path))
+    with pytest.raises(ValueError, match="no"):
+        trainer.fit(module)
+    assert not any(site._forward_pre_hooks for site in attachment_of(module).sites)

@@ -20,7 +20,7 @@ from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, CheckpointHoo
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import INFERENCE_MODES, Fold, Mean, MonteCarlo, Output, OutputAverage, reestimate_batch_norm
 from mp_lightning.inference.undisturbed import undisturbed
-from mp_lightning.neighbours import act_last, all_parameters_trained, check_strategy, leave_averages_plain
+from mp_lightning.neighbours import act_last, check_strategy, leave_averages_plain, unfrozen
 from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_strength, load_phi
 from mp_lightning.schedule import total_training_batches
 from mp_lightning.site_metrics import SiteMetrics
@@ -150,7 +150,7 @@ class MetaPerturbCallback(Callback):
         if _makes_layers_late(pl_module) and attachment_of(pl_module) is None:
             _AfterConfigureModel(self, pl_module).install()
         else:
-            with all_parameters_trained(trainer, pl_module):
+            with unfrozen(trainer, self, pl_module):
                 self.attach(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -235,7 +235,7 @@ class MetaPerturbCallback(Callback):
         metrics = self._metrics.measure() if self._metrics else {}
         if metrics and trainer.is_global_zero:
             for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
+                logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         attachment = self._attached(pl_module)
@@ -252,6 +252,8 @@ class MetaPerturbCallback(Callback):
         if attachment is not None:
             attachment.settle()
             attachment.inference = self.make_inference()
+        if self._metrics is not None:
+            self._metrics.stop()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)

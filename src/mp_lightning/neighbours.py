@@ -5,10 +5,12 @@ from contextlib import contextmanager
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.sites import detach
+from mp_lightning.sites.tracing import is_frozen
 
 # Parameters that are cut into pieces would have to be put together at every site.
 _SHARDED = {
@@ -55,10 +57,18 @@ def leave_averages_plain(trainer: pl.Trainer) -> None:
 
 
 @contextmanager
-def all_parameters_trained(trainer: pl.Trainer, module: nn.Module) -> Iterator[None]:
-    """Where a finetuning callback has frozen layers for a while, look at the module as if it had not."""
-    found = any(_is(other, "BaseFinetuning") for other in trainer.callbacks)  # type: ignore[attr-defined]
-    frozen = [parameter for parameter in module.parameters() if found and not parameter.requires_grad]
+def unfrozen(trainer: pl.Trainer, callback: Callback, module: nn.Module) -> Iterator[None]:
+    """Where a finetuning callback before this one has frozen layers for a while, look at the module as before."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    earlier = [other for other in callbacks[: callbacks.index(callback)] if _is(other, "BaseFinetuning")]
+    frozen = [parameter for parameter in module.parameters() if earlier and not parameter.requires_grad]
+    names = [name for name, part in module.named_children() if is_frozen(part)] if earlier else []
+    if len(names) > 1:
+        rank_zero_warn(
+            f"MetaPerturb: {', '.join(names)} are frozen, and taken to be trained later, as "
+            f"{type(earlier[0]).__name__} comes before {type(callback).__name__}; put it after, or name the network "
+            "that counts with target="
+        )
     for parameter in frozen:
         parameter.requires_grad_(True)
     try:

@@ -32,7 +32,16 @@ class SiteMetrics:
 
     def watch(self) -> None:
         """Keep what the sites get in the next forward; its last call counts."""
+        self.stop()
         self._handles = [site.register_forward_pre_hook(self._keep) for site in self._attachment.sites]
+
+    def stop(self) -> dict[Site, Tensor]:
+        """End a watch; returns what was seen."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        seen, self._seen = self._seen, {}
+        return seen
 
     def measure(self) -> dict[str, float]:
         """Mean and standard deviation of the multiplier, over elements, and the mean scale s of the channels, by site.
@@ -41,10 +50,7 @@ class SiteMetrics:
             ``metaperturb/SITE/multiplier_mean``, ``.../multiplier_std``, and, of MetaPerturb, ``.../scale``; empty
             without a forward since :meth:`watch`.
         """
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        seen, self._seen = self._seen, {}
+        seen = self.stop()
         names: list[str] = []
         values: list[Tensor] = []
         with torch.no_grad():

@@ -117,6 +117,8 @@ def test_fold_as_onnx(mp: CommandLine, trained: dict[str, Path], tmp_path: Path)
             ["ckpt=bare.ckpt", "to=a.pt2"],
             "the checkpoint does not say of which class the model is",
         ),
+        (["ckpt=number.ckpt", "to=a.pt2"], "the checkpoint does not say of which class the model is"),
+        (["ckpt=file.ckpt", "to=a.pt2"], "the checkpoint does not say of which class the model is"),  # no file is run
         (["ckpt=moved.ckpt", "to=a.pt2"], "model=gone.nets:Classifier: gone.nets cannot be imported"),
         (["ckpt=odd.ckpt", "to=a.pt2"], "model=os:getcwd is no LightningModule; name the class that was trained"),
         (["ckpt=plain.ckpt", "to=a.pt2"], "checkpoint 'plain.ckpt' was made without MetaPerturb"),
@@ -127,7 +129,14 @@ def test_what_cannot_be_exported_is_one_line(
 ) -> None:
     folder = trained["folder"]
     content = torch.load(trained["mean"], weights_only=True)
-    for name, module in {"bare": None, "moved": "gone.nets:Classifier", "odd": "os:getcwd"}.items():
+    changes = {
+        "bare": None,
+        "number": 3,
+        "moved": "gone.nets:Classifier",
+        "odd": "os:getcwd",
+        "file": "nets.py:Classifier",
+    }
+    for name, module in changes.items():
         changed = {**content, "mp_lightning": {**content["mp_lightning"], "module": module}}
         torch.save(changed, folder / f"{name}.ckpt")
     torch.save({"state_dict": {}}, folder / "plain.ckpt")

@@ -149,3 +149,22 @@ def test_a_forward_that_torch_cannot_follow_is_one_line(tmp_path):
         export(model.eval(), tmp_path / "m.pt2", torch.rand(2, 3, 32, 32))
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+class FixesItsBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = torchvision.models.resnet18(num_classes=5)
+
+    def forward(self, x):
+        y = self.net(x)
+        return torch.cat([part for part in y.chunk(2)]) if len(y) % 2 == 0 else y
+
+
+def test_a_batch_that_is_fixed_is_said(tmp_path):
+    model = FixesItsBatch()
+    attachment = attach(model, ramp_steps=0)
+    reestimate_batch_norm(attachment, [lambda: model(torch.rand(4, 3, 32, 32))])
+    attachment.inference = Mean()
+    with pytest.raises(ConfigurationError, match="for exactly 2 images only, as its forward reads their number"):
+        export(model.eval(), tmp_path / "m.pt2", torch.rand(2, 3, 32, 32))

@@ -9,7 +9,7 @@ import torchvision
 import yaml
 from torch import nn
 
-from mp_lightning import MetaPerturbCallback, SiteError
+from mp_lightning import ConfigurationError, MetaPerturbCallback, SiteError
 from mp_lightning.sites import SitePlan, attach, attachment_of, choose_sites, find_activations, find_sites
 
 
@@ -78,6 +78,8 @@ def test_chosen_sites_are_perturbed_and_the_norm_stays_that_of_the_default_plan(
         (["layer1.*", "*.0.relu"], r"site 'layer1\.0\.relu' is reached twice, by 'layer1\.\*' and by '\*\.0\.relu'"),
         (nn.GELU, "sites=GELU: no activation of ResNet fits"),
         (3, "sites=3 cannot be used; give a SitePlan"),
+        ([["layer1.*"]], r"sites=\['layer1\.\*'\] cannot be used; give a SitePlan"),
+        (nn.ReLU(), r"sites=ReLU\(\) cannot be used; give a SitePlan"),
         ("no_such.yaml", r"plan 'no_such\.yaml' cannot be read"),
     ],
 )
@@ -106,6 +108,8 @@ def test_target_names_the_part_that_counts():
     attachment = attach(model, target="student")
     assert {name.split(".")[0] for name in attachment.plan.names} == {"student"}
     assert len(attachment.plan) == 8
+    with pytest.raises(ConfigurationError, match="attached already, at other sites"):
+        attach(model, target="teacher")
     with pytest.raises(SiteError, match="target='pupil' is no part of Distillation; its parts are student, teacher"):
         attach(Distillation(), target="pupil")
     with pytest.raises(SiteError, match=r"site 'teacher\..*' is outside of target 'student'"):
@@ -150,7 +154,9 @@ def test_an_edited_plan_that_does_not_fit_names_the_site(resnet, tmp_path, chang
     assert attachment_of(model) is None
 
 
-@pytest.mark.parametrize("content", ["a: [", "- 1", "", "version: 9\nsites: []", "version: 2\nsites:\n  - 3"])
+@pytest.mark.parametrize(
+    "content", ["a: [", "- 1", "", "version: 9\nsites: []", "version: 2\nsites:\n  - 3", "2020-13-45"]
+)
 def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path, content):
     path = tmp_path / "plan.yaml"
     path.write_text(content)

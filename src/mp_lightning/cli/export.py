@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -23,6 +24,7 @@ from mp_lightning.inference.exporting import SUFFIXES, ExportMode, export
 from mp_lightning.sites import attachment_of
 from mp_lightning.sites.recording import in_channels
 
+_DOTTED = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 _KEYS = ("command", "ckpt", "to", "mode", "model", "input")
 
 
@@ -93,7 +95,7 @@ def _make(name: str | None, content: dict[str, Any]) -> L.LightningModule:
     """A fresh module of the class that was trained."""
     given = name is not None
     name = name or content[KEY].get("module")
-    if name is None:
+    if name is None or (not given and not _is_dotted(name)):
         raise ConfigurationError(
             "the checkpoint does not say of which class the model is; name it with model=package.module:Class or "
             "model=file.py:Class"
@@ -116,6 +118,11 @@ def _make(name: str | None, content: dict[str, Any]) -> L.LightningModule:
     if not isinstance(made, nn.Module):
         raise ConfigurationError(f"model={name} gave a {type(made).__name__}; it must give the module that was trained")
     return cast(L.LightningModule, made)
+
+
+def _is_dotted(name: object) -> bool:
+    """A checkpoint may come from anywhere: a class by its dotted name is all that it may ask for, and no file."""
+    return isinstance(name, str) and bool(_DOTTED.fullmatch(name)) and not name.partition(":")[0].endswith(".py")
 
 
 def _accepted(cls: type, hyperparameters: dict[str, Any]) -> dict[str, Any]:

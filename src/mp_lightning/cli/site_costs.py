@@ -45,14 +45,15 @@ def measure(
     Raises:
         ConfigurationError: the model does not take such images.
     """
-    batch = torch.rand(images, device=device)
+    like = next(model.parameters(), torch.empty(0))
     try:
+        batch = torch.rand(images, device=device, dtype=like.dtype)
         plain = _median(lambda: _sum_of_all(model(batch)).backward(), device)
     except Exception as error:  # user code that gets the wrong image raises anything
         size = "x".join(map(str, images[1:]))
         raise ConfigurationError(
             f"{type(model).__name__} does not take images of {size} ({type(error).__name__}: "
-            f"{str(error).strip().partition(chr(10))[0][:120]}); give the size of one with input="
+            f"{str(error).strip().partition(chr(10))[0][:120]}); give their size with input="
         ) from error
     model.zero_grad(set_to_none=True)
     attachment = attach(model, phi, sites=plan)

@@ -18,7 +18,8 @@ from mp_lightning.cli.site_costs import SiteCost, measure
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import NamedPhi, load_phi
 from mp_lightning.sites import SitePlan, choose_sites
-from mp_lightning.sites.recording import NoImageFits, image_shape
+from mp_lightning.sites.recording import NoImageFits
+from mp_lightning.sites.tracing import image_shape
 
 _KEYS = ("command", "model", "input", "target", "sites", "phi", "batch_size", "device", "to")
 
@@ -143,7 +144,7 @@ def _device(name: str | None) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()
         return torch.device(name)
     except Exception as error:  # of many kinds
         raise ConfigurationError(

@@ -76,6 +76,7 @@ def export(model: nn.Module, path: str | Path, images: Tensor, mode: ExportMode 
         with torch.no_grad():
             expected = frozen(images)
             program = torch.export.export(frozen, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
+            _check_batch_is_free(program, images)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             difference = (_write_onnx if path.suffix == ".onnx" else _write_pt2)(program, partial, images, expected)
@@ -93,6 +94,17 @@ def export(model: nn.Module, path: str | Path, images: Tensor, mode: ExportMode 
     finally:
         if partial.exists():
             partial.unlink()
+
+
+def _check_batch_is_free(program: torch.export.ExportedProgram, images: Tensor) -> None:
+    more = torch.cat([images, images[:1]])
+    try:
+        program.module()(more)
+    except Exception as error:  # a guard of the program, of one kind or another
+        raise ConfigurationError(
+            f"the model can be exported for exactly {len(images)} images only, as its forward reads their number as a "
+            "constant, by int(x.shape[0]) or a condition on it; take it from x.shape[0] as it is, or use -1"
+        ) from error
 
 
 def _write_pt2(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: object) -> float:

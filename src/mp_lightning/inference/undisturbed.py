@@ -59,10 +59,14 @@ def _idle(get: Callable[..., Any]) -> Callable[..., Any]:
 class _Idle:
     """An optimizer or scheduler that can be read, and does nothing."""
 
-    _actions = ("step", "zero_grad", "toggle_model", "untoggle_model", "load_state_dict")
+    _actions = ("zero_grad", "toggle_model", "untoggle_model", "load_state_dict")
 
     def __init__(self, real: Any) -> None:
         self._real = real
+
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Where a closure runs the model it must be called."""
+        return closure() if callable(closure) else None
 
     def __getattr__(self, name: str) -> Any:
         return _ignore if name in self._actions else getattr(self._real, name)

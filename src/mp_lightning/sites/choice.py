@@ -43,7 +43,7 @@ def choose_sites(model: nn.Module, sites: Sites = None, target: str | None = Non
     elif is_file(sites):
         plan = SitePlan.load(sites)
     else:
-        several = isinstance(sites, Iterable) and not isinstance(sites, str | type)
+        several = isinstance(sites, Iterable) and not isinstance(sites, str | type | nn.Module)
         return _chosen(model, list(sites) if several else [sites], target)  # type: ignore[arg-type]
     check_fits(plan, model, target)
     return plan
@@ -98,15 +98,15 @@ class _Candidates:
             if issubclass(wish, ACTIVATION_MODULES):
                 return [site for site in self._all if site.activation and isinstance(self._at(site.activation), wish)]
             return [site for site in self._found if any(isinstance(m, wish) for m in self._around(site))]
+        if not callable(wish) or isinstance(wish, nn.Module):
+            raise SiteError(
+                f"sites={str(wish)[:80]} cannot be used; give a SitePlan, a YAML file, names, patterns, classes of "
+                "modules, activation functions, or a function of a SiteSpec"
+            )
         if wish in ACTIVATION_FUNCTIONS:
             functions = (site for site in self._all if site.activation is None)
             return [site for site in functions if _function(site) == getattr(wish, "__name__", "").rstrip("_")]
-        if callable(wish):
-            return [site for site in self._found if wish(site)]
-        raise SiteError(
-            f"sites={wish!r} cannot be used; give a SitePlan, a YAML file, names, patterns, classes of modules, "
-            "activation functions, or a function of a SiteSpec"
-        )
+        return [site for site in self._found if wish(site)]
 
     def _named(self, pattern: str, sites: list[SiteSpec]) -> list[SiteSpec]:
         return [site for site in sites if fnmatchcase(site.name, pattern)]

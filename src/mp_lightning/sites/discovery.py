@@ -237,7 +237,7 @@ class _Graph(OperationGraph):
 
     def _site(self, node: fx.Node, rule: str, reads: str) -> SiteSpec | None:
         channels = self._channels(node.all_input_nodes[0])
-        if channels is None:
+        if not channels:  # of a lazy layer, 0
             self.left_out.append(self.name(node))
             return None
         key, scope = self._scope(node)

@@ -1,7 +1,7 @@
 """A plan: where a model is perturbed. It can be printed, narrowed down, saved as plain data and given back."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,14 @@ class SitePlan:
         return iter(self._sites)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, SitePlan) and self._sites == other._sites
+        """Whether it is the same sites; what is only there for people, the rule and what is read, does not count."""
+        return isinstance(other, SitePlan) and self._places() == other._places()
 
     def __hash__(self) -> int:
-        return hash(self._sites)
+        return hash(self._places())
+
+    def _places(self) -> tuple[SiteSpec, ...]:
+        return tuple(replace(site, rule="", reads="") for site in self._sites)
 
     @property
     def names(self) -> list[str]:
@@ -142,7 +146,7 @@ class SitePlan:
             data = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
         except OSError as error:
             raise SiteError(f"plan '{path}' cannot be read ({error.strerror}); give the path of a YAML file") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             line = getattr(getattr(error, "problem_mark", None), "line", None)
             where = "" if line is None else f" in line {line + 1}"
             raise SiteError(f"plan '{path}' is no YAML{where}; write it again with SitePlan.save") from error

@@ -39,8 +39,8 @@ def record(module: nn.Module, leaf: Callable[[nn.Module, str], bool]) -> fx.Grap
     return _first_that_fits(module, leaf)[1]
 
 
-def image_shape(module: nn.Module) -> tuple[int, ...]:
-    """The shape of images that the module takes, without the batch: what it declares, or the first that was guessed.
+def shape_that_fits(module: nn.Module) -> tuple[int, ...]:
+    """The shape (without the batch) of the first guessed image that the forward takes.
 
     Raises:
         NoImageFits: as :func:`record`.
@@ -49,14 +49,15 @@ def image_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def _first_that_fits(module: nn.Module, leaf: Callable[[nn.Module, str], bool]) -> tuple[tuple[int, ...], fx.Graph]:
-    reason = "it has no convolution that would tell what it takes"
-    for number, shape in enumerate(_images(module)):
+    reasons: list[str] = []
+    for shape in _images(module):
         try:
             return shape, _Recorder(module, leaf).run(shape)
         except Exception as error:  # user code that gets the wrong image raises anything
-            if number == 0:
-                reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}"
-    raise NoImageFits(reason)
+            reasons.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}")
+            if len(reasons) > 2 and len(set(reasons[-3:])) == 1:
+                break  # whatever it is, the size of the image has nothing to do with it
+    raise NoImageFits(reasons[0] if reasons else "it has no convolution that would tell what it takes")
 
 
 def in_channels(module: nn.Module) -> int:

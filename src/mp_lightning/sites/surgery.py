@@ -23,6 +23,7 @@ from mp_lightning.sites.calls import Block
 from mp_lightning.sites.choice import Sites, choose_sites
 from mp_lightning.sites.discovery import find_sites
 from mp_lightning.sites.plan import SitePlan
+from mp_lightning.sites.tracing import remembered
 
 
 def attach(
@@ -84,10 +85,12 @@ def attach(
     if strength is not None:
         check_strength(strength)
     if existing is not None:
-        wanted = None if sites is None else choose_sites(model, sites, target)
+        wanted = None if sites is None and target is None else choose_sites(existing.model, sites, target)
         _check_same(existing, None if phi is None else named, perturbation, wanted, strength)
         return existing
-    plan = choose_sites(model, sites, target)
+    with remembered():
+        plan = choose_sites(model, sites, target)
+        channel_norm = _channel_norm(model, plan, sites, target)
     if named is not None:
         perturbation = MetaPerturb(named.phi, persistent=persistent)
     assert perturbation is not None
@@ -96,7 +99,7 @@ def attach(
         plan,
         perturbation,
         phi_name=perturbation.name if named is None else named.name,
-        channel_norm=_channel_norm(model, plan, sites, target),
+        channel_norm=channel_norm,
         input_size=input_size,
         strength=strength if strength is not None else 1.0 if named is None else named.strength,
         seed=seed,

@@ -1,19 +1,27 @@
 """What a model computes, as torch.fx graphs, without running it."""
 
 import copy
+import functools
 import inspect
 import random
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from mp_lightning.sites.recording import NoImageFits, record
+from mp_lightning.sites.recording import NoImageFits, record, shape_that_fits
 
+_HOOKS = (
+    *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
+    *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
+)
+_MEMORY: ContextVar[dict[Any, Any] | None] = ContextVar("traced models", default=None)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -58,9 +66,16 @@ def trace_regions(
     Returns:
         The regions in order of registration, and what could not be traced, for messages.
     """
+    key = ("traced", id(model), prefix, through_lightning)
+    memory = _MEMORY.get()
+    if memory is not None and key in memory:
+        known: tuple[list[Region], list[str]] = memory[key]
+        return known
     regions: list[Region] = []
     failures: list[str] = []
     _trace(model, prefix, through_lightning, regions, failures)
+    if memory is not None:
+        memory[key] = regions, failures
     return regions, failures
 
 
@@ -70,8 +85,8 @@ def _trace(module: nn.Module, prefix: str, through_lightning: bool, regions: lis
     children = list(module.named_children())
     if _is_traceable(module, through_lightning) and not _holds_other_networks(module):
         try:
-            with _left_as_it_was(module):
-                regions.append(Region(prefix, module, _Tracer().trace(module, _defaults(module))))
+            with _left_as_it_was(module) as copied:
+                regions.append(Region(prefix, module, _Tracer().trace(copied, _defaults(copied))))
             return
         except Exception as error:  # user code that meets a proxy raises anything
             reason = str(error).strip().split("\n")[0][:100]
@@ -91,8 +106,36 @@ def record_region(module: nn.Module, prefix: str) -> Region:
     Raises:
         NoImageFits: its forward fails for every image that was tried.
     """
-    with _left_as_it_was(module):
-        return Region(prefix, module, record(module, _Tracer().is_leaf_module))
+    key = ("recorded", id(module), prefix)
+    memory = _MEMORY.get()
+    if memory is None or key not in memory:
+        with _left_as_it_was(module) as copied:
+            region = Region(prefix, module, record(copied, _Tracer().is_leaf_module))
+        if memory is None:
+            return region
+        memory[key] = region
+    found: Region = memory[key]
+    return found
+
+
+def image_shape(module: nn.Module) -> tuple[int, ...]:
+    """The shape of images that the module takes, without the batch: what it declares, or the first that was guessed.
+
+    Raises:
+        NoImageFits: its forward fails for every image that was tried.
+    """
+    with _left_as_it_was(module) as copied:
+        return shape_that_fits(copied)
+
+
+@contextmanager
+def remembered() -> Iterator[None]:
+    """Within this, a model is traced once however often it is asked for; it must not change."""
+    token = _MEMORY.set({})
+    try:
+        yield
+    finally:
+        _MEMORY.reset(token)
 
 
 def is_frozen(module: nn.Module) -> bool:
@@ -124,24 +167,53 @@ def _defaults(module: nn.Module) -> dict[str, Any]:
 
 
 @contextmanager
-def _left_as_it_was(module: nn.Module) -> Iterator[None]:
-    """Trace the forward of evaluation, without hooks, and undo what it stores on the module or draws.
+def _left_as_it_was(module: nn.Module) -> Iterator[nn.Module]:
+    """A copy to trace, with the parameters of the module itself, in the forward of evaluation and without hooks.
 
     In training, code such as ``if self.training and torch.rand(1) < p: return x`` would make the sites a matter of
-    chance. Hooks and attributes of the user would get symbols instead of tensors.
+    chance. Hooks, buffers, and whatever a forward keeps would get symbols, or tensors without content. A module that
+    cannot be copied is traced itself, and its attributes are put back.
     """
-    saved = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
-    contents = [(v, copy.copy(v)) for _, attributes, _ in saved for v in attributes.values() if type(v) is list]
-    numbers = random.getstate()
+    numpy: Any = sys.modules.get("numpy")  # where nothing has imported it, nothing draws by it
+    numbers, arrays = random.getstate(), numpy and numpy.random.get_state()
     try:
-        for part, _, _ in saved:
+        copied = _copy(module)
+        for part in copied.modules():
             part.__dict__["training"] = False
-            for hooks in ("_forward_hooks", "_forward_pre_hooks"):
-                part.__dict__[hooks] = OrderedDict()
-        with torch.random.fork_rng(devices=[]):
-            yield
+        with torch.random.fork_rng(), nullcontext(copied) if copied is not module else _put_back(module):
+            yield copied
     finally:
         random.setstate(numbers)
+        if numpy:
+            numpy.random.set_state(arrays)
+        _clear_caches(module)
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    shared: list[Any] = [*module.parameters()]
+    # Of a LightningModule, what leads to everything else.
+    shared += [
+        part.__dict__[name] for part in module.modules() for name in ("_trainer", "_fabric") if name in vars(part)
+    ]
+    memo: dict[int, Any] = {id(value): value for value in shared}
+    memo |= {id(hooks): OrderedDict() for part in module.modules() for hooks in map(part.__dict__.get, _HOOKS)}
+    memo.pop(id(None), None)
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception:  # of many kinds, for locks, generators, tensors with a history
+        return module
+
+
+@contextmanager
+def _put_back(module: nn.Module) -> Iterator[None]:
+    saved = [(part, dict(part.__dict__), dict(part._buffers)) for part in module.modules()]
+    contents = [(v, copy.copy(v)) for _, attributes, _ in saved for v in attributes.values() if type(v) is list]
+    try:
+        for part, _, _ in saved:
+            for name in _HOOKS:
+                part.__dict__[name] = OrderedDict()
+        yield
+    finally:
         for value, content in contents:
             value[:] = content
         for part, attributes, buffers in saved:
@@ -149,3 +221,15 @@ def _left_as_it_was(module: nn.Module) -> Iterator[None]:
             part.__dict__.update(attributes)
             part._buffers.clear()
             part._buffers.update(buffers)
+
+
+def _clear_caches(module: nn.Module) -> None:
+    """Forget what functions beside the module's classes remember, which may be tensors without content by now."""
+    classes = {kind for part in module.modules() for kind in type(part).__mro__}
+    places = [vars(kind) for kind in classes] + [
+        vars(sys.modules[name]) for name in {kind.__module__ for kind in classes} if name in sys.modules
+    ]
+    for place in places:
+        for value in list(place.values()):
+            if isinstance(value, functools._lru_cache_wrapper):
+                value.cache_clear()
