@@ -6,7 +6,8 @@
 FOLDER holds imagenette.npz, cifar10.npz, cub.npz and so on, each with x_train, y_train, x_test and y_test; in cub84.npz
 are the images of cub.npz with 84 pixels, and in resnet20.safetensors the weights that are fine-tuned. Each comparison
 is a run folder of ``compare`` below --runs, so that the same command continues one that was killed, and adds seeds and
-arms. Finished runs are appended to benchmarks/results/compare.csv, which is all that the page needs.
+arms. Finished runs are appended to benchmarks/results/compare.csv, which is all that the page needs. From it a run
+folder that was lost goes on.
 """
 
 import argparse
@@ -96,6 +97,20 @@ def published_phi(path: Path, folder: Path) -> None:
     save_phi(folder / PUBLISHED, phi, {"kind": "the phi that the authors of MetaPerturb published"})
 
 
+def bring_back(proof: Proof, runs: Path, results: Path) -> None:
+    """Give a run folder that is not there, as on another machine, the rows that are kept of it."""
+    rows = [row for row in _rows(results) if row["comparison"] == str(proof)]
+    place = runs / proof.name / "results.csv"
+    if not rows or place.exists():
+        return
+    place.parent.mkdir(parents=True, exist_ok=True)
+    columns = [column for column in rows[0] if column != "comparison"]
+    with place.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def make(proof: Proof, given: argparse.Namespace, arms: list[str]) -> None:
     """Make, or continue, one comparison."""
     command = [
@@ -158,6 +173,7 @@ def main() -> None:
         if proof.name in chosen:
             print(f"\n{proof}", flush=True)
             keep(proof, given.runs, given.out)  # what was made before this command was killed
+            bring_back(proof, given.runs, given.out)
             try:
                 make(proof, given, arms)
             finally:

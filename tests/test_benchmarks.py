@@ -16,6 +16,7 @@ from mp_lightning.cli.words import compose
 from mp_lightning.compare.architecture import Architecture
 from mp_lightning.compare.arms import parse_arm
 from mp_lightning.compare.results import Row
+from mp_lightning.compare.store import Store
 from mp_lightning.perturbation import load_phi
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -124,6 +125,20 @@ def test_results_are_kept_once_and_grow(tmp_path):
     results.write_text(results.read_text() + last.replace("metaperturb:new,4", "metaperturb:new,5") + "\n")
     prove.keep(proof, tmp_path / "runs", path)
     assert path.read_text().startswith(content) and path.read_text().count("\n") == 22
+
+
+def test_a_run_folder_that_was_lost_goes_on_from_the_kept_rows(tmp_path):
+    path, proof = kept(tmp_path, **ARMS_KEPT)
+    results = tmp_path / "runs" / proof.name / "results.csv"
+    before = list(Store(results)._rows.values())
+    results.unlink()
+    prove.bring_back(proof, tmp_path / "runs", path)
+    assert list(Store(results)._rows.values()) == before and len(before) == 20
+    content = results.read_text()
+    prove.bring_back(proof, tmp_path / "runs", path)
+    assert results.read_text() == content
+    prove.bring_back(prove.PROOFS[1], tmp_path / "runs", path)
+    assert not (tmp_path / "runs" / prove.PROOFS[1].name).exists()
 
 
 def test_a_run_of_other_settings_does_not_stand_beside_the_kept_one(tmp_path):
