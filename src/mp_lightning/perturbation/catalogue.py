@@ -21,6 +21,7 @@ _HEADINGS = {
     "settings": "settings",
     "selection": "selection",
     "results": "results",
+    "results": "results",
     "known_limits": "known limits",
     "command": "command",
     "versions": "versions",
