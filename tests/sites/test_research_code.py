@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 import torchmetrics
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from capture import Unchanged, inputs_at, seen_by_sites
 from mp_lightning.sites import attach, find_sites
@@ -173,11 +174,13 @@ class Training(nn.Module):
         self.net = nn.Sequential(conv(3, 4), SqueezeExcitation(4))
         self.perceptual = nn.Sequential(conv(3, 4), nn.BatchNorm2d(4), nn.ReLU()).requires_grad_(False)
         self.metric = Features()
+        self.teacher = AveragedModel(self.net)
 
     def forward(self, x):
         self.metric.update(x)
-        return self.net(x), self.perceptual(x)
+        return self.net(x), self.perceptual(x), self.teacher(x)
 
 
-def test_metrics_and_frozen_networks_are_left_alone():
+def test_metrics_averages_and_frozen_networks_are_left_alone():
+    assert all(parameter.requires_grad for parameter in Training().teacher.parameters())
     assert find_sites(Training()).names == ["net.1:silu"]

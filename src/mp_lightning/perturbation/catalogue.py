@@ -21,7 +21,6 @@ _HEADINGS = {
     "settings": "settings",
     "selection": "selection",
     "results": "results",
-    "results": "results",
     "known_limits": "known limits",
     "command": "command",
     "versions": "versions",

@@ -21,6 +21,8 @@ _HOOKS = (
     *("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"),
     *("_forward_hooks_with_kwargs", "_forward_pre_hooks_with_kwargs", "_forward_hooks_always_called"),
 )
+_AVERAGES = {"AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3"}  # of torch.optim.swa_utils and timm.utils
+_OTHERS = {"torch", "timm", "torchmetrics"}
 _MEMORY: ContextVar[dict[Any, Any] | None] = ContextVar("traced models", default=None)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -55,8 +57,9 @@ def trace_regions(
 ) -> tuple[list[Region], list[str]]:
     """Trace the model, or, where that is impossible, its parts.
 
-    Left out are parts without convolutions, parts whose parameters are all frozen (teachers, perceptual losses) and
-    torchmetrics. The forward of a LightningModule, which may do anything, is traced only on demand.
+    Left out are parts without convolutions, parts whose parameters are all frozen (teachers, perceptual losses),
+    averaged weights (EMA teachers) and torchmetrics. The forward of a LightningModule, which may do anything, is traced
+    only on demand.
 
     Args:
         model: the model.
@@ -80,7 +83,7 @@ def trace_regions(
 
 
 def _trace(module: nn.Module, prefix: str, through_lightning: bool, regions: list[Region], failures: list[str]) -> None:
-    if not any(isinstance(part, CONVOLUTIONS) for part in module.modules()) or _is_metric(module) or is_frozen(module):
+    if not any(isinstance(part, CONVOLUTIONS) for part in module.modules()) or _is_left_alone(module):
         return
     children = list(module.named_children())
     if _is_traceable(module, through_lightning) and not _holds_other_networks(module):
@@ -153,11 +156,13 @@ def _is_traceable(module: nn.Module, through_lightning: bool) -> bool:
 def _holds_other_networks(module: nn.Module) -> bool:
     """Whether a part must be left out, so that the parts have to be looked at one by one."""
     with_convolutions = [c for c in module.children() if any(isinstance(m, CONVOLUTIONS) for m in c.modules())]
-    return any(_is_metric(c) or (is_frozen(c) and not isinstance(c, CONVOLUTIONS)) for c in with_convolutions)
+    return any(_is_left_alone(child) and not isinstance(child, CONVOLUTIONS) for child in with_convolutions)
 
 
-def _is_metric(module: nn.Module) -> bool:
-    return any(b.__name__ == "Metric" and b.__module__.startswith("torchmetrics") for b in type(module).__mro__)
+def _is_left_alone(module: nn.Module) -> bool:
+    """Whether it is no network that is trained: frozen, a metric of torchmetrics, or averaged weights of another."""
+    names = {base.__name__ for base in type(module).__mro__ if base.__module__.split(".")[0] in _OTHERS}
+    return is_frozen(module) or not names.isdisjoint(_AVERAGES | {"Metric"})
 
 
 def _defaults(module: nn.Module) -> dict[str, Any]:
