@@ -25,6 +25,7 @@ FLOORS = {
     "mixin": 3,
     "schedule": 3,
     "neighbours": 3,
+    "reestimation_steps": 3,
     "site_metrics": 3,
     "checkpoints": 3,
     "inference": 3,
@@ -55,6 +56,7 @@ MORE_LIBRARIES = {
     "backbones": {"timm", "transformers"},
     "callback": {"lightning", "pytorch_lightning"},
     "neighbours": {"lightning"},
+    "reestimation_steps": {"lightning"},
     "inference": {"onnxruntime"},
 }
 

@@ -2,34 +2,32 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from lightning.pytorch.utilities.seed import isolate_rng
-from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, CheckpointHooks, attach_state, read_checkpoint
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.inference import INFERENCE_MODES, Fold, Mean, MonteCarlo, Output, OutputAverage, reestimate_batch_norm
-from mp_lightning.inference.undisturbed import undisturbed
-from mp_lightning.neighbours import act_last, check_strategy, leave_averages_plain, unfrozen
+from mp_lightning.inference import INFERENCE_MODES, Fold, Mean, MonteCarlo, Output, OutputAverage
+from mp_lightning.neighbours import (
+    AfterConfigureModel,
+    act_last,
+    check_strategy,
+    leave_averages_plain,
+    makes_layers_late,
+    unfrozen,
+)
 from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_strength, load_phi
+from mp_lightning.reestimation_steps import reestimate, training_data
 from mp_lightning.schedule import total_training_batches
 from mp_lightning.site_metrics import SiteMetrics
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, PathName, check_path, ramp_length
 from mp_lightning.sites.choice import is_file
-
-# A trainer forgets its training data when it goes on to test, which is when re-estimation may need it.
-_TRAINING_DATA: "WeakKeyDictionary[pl.Trainer, CombinedLoader]" = WeakKeyDictionary()
 
 
 class MetaPerturbCallback(Callback):
@@ -147,8 +145,8 @@ class MetaPerturbCallback(Callback):
                 "MetaPerturb: this strategy trains copies of the module in processes of their own, and brings back "
                 "their weights alone; bring the module back from a checkpoint with MetaPerturbCallback.restore"
             )
-        if _makes_layers_late(pl_module) and attachment_of(pl_module) is None:
-            _AfterConfigureModel(self, pl_module).install()
+        if makes_layers_late(pl_module) and attachment_of(pl_module) is None:
+            AfterConfigureModel(self.attach, pl_module).install()
         else:
             with unfrozen(trainer, self, pl_module):
                 self.attach(pl_module)
@@ -191,7 +189,7 @@ class MetaPerturbCallback(Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         attachment = self._attached(pl_module)
-        _training_data(trainer)
+        training_data(trainer)
         total = None if self.ramp_steps is not None else total_training_batches(trainer)
         attachment.ramp_over(ramp_length(total) if total is not None else self.ramp_steps or 0)
         attachment.inference = None
@@ -241,7 +239,7 @@ class MetaPerturbCallback(Callback):
         attachment = self._attached(pl_module)
         if self.inference != "mc":
             try:
-                self._reestimate(trainer, pl_module, attachment)
+                reestimate(trainer, pl_module, attachment, self.inference)
             except ConfigurationError as error:  # the training is done and must not be lost
                 rank_zero_warn(f"MetaPerturb: {error}")
         attachment.inference = self.make_inference()
@@ -325,7 +323,7 @@ class MetaPerturbCallback(Callback):
         self.inference = inference
         attachment = self._attached(pl_module)
         if inference != "mc":
-            self._reestimate(trainer, pl_module, attachment)
+            reestimate(trainer, pl_module, attachment, self.inference)
         attachment.inference = self.make_inference()
 
     def make_inference(self) -> Mean | MonteCarlo:
@@ -377,7 +375,7 @@ class MetaPerturbCallback(Callback):
             folded = attachment.constants is not None  # then batch norm was estimated under constants
             ready = attachment.evaluation_buffers is not None and folded == (self.inference == "fold")
             if self.inference != "mc" and not ready:
-                self._reestimate(trainer, module, attachment)
+                reestimate(trainer, module, attachment, self.inference)
             attachment.inference = self.make_inference()
         attachment.strays = 0
         attachment.sampling = self.inference == "mc"  # where the module calls blocks one by one, see _end_evaluation
@@ -403,73 +401,3 @@ class MetaPerturbCallback(Callback):
                 f"MetaPerturb: {int(attachment.bound_hits)} feature values reached the bound clip={attachment.clip} in "
                 "evaluation; the network's activations are unusually large"
             )
-
-    def _reestimate(self, trainer: pl.Trainer, module: pl.LightningModule, attachment: Attachment) -> None:
-        data = _training_data(trainer)
-        if data is None:
-            rank_zero_warn(
-                f"MetaPerturb: batch norm was not re-estimated for inference='{self.inference}', as this trainer has "
-                "no training data; evaluate with the trainer that trained, or use inference='mc'"
-            )
-            return
-        with (
-            isolate_rng(),
-            undisturbed(module, data.flattened),
-            torch.no_grad(),
-            trainer.precision_plugin.train_step_context(),
-        ):
-            forwards = _TrainingForwards(trainer, module, data)
-            reestimate_batch_norm(attachment, forwards, fold=self.inference == "fold")
-
-
-def _training_data(trainer: pl.Trainer) -> CombinedLoader | None:
-    """The data that this trainer trains or has trained with."""
-    current = trainer.fit_loop._combined_loader
-    if current is not None:
-        # A fresh one, for iterators of its own; the mode says how the batches of several loaders are put together.
-        _TRAINING_DATA[trainer] = CombinedLoader(current.iterables, current._mode)
-    return _TRAINING_DATA.get(trainer)
-
-
-def _makes_layers_late(module: pl.LightningModule) -> bool:
-    """Whether the module has a ``configure_model`` that is not Lightning's own (under either of its names)."""
-    return type(module).configure_model.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
-
-
-class _AfterConfigureModel:
-    """Attaches to a module that makes its layers in ``configure_model``, as soon as it has."""
-
-    def __init__(self, callback: MetaPerturbCallback, module: pl.LightningModule) -> None:
-        self._callback = callback
-        self._module = module
-
-    def install(self) -> None:
-        self._module.configure_model = self.configure_model  # type: ignore[method-assign]
-
-    def configure_model(self) -> None:
-        del self._module.configure_model
-        self._module.configure_model()
-        self._callback.attach(self._module)
-
-
-class _TrainingForwards:
-    """The training step on one batch after another, from the start each time it is gone through."""
-
-    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, combined: CombinedLoader) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._combined = combined
-
-    def __iter__(self) -> Iterator[Callable[[], Any]]:
-        trainer, module = self._trainer, self._module
-        takes_index = is_param_in_hook_signature(module.training_step, "batch_idx", min_args=2)
-        limit = trainer.num_training_batches
-        for batch, index, _ in iter(self._combined):
-            if index >= limit:
-                return
-            moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
-
-            def forward(batch: Any = moved, index: int = index) -> Any:
-                return module.training_step(*((batch, index) if takes_index else (batch,)))
-
-            yield forward

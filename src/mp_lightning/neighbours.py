@@ -1,7 +1,8 @@
-"""What else a trainer may hold, callbacks and strategies, and what must be done so that all of it works together."""
+"""What else there is in a training, of the trainer and the module, and what is done so that it works together."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -76,6 +77,27 @@ def unfrozen(trainer: pl.Trainer, callback: Callback, module: nn.Module) -> Iter
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
+
+
+def makes_layers_late(module: pl.LightningModule) -> bool:
+    """Whether the module has a ``configure_model`` that is not Lightning's own (under either of its names)."""
+    return type(module).configure_model.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+
+
+class AfterConfigureModel:
+    """Attaches to a module that makes its layers in ``configure_model``, as soon as it has."""
+
+    def __init__(self, attach: Callable[[pl.LightningModule], Any], module: pl.LightningModule) -> None:
+        self._attach = attach
+        self._module = module
+
+    def install(self) -> None:
+        self._module.configure_model = self.configure_model  # type: ignore[method-assign]
+
+    def configure_model(self) -> None:
+        del self._module.configure_model
+        self._module.configure_model()
+        self._attach(self._module)
 
 
 def _is(thing: object, name: str) -> bool:

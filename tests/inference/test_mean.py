@@ -15,6 +15,7 @@ from lightning_modules import Classifier, digits, loader, module, trainer
 from mp_lightning import Mean, MetaPerturbCallback, attach, attachment_of, reestimate_batch_norm
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError
+from mp_lightning.reestimation_steps import reestimate
 
 
 def attached(name="conv4"):
@@ -296,7 +297,7 @@ def test_reestimation_disturbs_nothing_in_a_training_step(tmp_path):
     buffers = attachment_of(model).evaluation_buffers
     assert len(buffers) == 8 and all(value.isfinite().all() for value in buffers.values())
     state = torch.random.get_rng_state()
-    MetaPerturbCallback()._reestimate(run, model, attachment_of(model))
+    reestimate(run, model, attachment_of(model), "mean")
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
