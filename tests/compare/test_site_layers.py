@@ -4,13 +4,14 @@ import copy
 
 import pytest
 import torch
+import torchvision
 from restored import trace
 from seen import Seen
 from torch import nn
 
 from lightning_modules import module
 from mp_lightning import MetaPerturbCallback, attachment_of, find_sites
-from mp_lightning.compare.layers import InformationDropout
+from mp_lightning.compare.layers import DropBlock, InformationDropout
 from mp_lightning.compare.site_layers import SiteLayers
 from mp_lightning.errors import ConfigurationError
 from research_nets import ResearchResNet
@@ -58,6 +59,18 @@ def test_functional_activations_are_sites_too():
     layers = SiteLayers(net, lambda channels: Seen(), "dropout")
     net.train()(torch.randn(2, 3, 8, 8))
     assert all(len(layer.dropped) == 1 for layer in layers.layers())
+
+
+@pytest.mark.parametrize("make", [lambda channels: DropBlock(0.3, 3), lambda channels: InformationDropout(channels)])
+def test_layers_read_tokens_as_maps(make):
+    model = torchvision.models.VisionTransformer(16, 4, 2, 2, 8, 16, num_classes=3)
+    nn.init.normal_(model.heads.head.weight)
+    layers = SiteLayers(model, make, "layers")
+    images = torch.rand(2, 3, 16, 16)
+    assert model(images).shape == (2, 3) and len(layers.layers()) == 2
+    assert not torch.equal(model(images), model(images))  # they draw
+    layers.remove()
+    assert torch.equal(model(images), model(images))
 
 
 def test_a_copy_of_the_module_has_layers_of_its_own():

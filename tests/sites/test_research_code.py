@@ -57,6 +57,24 @@ class ChannelsLastNorm(nn.Module):
         return x + self.down(F.gelu(self.up(y))).permute(0, 3, 1, 2)
 
 
+class OwnNorm(nn.Module):
+    """A normalization that is none of torch's."""
+
+    def forward(self, x):
+        return x * x.square().mean(-1, keepdim=True).add(1e-6).rsqrt()
+
+
+class Tokens(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, c, 4, stride=4), OwnNorm()
+        self.up, self.down, self.act = nn.Linear(c, 2 * c), nn.Linear(2 * c, c), nn.GELU()
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
 class Shared(nn.Module):
     """One block, and one activation, called three times."""
 
@@ -116,6 +134,7 @@ NETWORKS = {
     ),
     "squeeze and excitation": (lambda: nn.Sequential(conv(3, 4), SqueezeExcitation(4)), 1, RESIDUAL),
     "layer norm": (lambda: nn.Sequential(conv(3, 4), ChannelsLastNorm(4), ChannelsLastNorm(4)), 2, PRE_ACTIVATION),
+    "a norm of its own on tokens": (lambda: Tokens(8), 1, PRE_ACTIVATION),
     "no normalization": (
         lambda: nn.Sequential(conv(3, 4), nn.ReLU(), conv(4, 4), nn.ELU(), conv(4, 2)),
         2,

@@ -9,6 +9,7 @@ from torch.utils.hooks import RemovableHandle
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import NoiseKey, Norms, Perturbed, Statistics
 from mp_lightning.sites import SitePlan, attach, attachment_of
+from mp_lightning.sites.layout import as_maps, from_maps
 from mp_lightning.sites.site import Site
 
 
@@ -89,10 +90,12 @@ class SiteLayer(nn.Module):
         self.layer = layer
 
     def after(self, site: Site, args: tuple[Tensor, int, bool], y: Tensor) -> Tensor | None:
-        """The forward hook."""
+        """The forward hook. Layers read maps (B, C, H, W), whatever the layout of the site."""
         *_, training = args
-        changed: Tensor | None = self.layer(y) if training else None
-        return changed
+        if not training:
+            return None
+        layout = site.spec.layout
+        return from_maps(self.layer(as_maps(y, layout)), y, layout)
 
 
 class SiteLayers(nn.ModuleList):

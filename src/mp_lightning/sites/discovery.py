@@ -174,7 +174,7 @@ class _Graph(OperationGraph):
         if dimensions == 2:
             return False  # features of whole images
         norms = TOKEN_NORMS if dimensions is None else (*TOKEN_NORMS, *NORMS)
-        normalized = any(self._is_layer(n, norms) for n in (*paths, *node.users))
+        normalized = any(self._is_layer(n, norms) or self._is_norm_by_name(n) for n in (*paths, *node.users))
         return normalized and any(self._is_layer(n, (nn.Linear,)) for n in paths)
 
     def _is_flat(self, node: fx.Node) -> bool:
