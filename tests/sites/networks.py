@@ -151,5 +151,5 @@ def _timm(name):
 def _transformers(name):
     transformers = pytest.importorskip("transformers")
     settings = {**_TRANSFORMERS[name][0], "num_labels": 3, "image_size": 64, "patch_size": 4}
-    config = getattr(transformers, f"{name}Config")(**settings)
-    return getattr(transformers, f"{name}ForImageClassification")(config), (3, 64, 64)
+    config = transformers.AutoConfig.for_model(name, **settings)
+    return transformers.AutoModelForImageClassification.from_config(config), (3, 64, 64)
