@@ -4,7 +4,10 @@ from collections import defaultdict
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
+import torch
 import torch.nn.functional as F
+
+from mp_lightning.sites import attach
 
 FUNCTIONS = (
     *("celu", "elu", "gelu", "hardswish", "hardtanh", "leaky_relu", "mish", "prelu", "relu", "relu6", "rrelu", "selu"),
@@ -108,3 +111,12 @@ def seen_by_sites(attachment, forward):
     for handle in handles:
         handle.remove()
     return seen
+
+
+def check_sites_get_what_activations_read(plan, model, forward):
+    """Bit for bit, with a perturbation that changes nothing; the model stays attached."""
+    expected = inputs_at(plan, model, forward)
+    seen = seen_by_sites(attach(model, perturbation=Unchanged(), clip=None), forward)
+    assert seen.keys() == expected.keys() == set(plan.names)
+    for name in plan.names:
+        assert torch.equal(seen[name], expected[name]), name

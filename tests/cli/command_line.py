@@ -34,6 +34,7 @@ for line in sys.stdin:
             children.append(child)
             continue
         os.setsid()
+        torch.set_num_threads(1)  # makes the pool of threads anew, which does not survive a fork, before others need it
         for stream, name in ((0, os.devnull), (1, order["stdout"]), (2, order["stderr"])):
             file = os.open(name if stream == 0 else f"{name}{number}", os.O_RDWR | os.O_CREAT, 0o600)
             os.dup2(file, stream)

@@ -10,6 +10,7 @@ from mp_lightning.backbones import build_backbone
 from mp_lightning.sites import SitePlan, find_sites
 
 OWN = """
+import dataclasses
 import torch
 from torch import nn
 from mp_lightning.backbones import build_backbone
@@ -33,6 +34,14 @@ class Text(nn.Module):
 
     def forward(self, words):
         return self.net(words.image)
+
+@dataclasses.dataclass
+class Output:
+    logits: torch.Tensor
+
+class Wrapped(Pair):
+    def forward(self, x):
+        return Output(self.student(x))
 
 number = 3
 """
@@ -95,6 +104,7 @@ def test_networks_of_libraries(mp: CommandLine, folder: Path, name: str) -> None
         (["model=own.py:number"], "model=own.py:number is a int; name a function or class"),
         (["model=other.py:Pair"], "other.py cannot be imported (FileNotFoundError"),
         (["model=own.py:Text"], "model=own.py:Text takes none of the images that were tried (AttributeError"),
+        (["model=own.py:Wrapped", "input=3x16x16"], "the model gives a Output, of which no cost can be measured"),
         (["model=conv4", "input=3x32x"], "input=3x32x cannot be used; give the size of one image, such as 3x224x224"),
         (["model=conv4", "input=4x32x32"], "ConvNet does not take images of 4x32x32 (RuntimeError"),
         (["model=conv4", "target=student"], "target='student' is no part of ConvNet"),

@@ -56,6 +56,18 @@ def test_what_a_forward_remembers_is_never_without_content(how):
     assert type(output) is torch.Tensor and output.isfinite().all()
 
 
+@functools.cache
+def shared_table():
+    return torch.rand(3)
+
+
+def test_what_was_remembered_before_stays():
+    """As a table or an encoder that several models share, and that would be drawn anew."""
+    table = shared_table()
+    find_sites(Remembers("function"))
+    assert shared_table() is table
+
+
 def test_the_size_of_images_is_found_without_a_trace():
     model = Remembers("attribute")
     assert image_shape(model) == (3, 224, 224)

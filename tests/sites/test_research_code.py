@@ -7,8 +7,8 @@ import torchmetrics
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from capture import Unchanged, inputs_at, seen_by_sites
-from mp_lightning.sites import attach, find_sites
+from capture import check_sites_get_what_activations_read
+from mp_lightning.sites import find_sites
 from mp_lightning.sites.discovery import PLAIN, PRE_ACTIVATION, RESIDUAL, UNNORMALIZED
 
 
@@ -165,10 +165,7 @@ def test_sites_of_research_code(name):
         with torch.no_grad():
             model(images)
 
-    expected = inputs_at(plan, model, forward)
-    seen = seen_by_sites(attach(model, perturbation=Unchanged(), clip=None), forward)
-    assert seen.keys() == set(plan.names)
-    assert all(torch.equal(seen[name], expected[name]) for name in plan.names)
+    check_sites_get_what_activations_read(plan, model, forward)
 
 
 class Features(torchmetrics.Metric):

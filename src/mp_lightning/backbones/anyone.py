@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -38,13 +39,22 @@ def build_network(name: str) -> nn.Module:
             raise ConfigurationError(
                 f"model={name} is a {type(made).__name__}; name a function or class that makes one"
             )
-        try:
-            made = made()
-        except Exception as error:  # the user's code raises anything
-            raise ConfigurationError(
-                f"model={name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}; name a function "
-                "that needs no arguments"
-            ) from error
+        made = make(name, made, {}, "name a function that needs no arguments")
+    return made
+
+
+def make(name: str, factory: Callable[..., Any], arguments: dict[str, Any], remedy: str) -> nn.Module:
+    """What a user's function or class makes.
+
+    Raises:
+        ConfigurationError: it fails, which ``remedy`` may mend, or makes no module.
+    """
+    try:
+        made = factory(**arguments)
+    except Exception as error:  # the user's code raises anything
+        raise ConfigurationError(
+            f"model={name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}; {remedy}"
+        ) from error
     if not isinstance(made, nn.Module):
         raise ConfigurationError(f"model={name} gave a {type(made).__name__}; it must give a torch.nn.Module")
     return made

@@ -12,9 +12,8 @@ import torch
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
-from torch import nn
 
-from mp_lightning.backbones.anyone import find_object
+from mp_lightning.backbones.anyone import find_object, make
 from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.checkpoints import KEY, read_checkpoint
 from mp_lightning.cli.model_options import read_image, required
@@ -108,16 +107,8 @@ def _make(name: str | None, content: dict[str, Any]) -> L.LightningModule:
         hyperparameters = {}
     else:
         raise ConfigurationError(f"model={name} is no LightningModule; name the class that was trained")
-    try:
-        made = found(**hyperparameters)
-    except Exception as error:  # the user's code raises anything
-        raise ConfigurationError(
-            f"model={name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}; call "
-            "save_hyperparameters() in it, or name a function without arguments that makes it"
-        ) from error
-    if not isinstance(made, nn.Module):
-        raise ConfigurationError(f"model={name} gave a {type(made).__name__}; it must give the module that was trained")
-    return cast(L.LightningModule, made)
+    remedy = "call save_hyperparameters() in it, or name a function without arguments that makes it"
+    return cast(L.LightningModule, make(name, found, hyperparameters, remedy))
 
 
 def _is_dotted(name: object) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mp_lightning.compare.cost import KeptForBackward, wait
-from mp_lightning.errors import ConfigurationError
+from mp_lightning.errors import ConfigurationError, UserError
 from mp_lightning.perturbation import NamedPhi
 from mp_lightning.sites import Attachment, SitePlan, attach
 from mp_lightning.sites.layout import LAST
@@ -49,6 +49,8 @@ def measure(
     try:
         batch = torch.rand(images, device=device, dtype=like.dtype)
         plain = _median(lambda: _sum_of_all(model(batch)).backward(), device)
+    except UserError:
+        raise
     except Exception as error:  # user code that gets the wrong image raises anything
         size = "x".join(map(str, images[1:]))
         raise ConfigurationError(
@@ -113,6 +115,9 @@ def _sum_of_all(output: object) -> Tensor:
         return output.float().sum()
     parts = list(output.values()) if isinstance(output, dict) else output
     if not isinstance(parts, list | tuple):
-        raise TypeError(f"its forward gives a {type(output).__name__}, not tensors")
+        raise ConfigurationError(
+            f"the model gives a {type(output).__name__}, of which no cost can be measured; let it give a tensor, or a "
+            "list, tuple or dict of tensors"
+        )
     found = [_sum_of_all(part) for part in parts if isinstance(part, Tensor | list | tuple | dict)]
     return torch.stack(found).sum()

@@ -181,17 +181,23 @@ def _left_as_it_was(module: nn.Module) -> Iterator[nn.Module]:
     """
     numpy: Any = sys.modules.get("numpy")  # where nothing has imported it, nothing draws by it
     numbers, arrays = random.getstate(), numpy and numpy.random.get_state()
+    devices = list({p.device for p in module.parameters() if p.device.type == "cuda"})
+    misses = {cache: cache.cache_info().misses for cache in _caches(module)}
     try:
         copied = _copy(module)
         for part in copied.modules():
             part.__dict__["training"] = False
-        with torch.random.fork_rng(), nullcontext(copied) if copied is not module else _put_back(module):
+        with torch.random.fork_rng(devices), nullcontext(copied) if copied is not module else _put_back(module):
             yield copied
     finally:
         random.setstate(numbers)
         if numpy:
             numpy.random.set_state(arrays)
-        _clear_caches(module)
+        for cache, before in misses.items():
+            if (
+                cache.cache_info().misses != before
+            ):  # it remembers what tracing gave it: symbols, tensors without content
+                cache.cache_clear()
 
 
 def _copy(module: nn.Module) -> nn.Module:
@@ -228,13 +234,10 @@ def _put_back(module: nn.Module) -> Iterator[None]:
             part._buffers.update(buffers)
 
 
-def _clear_caches(module: nn.Module) -> None:
-    """Forget what functions beside the module's classes remember, which may be tensors without content by now."""
+def _caches(module: nn.Module) -> list[Any]:
+    """The functions that remember their results, in the module's classes and beside them."""
     classes = {kind for part in module.modules() for kind in type(part).__mro__}
-    places = [vars(kind) for kind in classes] + [
-        vars(sys.modules[name]) for name in {kind.__module__ for kind in classes} if name in sys.modules
-    ]
-    for place in places:
-        for value in list(place.values()):
-            if isinstance(value, functools._lru_cache_wrapper):
-                value.cache_clear()
+    names = {kind.__module__ for kind in classes}
+    places = [*map(vars, classes), *(vars(sys.modules[name]) for name in names if name in sys.modules)]
+    wrapper = functools._lru_cache_wrapper
+    return [value for place in places for value in list(place.values()) if isinstance(value, wrapper)]
