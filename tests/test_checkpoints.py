@@ -108,6 +108,7 @@ def test_restore_brings_the_strength_back(tmp_path, strength):
     run.save_checkpoint(tmp_path / "end.ckpt")
     restored = MetaPerturbCallback.restore(module(seed=1), tmp_path / "end.ckpt")
     assert float(attachment_of(restored).coeff) == pytest.approx(strength or 0.6)
+    assert attachment_of(restored).perturbation.noise_per == "element"
     assert torch.equal(logits(restored), logits(model))
 
 
@@ -347,3 +348,15 @@ def test_a_python_object_in_the_checkpoint_is_named(tmp_path):
     torch.save(content, path)
     with pytest.raises(CheckpointError, match=r"Python object \(torch\.optim\.adam\.Adam\).*save_hyperparameters"):
         read_checkpoint(path)
+
+
+def test_restore_brings_the_noise_of_channels_back(tmp_path):
+    model = module()
+    phi = NamedPhi(initial_phi(0), "mine", noise_per="channel")
+    run = trainer(tmp_path, [MetaPerturbCallback(phi, inference="mc")])
+    run.fit(model, loader(4), loader(2))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    restored = MetaPerturbCallback.restore(module(seed=1), tmp_path / "end.ckpt")
+    assert attachment_of(restored).perturbation.noise_per == "channel"
+    expected = run.test(model, loader(2), verbose=False)
+    assert trainer(tmp_path, [MetaPerturbCallback(inference="mc")]).test(restored, loader(2), verbose=False) == expected

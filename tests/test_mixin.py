@@ -161,3 +161,22 @@ def test_a_declared_module_trains_on_with_the_strength_that_it_loaded(tmp_path):
     model.load_state_dict(weights)
     trainer(tmp_path).fit(model, loader(4))
     assert float(attachment_of(model).coeff) == 0.25
+
+
+class OfChannels(MetaPerturbMixin, Classifier):
+    def __init__(self):
+        super().__init__()
+        self.perturb(NamedPhi(initial_phi(1), "of channels", noise_per="channel"))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_decide_what_noise_is_drawn_for(strict):
+    """The class that reads them has no say, since phi comes with them."""
+    model = Weaker()
+    model.load_state_dict(OfChannels().state_dict(), strict=strict)
+    assert attachment_of(model).perturbation.noise_per == "channel"
+    old = Weaker().state_dict()
+    del old["_metaperturb.perturbation._per_channel"]  # before there was other noise
+    model = OfChannels()
+    model.load_state_dict(old, strict=strict)
+    assert attachment_of(model).perturbation.noise_per == "element"

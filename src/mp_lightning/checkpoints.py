@@ -121,7 +121,12 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
                 f"the checkpoint was made with perturbation '{state['phi_name']}', which it does not hold; attach it "
                 "with attach(model, perturbation=...) first"
             )
-        phi = NamedPhi(Phi(**state["phi"]), state["phi_name"], strength=state.get("strength", 1.0))
+        phi = NamedPhi(
+            Phi(**state["phi"]),
+            state["phi_name"],
+            strength=state.get("strength", 1.0),
+            noise_per=state.get("noise_per", "element"),
+        )
         attachment = attach(model, phi, sites=SitePlan.from_dict(state["plan"]))
     attachment.load_state(state)
     return attachment

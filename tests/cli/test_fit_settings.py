@@ -137,3 +137,9 @@ def test_every_source_has_settings_of_its_own() -> None:
 def test_a_source_that_cannot_be_used_is_named(words: list[str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
         settings(*words)
+
+
+@pytest.mark.parametrize("value", ["row", "true", "3", "null"])
+def test_noise_of_no_kind_is_named(value: str) -> None:
+    with pytest.raises(ConfigurationError, match=r"meta\.noise_per=\w+ is unknown; use one of element, channel"):
+        settings(f"meta.noise_per={value}")

@@ -75,13 +75,14 @@ def test_values_and_phi_are_read_from_the_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arm", [name for name, kind in KINDS.items() if kind.multiplies])
 def test_all_that_stands_in_place_of_phi_acts_at_its_strength(arm: str) -> None:
-    """A control at another strength would be matched to nothing."""
-    parsed = parse_arm(arm, NamedPhi(initial_phi(0), "weaker", strength=0.6))
+    """A control at another strength, or with other noise, would be matched to nothing."""
+    parsed = parse_arm(arm, NamedPhi(initial_phi(0), "weaker", strength=0.6, noise_per="channel"))
     parsed = replace(parsed, parts=(replace(parsed.parts[0], moments=[]),))
     callback = callbacks_of(parsed, CONTEXT)[1]
     assert callback is not None
     attachment = callback.attach(build_backbone("conv4", 3, width=4, image_size=16))
     assert float(attachment.strength) == pytest.approx(0.6)
+    assert arm == "shrink_only" or attachment.perturbation.noise_per == "channel"
 
 
 @pytest.mark.parametrize(

@@ -75,14 +75,16 @@ def test_moments_of_no_multiplier_are_refused(mean, var):
         matching_noise(mean, var)
 
 
-def test_fixed_noise_on_a_model_matches_phi_at_every_site():
-    net, attachment = attached(MetaPerturb(phi()))
-    target = site_moments(attachment, forwards(net))
-    net, control = attached(FixedNoise())
+@pytest.mark.parametrize("noise_per", ["element", "channel"])
+def test_fixed_noise_on_a_model_matches_phi_at_every_site(noise_per):
+    times = 1 if noise_per == "element" else 40  # it draws fewer numbers in a forward
+    net, attachment = attached(MetaPerturb(phi(), noise_per=noise_per))
+    target = site_moments(attachment, forwards(net) * times)
+    net, control = attached(FixedNoise(noise_per))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         set_constants(control, target)
-    found = site_moments(control, forwards(net))
+    found = site_moments(control, forwards(net) * times)
     assert len({round(moments.mean, 3) for moments in target}) == 4  # a constant of its own for each site
     for ours, theirs in zip(found, target, strict=True):
         assert ours.mean == pytest.approx(theirs.mean, rel=0.02)

@@ -9,6 +9,7 @@ from tiny_runs import SETTINGS, assert_same, new_module
 from torch import nn
 
 from mp_lightning.meta.learner import Learner
+from mp_lightning.perturbation import NoisePer
 
 
 def test_phi_is_learned_at_full_strength_and_with_the_clip_of_the_paper() -> None:
@@ -64,14 +65,16 @@ def test_a_step_leaves_the_global_generator_and_phi_alone() -> None:
     assert all(p.grad is None for p in phi)
 
 
-@pytest.mark.parametrize("generation", [0, 2])
-def test_a_learner_goes_on_from_its_state(generation: int) -> None:
-    learner = new_module().learner("second-b")
+@pytest.mark.parametrize(("generation", "noise_per"), [(0, "element"), (2, "element"), (0, "channel")])
+def test_a_learner_goes_on_from_its_state(generation: int, noise_per: NoisePer) -> None:
+    settings = replace(SETTINGS, noise_per=noise_per)
+    learner = new_module(settings).learner("second-b")
     for _ in range(generation):
         learner.restart()
     learner.step(0)
-    twin = new_module().learner("second-b")
+    twin = new_module(settings).learner("second-b")
     twin.load_state(deepcopy(learner.state()))
+    assert twin.attachment.perturbation.noise_per == noise_per
     assert_same(list(twin.step(1)), list(learner.step(1)))
     assert_same(twin.state(), learner.state())
 

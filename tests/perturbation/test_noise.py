@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mp_lightning.perturbation import gaussian_noise
+from mp_lightning.perturbation import NoiseKey, gaussian_noise
 from mp_lightning.perturbation.noise import philox4x32
 
 SHAPE = torch.Size((4, 3, 5, 5))
@@ -53,3 +53,12 @@ def test_each_part_of_the_key_matters(change):
 def test_a_sample_gets_its_noise_wherever_it_stands():
     whole = noise((0, 1, 2, 3))
     assert torch.equal(noise((2, 0), shape=torch.Size((2, 3, 5, 5))), whole[[2, 0]])
+
+
+def test_one_number_for_each_channel_of_a_sample():
+    key, x = NoiseKey(1, 2, torch.tensor(3), rank=1, world=2), torch.zeros(2, 6, 5, 5, dtype=torch.float64)
+    eps = key.draw(x, "channel")
+    assert eps.dtype == x.dtype
+    expected = noise((1, 3), shape=torch.Size((2, 6)))
+    assert torch.equal(eps, expected.double()[..., None, None])
+    assert torch.equal(key.draw(x), noise((1, 3), shape=x.shape).double())

@@ -91,6 +91,13 @@ def damage_strength(value):
     return damage
 
 
+def damage_noise(value):
+    def damage(path):
+        rewrite(path, noise_per_channel=torch.tensor(value))
+
+    return damage
+
+
 def damage_card(path):
     path.with_suffix(".json").write_text("{")
 
@@ -107,6 +114,7 @@ def damage_card(path):
         (damage_not_finite, "'scale_weight' holds numbers that are not finite"),
         (damage_names, "holds another"),
         *((damage_strength(bad), "'strength' is not a single number above 0") for bad in (0.0, 1.5, math.nan, [0.5])),
+        *((damage_noise(bad), "'noise_per_channel' is not 0 or 1") for bad in (0.5, math.nan, [1.0])),
         (damage_card, "not readable JSON"),
     ],
 )
@@ -126,3 +134,13 @@ def test_default_is_bundled_trained_and_says_what_it_is():
     assert "python -m mp_lightning.meta fit" in phi.card["command"]
     assert json.dumps(phi.card)
     assert max(value.abs().max() for value in phi.phi) > 0.1  # a random phi stays below 0.05
+
+
+def test_what_noise_is_drawn_for_comes_back(saved, tmp_path):
+    assert load_phi(saved).noise_per == "element"
+    card = save_phi(tmp_path / "other.safetensors", initial_phi(3), {}, 0.7, "channel")
+    loaded = load_phi(tmp_path / "other.safetensors")
+    assert (loaded.noise_per, loaded.strength, loaded.card) == ("channel", 0.7, card)
+    with pytest.raises(ConfigurationError, match="noise_per=row is unknown; use one of element, channel"):
+        save_phi(tmp_path / "phi2.safetensors", initial_phi(3), {}, noise_per="row")
+    assert not (tmp_path / "phi2.safetensors").exists()

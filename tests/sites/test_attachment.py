@@ -12,7 +12,7 @@ from torch import nn
 
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError, SiteError
-from mp_lightning.perturbation import MetaPerturb, NamedPhi, initial_phi
+from mp_lightning.perturbation import MetaPerturb, NamedPhi, Phi, initial_phi
 from mp_lightning.sites import SitePlan, SiteSpec, attach, attachment_of, detach, find_sites
 from research_nets import ResearchBlock
 
@@ -541,3 +541,52 @@ def test_a_part_of_an_attached_model_is_attached():
     assert attach(model[0]) is attachment
     assert attachment_of(model[0]) is attachment
     assert sum(isinstance(module, type(attachment)) for module in model.modules()) == 1
+
+
+@pytest.mark.parametrize("path", ["auto", "reference"])
+@pytest.mark.parametrize("noise_per", ["element", "channel"])
+def test_phi_brings_what_its_noise_is_drawn_for(noise_per, path):
+    """A phi of zeros multiplies by softplus(eps) / 2: of all of a channel alike, or of no two elements."""
+    zeros = Phi(*(torch.zeros_like(value) for value in initial_phi(0)))
+    model = fresh(conv4)
+    first = SitePlan(tuple(find_sites(model))[:1])
+    attach(model, NamedPhi(zeros, "mine", noise_per=noise_per), sites=first, path=path, clip=None)
+    seen = {}
+    model.conv_layers[0].bn.register_forward_hook(lambda _, args, out: seen.update(before=out.detach()))
+    model.conv_layers[0].relu.register_forward_hook(lambda _, args, out: seen.update(after=args[0].detach()))
+    model.train()(images())
+    factors = (seen["after"] / seen["before"]).flatten(2)
+    assert factors.shape[:2] == (len(images()), 8)
+    means = factors.mean(dim=2)
+    alike = (factors - means[..., None]).abs().amax(dim=2) < 1e-4 * means
+    assert alike.all() if noise_per == "channel" else not alike.any()
+    assert means.flatten().sort().values.diff().min() > 0  # no two channels, of no two samples
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_both_paths_draw_the_same_noise_of_channels(training):
+    found = []
+    for path in ("auto", "reference"):
+        model = fresh(conv4)
+        attach(model, NamedPhi(Phi(*(20 * value for value in initial_phi(0))), "mine", noise_per="channel"), path=path)
+        found.append(model.train(training)(images()))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+def test_other_noise_of_an_attached_model_is_refused():
+    model = fresh(conv4)
+    attachment = attach(model, NamedPhi(initial_phi(0), "mine", noise_per="channel"))
+    assert attach(model, NamedPhi(initial_phi(0), "mine", noise_per="channel")) is attachment
+    with pytest.raises(ConfigurationError, match="attached already, with phi 'mine'"):
+        attach(model, initial_phi(0))
+    with pytest.raises(ConfigurationError, match="noise_per=row is unknown"):
+        attach(fresh(conv4), NamedPhi(initial_phi(0), "mine", noise_per="row"))
+
+
+def test_a_state_without_noise_is_one_of_noise_of_elements():
+    """Checkpoints are older than other noise."""
+    attachment = attach(fresh(conv4), NamedPhi(initial_phi(0), "mine", noise_per="channel"))
+    state = attachment.state()
+    assert state.pop("noise_per") == "channel"
+    attachment.load_state(state)
+    assert attachment.perturbation.noise_per == "element"

@@ -1,6 +1,7 @@
 """``fit``: meta-train phi, write it with its card and a picture, and judge it on images it has not seen."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +69,12 @@ def run(config: DictConfig, path: Path) -> float:
     meta_train(trainer, module, folder, given.fresh and not first, console)
     if history is None:
         return math.nan
-    final = NamedPhi(module.perturbation.phi, "final phi", strength=given.meta.strength)
+    final = NamedPhi(module.perturbation.phi, "final phi", strength=given.meta.strength, noise_per=given.meta.noise_per)
     results = _judge(console, given, target, final, trainer.strategy.root_device, path / "evaluation.json")
     card = make_card(entries, module, trainer.world_size, target, results, given.transfer)
     descriptions = module.description["tasks"]
     try:
-        save_phi(path / PHI, final.phi, card, final.strength)
+        save_phi(path / PHI, final.phi, card, final.strength, final.noise_per)
         draw_training(history, path / "training.png", descriptions)
         draw_phi(final, path / "phi.png")
     except OSError as error:
@@ -139,7 +140,7 @@ def _judge(
     console: Console, given: FitSettings, target: Target, final: NamedPhi, device: torch.device, kept: Path
 ) -> list[ArmResult]:
     transfer = given.transfer
-    initial = NamedPhi(initial_phi(given.seed), "initial phi", strength=given.meta.strength)
+    initial = replace(final, phi=initial_phi(given.seed), name="initial phi")
     arms = {final.name: final, initial.name: initial, "no phi": None}
     enabled = bool(given.trainer.get("enable_progress_bar"))
     with progress_display(console, enabled=enabled, transient=True) as progress:

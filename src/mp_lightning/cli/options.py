@@ -5,7 +5,7 @@ import difflib
 import math
 import types
 from collections.abc import Iterable, Sequence
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -69,7 +69,9 @@ def check_choice(value: str, choices: Sequence[str], key: str) -> str:
 
 
 def check(value: Any, kind: Any, key: str) -> Any:
-    """``value`` as ``kind`` (int, float, str, bool, or one of them or None); an error that names ``key`` otherwise."""
+    """``value`` as ``kind``: int, float, str, bool, one of them or None, or a Literal; else an error names ``key``."""
+    if get_origin(kind) is Literal:
+        return check_choice(value, get_args(kind), key)
     optional = isinstance(kind, types.UnionType)
     if optional:
         if value is None:

@@ -19,7 +19,7 @@ from mp_lightning.compare.layers import DropBlock, GaussianDropout
 from mp_lightning.compare.mixing import LabelSmoothing, ManifoldMixup, MixUp
 from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.perturbation import NamedPhi, Perturbation, initial_phi, load_phi
+from mp_lightning.perturbation import NamedPhi, NoisePer, Perturbation, initial_phi, load_phi
 from mp_lightning.sites import Attachment, SitePlan, find_sites
 
 BASELINE = "none"
@@ -97,8 +97,8 @@ class Arm:
 class Part:
     """One part of a combination: its kind, the value of its hyperparameter where it is fixed, and its phi.
 
-    ``strength`` is that of what stands at the sites in place of phi: the strength of the part's phi, or, of a random
-    phi, that of the phi for the arms that name none.
+    ``strength`` and ``noise_per`` are those of what stands at the sites in place of phi: of the part's phi, or, for a
+    random phi, of the phi for the arms that name none.
     """
 
     name: str
@@ -106,6 +106,7 @@ class Part:
     phi: NamedPhi | None = None
     moments: list[SiteMoments] | None = None
     strength: float = 1.0
+    noise_per: NoisePer = "element"
 
     @property
     def kind(self) -> Kind:
@@ -250,9 +251,9 @@ def _part(arm: str, word: str, phi: NamedPhi) -> Part:
     kind = KINDS[name]
     if kind.takes_phi:
         own = load_phi(value) if colon else phi
-        return Part(name, phi=own, strength=own.strength)
+        return Part(name, phi=own, strength=own.strength, noise_per=own.noise_per)
     if not colon:
-        return Part(name, strength=phi.strength if kind.multiplies else 1.0)
+        return Part(name, strength=phi.strength, noise_per=phi.noise_per) if kind.multiplies else Part(name)
     if kind.parameter is None:
         raise ConfigurationError(f"arm '{arm}': '{name}' takes no value; leave ':{value}' out")
     try:
@@ -276,7 +277,8 @@ def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
         "strength": part.strength,
     }
     if part.name == "random_phi":
-        return MetaPerturbCallback(initial_phi(SEED_OF_RANDOM_PHI), **options)
+        random = NamedPhi(initial_phi(SEED_OF_RANDOM_PHI), part.name, noise_per=part.noise_per)
+        return MetaPerturbCallback(random, **options)
     assert part.phi is not None
     match part.name:
         case "metaperturb":
@@ -284,14 +286,14 @@ def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
         case "first_sites" | "last_sites":
             return HalfOfSites("first" if part.name == "first_sites" else "last", part.phi, **options)
         case "noise_only":
-            return MetaPerturbCallback(perturbation=NoiseOnly(part.phi.phi), **options)
+            return MetaPerturbCallback(perturbation=NoiseOnly(part.phi.phi, noise_per=part.noise_per), **options)
         case "scale_only":
-            return MetaPerturbCallback(perturbation=ScaleOnly(part.phi.phi), **options)
+            return MetaPerturbCallback(perturbation=ScaleOnly(part.phi.phi, noise_per=part.noise_per), **options)
     assert part.moments is not None
     controls: dict[str, Callable[[], Perturbation]] = {
-        "fixed_noise": FixedNoise,
+        "fixed_noise": lambda: FixedNoise(part.noise_per),
         "shrink_only": ShrinkOnly,
-        "mean_one": lambda: MeanOne(part.phi.phi),  # type: ignore[union-attr]
+        "mean_one": lambda: MeanOne(part.phi.phi, noise_per=part.noise_per),  # type: ignore[union-attr]
     }
     return MatchedPerturbation(controls[part.name](), part.moments, **options)
 

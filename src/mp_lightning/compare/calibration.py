@@ -32,12 +32,14 @@ _SEED = 2 * 10**9  # none of the comparison's, nor of tuning
 
 
 def phi_digest(phi: NamedPhi) -> str:
-    """A few characters that tell a phi, and the strength it is meant for, from others."""
+    """A few characters that tell a phi, and the strength and noise it is meant for, from others."""
     digest = hashlib.sha256()
     for value in phi.phi:
         digest.update(value.detach().cpu().numpy().tobytes())
     if phi.strength != 1:
         digest.update(str(phi.strength).encode())
+    if phi.noise_per != "element":
+        digest.update(phi.noise_per.encode())
     return digest.hexdigest()[:12]
 
 

@@ -190,7 +190,8 @@ def _key(plan: Plan, arm: AnyArm, seed: int) -> RunKey:
 def _identity(part: Part) -> list[Any]:
     if part.phi is not None:
         return [part.name, part.value, phi_digest(part.phi)]
-    return [part.name, part.value, None, *([part.strength] if part.strength != 1 else [])]
+    unusual = [part.strength] if part.strength != 1 else []
+    return [part.name, part.value, None, *unusual, *([part.noise_per] if part.noise_per != "element" else [])]
 
 
 _AT_SITES = ("dropout", "dropblock", "gaussian", "information_dropout", "manifold_mixup")

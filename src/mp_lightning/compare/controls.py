@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.perturbation import MetaPerturb, Norms, Phi, Statistics, mathematics
+from mp_lightning.perturbation import MetaPerturb, NoisePer, Norms, Phi, Statistics, check_noise_per, mathematics
 from mp_lightning.sites import Attachment
 from mp_lightning.sites.site import Site
 
@@ -60,6 +60,7 @@ class _Constant(ABC):
     """A multiplier that depends on nothing but constants of the site."""
 
     name: str
+    noise_per: NoisePer = "element"
 
     @abstractmethod
     def initial_statistics(self, channels: int) -> Statistics:
@@ -71,15 +72,23 @@ class _Constant(ABC):
 
 
 class FixedNoise(_Constant):
-    """The multiplier of MetaPerturb with constants for its learned functions: ``scale * softplus(location + eps)``."""
+    """The multiplier of MetaPerturb with constants for its learned functions: ``scale * softplus(location + eps)``.
+
+    Args:
+        noise_per: 'element' or 'channel', as for :class:`~mp_lightning.perturbation.MetaPerturb`.
+    """
 
     name = "fixed_noise"
+
+    def __init__(self, noise_per: NoisePer = "element") -> None:
+        check_noise_per(noise_per)
+        self.noise_per = noise_per
 
     def initial_statistics(self, channels: int) -> Statistics:
         return {"scale": torch.tensor(0.5), "location": torch.tensor(0.0)}
 
     def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
-        """(B, C, H, W), or a tensor without dimensions where no ``eps`` is given."""
+        """Of the shape of ``eps``, or a tensor without dimensions where none is given."""
         scale, location = (statistics[key].to(x.dtype) for key in ("scale", "location"))
         noise = mathematics.expected_noise(location) if eps is None else mathematics.noise(location, eps)
         return scale * noise

@@ -72,7 +72,7 @@ class JointMetaTraining(L.LightningModule):
         self.meta_step = 0
         self.terminated = False
         self.names = [task.name for task in tasks]
-        self.perturbation = WatchedMetaPerturb(initial_phi(seed))
+        self.perturbation = WatchedMetaPerturb(initial_phi(seed), settings.noise_per)
         self.mine = list(range(len(tasks)) if mine is None else mine)
         self.learners = nn.ModuleDict(
             {tasks[number].name: Learner(tasks[number], self.perturbation, settings, seed) for number in self.mine}

@@ -82,7 +82,7 @@ def _draw_location(axis: Axes, phi: Phi) -> None:
 
 @torch.no_grad()
 def _draw_factor(axis: Axes, phi: NamedPhi) -> None:
-    net, generator = MetaPerturb(phi.phi), torch.Generator().manual_seed(0)
+    net, generator = MetaPerturb(phi.phi, noise_per=phi.noise_per), torch.Generator().manual_seed(0)
     means, stds = [], []
     for size in _SIZES:
         side = round(size * _SIDE)

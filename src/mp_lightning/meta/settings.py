@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from mp_lightning.perturbation import NoisePer
+
 STOP, LEAVE_OUT = "stop", "leave_out"
 POLICIES = (STOP, LEAVE_OUT)
 
@@ -19,6 +21,7 @@ class MetaSettings:
         on_divergence: what happens when the loss or a gradient of a task is not finite: 'stop' ends the run,
             'leave_out' leaves the task out of this step's mean and starts its network afresh.
         strength: at which phi is learned, and meant to be used: ``1 + strength * (multiplier - 1)``.
+        noise_per: what its noise is drawn for, 'element' as published, or 'channel'.
     """
 
     steps: int
@@ -30,3 +33,4 @@ class MetaSettings:
     restart_after: int | None
     on_divergence: str = STOP
     strength: float = 1.0
+    noise_per: NoisePer = "element"

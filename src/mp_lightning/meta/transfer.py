@@ -143,7 +143,7 @@ def _key(target: Target, arm: str, phi: NamedPhi | None, settings: TransferSetti
         digest.update(images.images.numpy().data)
         digest.update(images.labels.numpy().data)
     if phi is not None:
-        digest.update(str(phi.strength).encode())
+        digest.update(f"{phi.strength}{'' if phi.noise_per == 'element' else phi.noise_per}".encode())
         for value in phi.phi:
             digest.update(value.detach().cpu().numpy().tobytes())
     return f"{arm}/{number}/{digest.hexdigest()[:16]}"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from mp_lightning.perturbation import MetaPerturb, Norms, Phi, Statistics
+from mp_lightning.perturbation import MetaPerturb, NoisePer, Norms, Phi, Statistics
 
 
 @dataclass
@@ -26,8 +26,8 @@ class Watch:
 class WatchedMetaPerturb(MetaPerturb):
     """A :class:`MetaPerturb` that can note the mean scale, noise and multiplier at the sites."""
 
-    def __init__(self, phi: Phi) -> None:
-        super().__init__(phi, trainable=True)
+    def __init__(self, phi: Phi, noise_per: NoisePer = "element") -> None:
+        super().__init__(phi, noise_per=noise_per, trainable=True)
         self._watch: Watch | None = None
 
     @contextmanager

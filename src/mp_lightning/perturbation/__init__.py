@@ -3,7 +3,7 @@
 from mp_lightning.perturbation.catalogue import PhiDescription, describe_phi
 from mp_lightning.perturbation.files import NamedPhi, check_strength, list_phi, load_phi, save_phi
 from mp_lightning.perturbation.net import MetaPerturb
-from mp_lightning.perturbation.noise import NoiseKey, gaussian_noise
+from mp_lightning.perturbation.noise import NoiseKey, NoisePer, check_noise_per, gaussian_noise
 from mp_lightning.perturbation.phi import Phi, initial_phi
 from mp_lightning.perturbation.protocol import FusedPerturbation, Norms, Perturbation, Perturbed, Statistics
 
@@ -12,12 +12,14 @@ __all__ = [
     "MetaPerturb",
     "NamedPhi",
     "NoiseKey",
+    "NoisePer",
     "Norms",
     "Perturbation",
     "Perturbed",
     "Phi",
     "PhiDescription",
     "Statistics",
+    "check_noise_per",
     "check_strength",
     "describe_phi",
     "gaussian_noise",

@@ -7,6 +7,7 @@ from typing import Any
 
 from mp_lightning.errors import PhiError
 from mp_lightning.perturbation.files import BUNDLED, DEFAULT_PHI, list_phi, load_phi
+from mp_lightning.perturbation.noise import NoisePer
 
 _WIDTH = 100
 # In this order, under these headings; what a card holds beside them is in PhiDescription.card.
@@ -36,6 +37,7 @@ class PhiDescription:
     Attributes:
         name: for ``MetaPerturbCallback(name)``.
         strength: at which it acts.
+        noise_per: what its noise is drawn for, 'element' or 'channel'.
         default: whether it is the one that is taken where none is named.
         card: plain values: sources, settings, seeds, how it was chosen, results, SHA-256 of the file, ...
         picture: a PNG of its filters and its response; None if there is none.
@@ -43,12 +45,14 @@ class PhiDescription:
 
     name: str
     strength: float
+    noise_per: NoisePer
     default: bool
     card: dict[str, Any]
     picture: Path | None
 
     def __str__(self) -> str:
-        lines = [f"{self.name}{' (the default)' if self.default else ''}, strength {self.strength:g}"]
+        default = " (the default)" if self.default else ""
+        lines = [f"{self.name}{default}, strength {self.strength:g}, noise per {self.noise_per}"]
         width = max(map(len, _HEADINGS.values()))
         for key, heading in _HEADINGS.items():
             if key in self.card:
@@ -84,6 +88,7 @@ def describe_phi(name: str = DEFAULT_PHI) -> PhiDescription:
     return PhiDescription(
         name=name,
         strength=phi.strength,
+        noise_per=phi.noise_per,
         default=name == DEFAULT_PHI,
         card=phi.card,
         picture=picture if picture.is_file() else None,

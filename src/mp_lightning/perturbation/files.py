@@ -16,28 +16,33 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from mp_lightning.errors import ConfigurationError, PhiError
+from mp_lightning.perturbation.noise import NoisePer, check_noise_per
 from mp_lightning.perturbation.phi import SHAPES, Phi
 
 DEFAULT_PHI = "tiny-imagenet-1"
 BUNDLED = Path(__file__).parent / "bundled"
 STRENGTH = "strength"
+PER_CHANNEL = "noise_per_channel"
 _REMEDY = "give a phi.safetensors written by 'python -m mp_lightning.meta fit'"
 
 
 @dataclass(frozen=True)
 class NamedPhi:
-    """phi with the name it is shown under, its card (empty if there was none), and the strength it is meant for."""
+    """phi with the name it is shown under, its card (empty if there was none), and the strength and noise it is for."""
 
     phi: Phi
     name: str
     card: dict[str, Any] = field(default_factory=dict)
     strength: float = 1.0
+    noise_per: NoisePer = "element"
 
     def __str__(self) -> str:
         return f"{self.name} ({self.card['status']})" if self.card.get("status") else self.name
 
 
-def save_phi(path: str | Path, phi: Phi, card: dict[str, Any], strength: float = 1.0) -> dict[str, Any]:
+def save_phi(
+    path: str | Path, phi: Phi, card: dict[str, Any], strength: float = 1.0, noise_per: NoisePer = "element"
+) -> dict[str, Any]:
     """Write ``path`` (.safetensors) and the card beside it (.json); both appear whole or not at all.
 
     Args:
@@ -45,18 +50,22 @@ def save_phi(path: str | Path, phi: Phi, card: dict[str, Any], strength: float =
         phi: the 82 numbers.
         card: where they come from.
         strength: that phi is meant for, in the file a tensor without dimensions; 1, the paper's, is not written.
+        noise_per: what the noise that phi is meant for is drawn for; 'element', the paper's, is not written.
 
     Returns:
         The card as written, that is with the file's name and SHA-256.
 
     Raises:
-        ConfigurationError: ``strength`` is out of range.
+        ConfigurationError: ``strength`` is out of range, or there is no such noise.
     """
     path = Path(path)
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in phi._asdict().items()}
     check_strength(strength)
     if strength != 1:
         tensors[STRENGTH] = torch.tensor(float(strength))
+    check_noise_per(noise_per)
+    if noise_per == "channel":
+        tensors[PER_CHANNEL] = torch.tensor(1.0)
     content = save(tensors)
     card = {**card, "file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
     _write_whole(path, content)
@@ -104,6 +113,7 @@ def _read(path: Path, name: str) -> NamedPhi:
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise PhiError(f"phi file '{path}' is not a whole safetensors file; {_REMEDY}") from error
     strength = _taken_strength(tensors, f"phi file '{path}'")
+    noise_per = _taken_noise_per(tensors, f"phi file '{path}'")
     _check(tensors, f"phi file '{path}'")
     card = _read_card(path.with_suffix(".json"))
     expected = card.get("sha256")
@@ -111,7 +121,7 @@ def _read(path: Path, name: str) -> NamedPhi:
         raise PhiError(
             f"phi file '{path}' is not the one its card describes (SHA-256 differs); restore it, or {_REMEDY}"
         )
-    return NamedPhi(Phi(**{key: tensors[key].float() for key in SHAPES}), name, card, strength)
+    return NamedPhi(Phi(**{key: tensors[key].float() for key in SHAPES}), name, card, strength, noise_per)
 
 
 def _read_card(path: Path) -> dict[str, Any]:
@@ -146,6 +156,14 @@ def _taken_strength(tensors: dict[str, torch.Tensor], what: str) -> float:
     if value.dim() or not 0 < float(value) <= 1:  # NaN is neither
         raise PhiError(f"{what}: '{STRENGTH}' is not a single number above 0 and at most 1; {_REMEDY}")
     return float(f"{float(value):.7g}")  # as it was written, and not as float32 holds it
+
+
+def _taken_noise_per(tensors: dict[str, torch.Tensor], what: str) -> NoisePer:
+    """What the noise is drawn for, taken out of the tensors of a file."""
+    value = tensors.pop(PER_CHANNEL, torch.zeros(()))
+    if value.dim() or float(value) not in (0.0, 1.0):
+        raise PhiError(f"{what}: '{PER_CHANNEL}' is not 0 or 1; {_REMEDY}")
+    return "channel" if float(value) else "element"
 
 
 def _check(tensors: dict[str, torch.Tensor], what: str) -> None:

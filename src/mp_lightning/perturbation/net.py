@@ -1,12 +1,13 @@
 """The learned perturbation: 82 numbers, shared by all sites, networks and tasks."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mp_lightning.perturbation import fast, mathematics
-from mp_lightning.perturbation.noise import NoiseKey
+from mp_lightning.perturbation.noise import NoiseKey, NoisePer, check_noise_per
 from mp_lightning.perturbation.phi import FEATURES, SHAPES, Phi
 from mp_lightning.perturbation.precision import KeepsPrecision
 from mp_lightning.perturbation.protocol import Norms, Perturbed, Statistics
@@ -17,20 +18,48 @@ class MetaPerturb(KeepsPrecision):
 
     Args:
         phi: its numbers; they are copied.
+        noise_per: 'element' draws the noise of every element by itself, as published; 'channel' draws one number for
+            all elements of a channel of a sample, so that whole features come out weaker or stronger.
         trainable: hold phi as parameters (meta-training) instead of buffers that no optimizer can see.
         persistent: whether a frozen phi appears in ``state_dict()``.
     """
 
     name = "metaperturb"
     scale_kernels: Tensor
+    noise_per: NoisePer
 
-    def __init__(self, phi: Phi, *, trainable: bool = False, persistent: bool = True) -> None:
+    def __init__(
+        self, phi: Phi, *, noise_per: NoisePer = "element", trainable: bool = False, persistent: bool = True
+    ) -> None:
         super().__init__()
+        self.set_noise_per(noise_per)
         for key, value in phi._asdict().items():
             if trainable:
                 self.register_parameter(key, nn.Parameter(value.detach().clone()))
             else:
                 self.register_buffer(key, value.detach().clone(), persistent=persistent)
+
+        # Beside phi wherever its numbers are kept, since they mean something else with other noise.
+        self.register_buffer("_per_channel", torch.tensor(noise_per == "channel"), persistent=persistent)
+        self.register_load_state_dict_post_hook(_take_noise_per)
+
+    def set_noise_per(self, noise_per: NoisePer) -> None:
+        """Draw the noise otherwise from now on.
+
+        Raises:
+            ConfigurationError: there is no such noise.
+        """
+        check_noise_per(noise_per)
+        self.noise_per = noise_per
+        if "_per_channel" in self._buffers:
+            self._per_channel.fill_(noise_per == "channel")
+
+    _per_channel: Tensor
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}scale_kernels" in state_dict:  # before there was other noise it was that of elements
+            state_dict.setdefault(f"{prefix}_per_channel", torch.tensor(False))
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
     def phi(self) -> Phi:
@@ -63,7 +92,7 @@ class MetaPerturb(KeepsPrecision):
         return mathematics.scale(moments, phi, x.shape[1] / norms.channels, x.shape[2] / norms.size)
 
     def noise(self, x: Tensor, phi: Phi, eps: Tensor | None) -> Tensor:
-        """z, or its expectation where no ``eps`` is given, (B, C, H, W)."""
+        """z, or its expectation where no ``eps`` is given, (B, C, H, W); ``eps`` need only broadcast to x."""
         alpha = mathematics.noise_location(x, phi)
         return mathematics.expected_noise(alpha) if eps is None else mathematics.noise(alpha, eps)
 
@@ -97,6 +126,7 @@ class MetaPerturb(KeepsPrecision):
             training=training,
             sampled=key is not None,
             synchronize=synchronize,
+            per_channel=self.noise_per == "channel",
         )
         moments = mathematics.Moments(running["mean"], running["var"])
         result = fast.perturb(x, self.phi, moments, fast.Numbers(coeff, size, unused), None, call)
@@ -112,7 +142,13 @@ class MetaPerturb(KeepsPrecision):
 
     def extra_repr(self) -> str:
         trainable = any(True for _ in self.parameters())
-        return f"82 numbers, {'trainable' if trainable else 'frozen'}"
+        return f"82 numbers, {'trainable' if trainable else 'frozen'}, noise per {self.noise_per}"
+
+
+def _take_noise_per(module: nn.Module, incompatible: Any) -> None:
+    """What was loaded decides; ``noise_per`` itself is plain, so that no forward asks the device for it."""
+    assert isinstance(module, MetaPerturb)
+    module.noise_per = "channel" if bool(module._per_channel) else "element"
 
 
 def _signed(seed: int) -> int:

@@ -12,9 +12,14 @@ where *stream* tells sites and the calls of one site apart and *forward* counts 
 
 import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from mp_lightning.errors import ConfigurationError
+
+NoisePer = Literal["element", "channel"]  # what each draw is for: an element, or all of a channel of a sample
 
 ROUNDS = 7
 _MASK = 0xFFFFFFFF
@@ -77,6 +82,16 @@ def gaussian_noise(shape: torch.Size, positions: Tensor, *, seed: int, stream: i
     return normals.view(batch, -1)[:, :elements].reshape(shape)
 
 
+def check_noise_per(noise_per: str) -> None:
+    """Refuse a unit that noise is not drawn for.
+
+    Raises:
+        ConfigurationError: lists those there are.
+    """
+    if noise_per not in get_args(NoisePer):
+        raise ConfigurationError(f"noise_per={noise_per} is unknown; use one of {', '.join(get_args(NoisePer))}")
+
+
 @dataclass(frozen=True)
 class NoiseKey:
     """What a draw of noise for a batch depends on.
@@ -92,8 +107,9 @@ class NoiseKey:
     rank: int = 0
     world: int = 1
 
-    def draw(self, x: Tensor) -> Tensor:
-        """The noise for ``x`` (B, ...), of its shape and dtype."""
+    def draw(self, x: Tensor, per: NoisePer = "element") -> Tensor:
+        """The noise for ``x`` (B, C, H, W), of its dtype: of its shape, or (B, C, 1, 1) with one draw per channel."""
         positions = torch.arange(x.shape[0], device=x.device) * self.world + self.rank
-        eps = gaussian_noise(x.shape, positions, seed=self.seed, stream=self.stream, forward=self.forward)
-        return eps.to(x.dtype)
+        shape = x.shape if per == "element" else x.shape[:2]
+        eps = gaussian_noise(shape, positions, seed=self.seed, stream=self.stream, forward=self.forward).to(x.dtype)
+        return eps if per == "element" else eps[..., None, None]

@@ -44,7 +44,8 @@ class Perturbation(Protocol):
     def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
         """What ``x`` is multiplied by, broadcastable to x.
 
-        ``eps`` is N(0, 1) noise of the shape of x; None asks for the expected multiplier instead.
+        ``eps`` is N(0, 1) noise of the shape of x, or (B, C, 1, 1) for a perturbation whose attribute ``noise_per``
+        is 'channel'; None asks for the expected multiplier instead.
         """
         ...
 

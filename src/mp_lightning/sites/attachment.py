@@ -278,6 +278,7 @@ class Attachment(KeepsPrecision):
         }
         if isinstance(self.perturbation, MetaPerturb):
             state["phi"] = {key: value.detach().clone() for key, value in self.perturbation.phi._asdict().items()}
+            state["noise_per"] = self.perturbation.noise_per
         return state
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -306,6 +307,7 @@ class Attachment(KeepsPrecision):
             if isinstance(self.perturbation, MetaPerturb):
                 for key, value in state["phi"].items():
                     getattr(self.perturbation, key).copy_(value)
+                self.perturbation.set_noise_per(state.get("noise_per", "element"))
             for name, value in state["counters"].items():
                 getattr(self, name).fill_(value)
             self.input_size.fill_(state["input_size"])

@@ -154,7 +154,7 @@ class Site(KeepsPrecision):
         statistics, measured = self.statistics, None
         if training:
             statistics, measured = shared.perturbation.measure(x, statistics, shared.synchronize)
-        eps = None if key is None else key.draw(x)
+        eps = None if key is None else key.draw(x, getattr(shared.perturbation, "noise_per", "element"))
         assert isinstance(norms.size, Tensor)
         norms = replace(norms, size=norms.size.to(x.dtype))
         multiplier = shared.perturbation.multiplier(x, eps, statistics, norms)

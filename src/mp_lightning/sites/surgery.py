@@ -92,7 +92,7 @@ def attach(
         plan = choose_sites(model, sites, target)
         channel_norm = _channel_norm(model, plan, sites, target)
     if named is not None:
-        perturbation = MetaPerturb(named.phi, persistent=persistent)
+        perturbation = MetaPerturb(named.phi, noise_per=named.noise_per, persistent=persistent)
     assert perturbation is not None
     attachment = Attachment(
         model,
@@ -163,9 +163,13 @@ def _check_same(
     other = perturbation is not None and perturbation is not existing.perturbation
     if named is not None:
         own = existing.perturbation
-        other = not isinstance(own, MetaPerturb) or any(
-            not torch.equal(value.detach().cpu(), given.detach().to("cpu", value.dtype))
-            for value, given in zip(own.phi, named.phi, strict=True)
+        other = (
+            not isinstance(own, MetaPerturb)
+            or own.noise_per != named.noise_per
+            or any(
+                not torch.equal(value.detach().cpu(), given.detach().to("cpu", value.dtype))
+                for value, given in zip(own.phi, named.phi, strict=True)
+            )
         )
     if other:
         raise ConfigurationError(

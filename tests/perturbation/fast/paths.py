@@ -37,10 +37,12 @@ class Setting(NamedTuple):
     world: int = 1
     given: torch.Tensor | None = None
     synchronize: bool = False
+    per_channel: bool = False
 
     def call(self) -> Call:
         key = (SEED, STREAM, self.rank, self.world)
-        return Call(self.channel_norm, self.clip, key, self.training, self.sampled, self.synchronize)
+        plain = (self.training, self.sampled, self.synchronize, self.per_channel)
+        return Call(self.channel_norm, self.clip, key, *plain)
 
     def numbers(self, device="cpu") -> Numbers:
         return Numbers(
@@ -112,7 +114,8 @@ def in_float64(x, gy, phi, setting) -> tuple[Result, float]:
     eps = setting.given
     if eps is None:
         key = {"seed": SEED, "stream": STREAM, "forward": torch.tensor(FORWARD)}
-        eps = gaussian_noise(x.shape, positions, **key)
+        eps = gaussian_noise(x.shape[:2] if setting.per_channel else x.shape, positions, **key)
+        eps = eps[..., None, None] if setting.per_channel else eps
     moments = maths.Moments(*(value.double() for value in running_moments(x.shape[1])))
     if setting.training:
         responses = maths.pooled_responses(x, phi.scale_kernels)

@@ -48,6 +48,7 @@ OPTIONS = {
     "layout": st.sampled_from(sorted(LAYOUTS)),
     "training": st.booleans(),
     "sampled": st.booleans(),
+    "per_channel": st.booleans(),
     "coeff": st.sampled_from([0.0, 0.3, 1.0]),
     "clip": st.sampled_from([0.5, 100.0, math.inf]),
     "seed": st.integers(0, 1000),
@@ -96,6 +97,12 @@ def test_sixteen_bits(path, layout, sampled, training):
 @pytest.mark.parametrize("path", paths.PATHS)
 def test_samples_of_another_process_have_its_noise(path):
     check(path, (2, 3, 5, 5), rank=1, world=3)
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
+@pytest.mark.parametrize("shape", [(3, 1, 5, 5), (2, 5, 4, 7), (2, 70, 3, 3), (2, 3, 33, 33)])
+def test_noise_of_whole_channels(path, shape):
+    check(path, shape, per_channel=True, rank=1, world=2)
 
 
 @pytest.mark.parametrize("path", paths.PATHS)

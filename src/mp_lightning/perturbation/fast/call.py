@@ -16,6 +16,7 @@ class Call(NamedTuple):
         training: use the statistics of the batch; otherwise the running ones.
         sampled: draw the noise; otherwise use its expectation.
         synchronize: take the statistics over the batches of all processes.
+        per_channel: draw one number for each channel of a sample, instead of one for each element.
     """
 
     channel_norm: float
@@ -24,6 +25,7 @@ class Call(NamedTuple):
     training: bool
     sampled: bool
     synchronize: bool
+    per_channel: bool = False
 
 
 class Numbers(NamedTuple):

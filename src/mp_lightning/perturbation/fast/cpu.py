@@ -36,6 +36,7 @@ class _Noise(ctypes.Structure):
         ("key", ctypes.c_uint32 * 4),
         ("rank", ctypes.c_int64),
         ("world", ctypes.c_int64),
+        ("per_channel", ctypes.c_int64),
     ]
 
 
@@ -129,7 +130,7 @@ def _noise(call: Call, numbers: Tensor, eps: Tensor | None) -> _Noise:
     mode = _EXPECTED if not call.sampled else _KEYED if eps is None else _GIVEN
     seed, stream, rank, world = call.key
     key = (ctypes.c_uint32 * 4)(seed & _MASK, seed >> 32 & _MASK, stream, int(numbers[2]))
-    return _Noise(mode, None if eps is None else eps.data_ptr(), key, rank, world)
+    return _Noise(mode, None if eps is None else eps.data_ptr(), key, rank, world, call.per_channel)
 
 
 def _filters(phi: Phi) -> Tensor:

@@ -19,7 +19,7 @@ from mp_lightning.perturbation.mathematics import Moments
 from mp_lightning.perturbation.phi import FEATURES, SHAPES, Phi
 
 _SIZES = [math.prod(shape) for shape in SHAPES.values()]
-_CALL = "float channel_norm, float clip, int[] key, bool training, bool sampled, bool synchronize"
+_CALL = "float channel_norm, float clip, int[] key, bool training, bool sampled, bool synchronize, bool per_channel"
 _LIBRARY = torch.library.Library("mp_lightning", "DEF")
 _LIBRARY.define(
     f"perturb(Tensor x, Tensor[] phi, Tensor[] running, Tensor[] numbers, Tensor? eps, {_CALL}) "

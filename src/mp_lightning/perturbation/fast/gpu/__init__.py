@@ -198,7 +198,7 @@ def _given(maps: _Maps, eps: Tensor | None) -> Tensor:
 
 
 def _draw(call: Call, eps: Tensor | None) -> dict[str, Any]:
-    return {"SAMPLED": call.sampled, "GIVEN": eps is not None}
+    return {"SAMPLED": call.sampled, "GIVEN": eps is not None, "PER_CHANNEL": call.per_channel}
 
 
 def _same_strides(a: Tensor, b: Tensor) -> bool:

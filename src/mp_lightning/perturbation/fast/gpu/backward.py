@@ -10,8 +10,8 @@ from mp_lightning.perturbation.fast.gpu.tiles import filtered, multiplier, neigh
 def output_backward(
     x, gy, hidden, hidden_mean, op2_identity, op2_all, scale, numbers, eps, gx, galpha, galpha_sum, gscale, gphi,
     C, H, W, stride_b, stride_c, stride_p, clip, seed, stream, rank, world,
-    SAMPLED: tl.constexpr, GIVEN: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_PHI: tl.constexpr,
-    BP: tl.constexpr, BC: tl.constexpr,
+    SAMPLED: tl.constexpr, GIVEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    NEEDS_X: tl.constexpr, NEEDS_PHI: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Gradients of alpha, like x, with its sum over channels, (B, HW), and of the scale, (B, tiles, C).
 
@@ -36,7 +36,7 @@ def output_backward(
         own = filtered(source, at, stride_p, h[:, None], w[:, None], H, W, exists, op2_identity, False)
         z, slope = multiplier(
             own + shared[:, None], eps + b * stride_b, at, c[None, :], p[:, None], H * W, exists,
-            b * world + rank, seed, stream, forward, SAMPLED, GIVEN,
+            b * world + rank, seed, stream, forward, SAMPLED, GIVEN, PER_CHANNEL,
         )  # fmt: skip
         s = tl.load(scale + c, mask=c < C, other=0)[None, :]
         v = tl.load(x + b * stride_b + at, mask=exists, other=0).to(tl.float32)

@@ -77,7 +77,8 @@ def hidden_pass(
 def output_pass(
     x, hidden, hidden_mean, op2_identity, op2_all, scale, numbers, eps, y, hits,
     C, H, W, stride_b, stride_c, stride_p, clip, seed, stream, rank, world,
-    SAMPLED: tl.constexpr, GIVEN: tl.constexpr, COUNT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
+    SAMPLED: tl.constexpr, GIVEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    COUNT: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """y; with COUNT, the number of elements that reached the bound in hits (B,). Grid (B, tiles, channel tiles)."""
     b = tl.program_id(0).to(tl.int64)
@@ -91,7 +92,7 @@ def output_pass(
     own = filtered(hidden + b * stride_b, at, stride_p, h[:, None], w[:, None], H, W, exists, op2_identity, False)
     z, _ = multiplier(
         own + shared[:, None], eps + b * stride_b, at, c[None, :], p[:, None], H * W, exists,
-        b * world + rank, seed, stream, forward, SAMPLED, GIVEN,
+        b * world + rank, seed, stream, forward, SAMPLED, GIVEN, PER_CHANNEL,
     )  # fmt: skip
     s = tl.load(scale + c, mask=c < C, other=0)[None, :]
     v = tl.load(x + b * stride_b + at, mask=exists, other=0).to(tl.float32)

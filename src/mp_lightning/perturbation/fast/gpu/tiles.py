@@ -91,12 +91,15 @@ def expected_and_slope(alpha):
 
 @triton.jit
 def multiplier(
-    alpha, eps, at, c, p, HW, exists, position, seed, stream, forward, SAMPLED: tl.constexpr, GIVEN: tl.constexpr
-):
+    alpha, eps, at, c, p, HW, exists, position, seed, stream, forward,
+    SAMPLED: tl.constexpr, GIVEN: tl.constexpr, PER_CHANNEL: tl.constexpr,
+):  # fmt: skip
     """z and its derivative with respect to alpha, for elements (c, p) of one sample."""
     if SAMPLED:
         if GIVEN:
             drawn = tl.load(eps + at, mask=exists, other=0).to(tl.float32)
+        elif PER_CHANNEL:
+            drawn = normals(c, position, seed, stream, forward)
         else:
             drawn = normals(c * HW + p, position, seed, stream, forward)
         z, slope = softplus_and_slope(alpha + drawn)

@@ -15,6 +15,7 @@ struct Noise {
     const float* given;  // (B, C, H, W), where GIVEN
     NoiseKey key;
     int64_t rank, world;  // sample b is number b * world + rank of the global batch
+    int64_t per_channel;  // one number for each channel of a sample instead of one for each element
 };
 
 // The noise of one sample, a few maps at a time.
@@ -32,6 +33,16 @@ class SampleNoise {
         if (noise_.mode == EXPECTED) return nullptr;
         int64_t begin = c * map_, end = begin + map_;
         if (noise_.mode == GIVEN) return given_ + begin;
+        if (noise_.per_channel) {
+            float* drawn = buffer_ + map_;
+            if (c < from_ || c >= to_) {
+                from_ = c / 4 * 4;
+                to_ = from_ + 4 * LANES;
+                normals((uint32_t)(from_ / 4), position_, noise_.key, drawn);
+            }
+            std::fill(buffer_, buffer_ + map_, drawn[c - from_]);
+            return buffer_;
+        }
         if (begin < from_ || end > to_) {
             from_ = begin / 4 * 4;
             int64_t wanted = std::min(std::max(end, from_ + CHUNK), elements_);
