@@ -73,13 +73,10 @@ class Proof:
 _TARGETS = {"imagenette": 50, "cifar10": 50, "cub": None, "dtd10": None, "fashion_mnist": 50}  # images of each class
 
 # In the order in which they are made: first small networks, then every target and network. At a learning rate of 1e-3
-# Conv4 does not reach all its training images.
+# Conv4 does not reach all its training images; ResNet20 is trained with larger batches, which cost a GPU nothing.
 PROOFS = [
-    *(
-        Proof(target, n_per_class, model, lr=lr)
-        for target, n_per_class in _TARGETS.items()
-        for model, lr in (("conv4", 3e-3), ("resnet20", 1e-3))
-    ),
+    *(Proof(target, n_per_class, "conv4", lr=3e-3) for target, n_per_class in _TARGETS.items()),
+    *(Proof(target, n_per_class, "resnet20", batch_size=128) for target, n_per_class in _TARGETS.items()),
     *(Proof(target, count, "resnet20", weights="resnet20.safetensors") for target, count in _TARGETS.items()),
     Proof("cub84", None, "resnet20", image_size=84),
     *(

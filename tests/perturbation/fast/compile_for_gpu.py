@@ -55,16 +55,17 @@ def launch(kernel, grid):
 
 JITFunction.__getitem__ = launch
 SETTINGS = [
-    ((128, 64, 56, 56), torch.bfloat16, torch.channels_last, True, True, False),
-    ((128, 16, 32, 32), torch.float32, torch.contiguous_format, True, True, True),
-    ((1, 1, 7, 1), torch.float16, torch.contiguous_format, True, True, True),
-    ((4, 512, 7, 7), torch.float32, torch.channels_last, False, False, True),
+    ((128, 64, 56, 56), torch.bfloat16, torch.channels_last, True, True, False, True),
+    ((128, 16, 32, 32), torch.float32, torch.contiguous_format, True, True, True, False),
+    ((128, 16, 32, 32), torch.float32, torch.contiguous_format, True, True, True, True),
+    ((1, 1, 7, 1), torch.float16, torch.contiguous_format, True, True, True, False),
+    ((4, 512, 7, 7), torch.float32, torch.channels_last, False, False, True, False),
 ]
-for shape, dtype, memory_format, training, sampled, needs_phi in SETTINGS:
+for shape, dtype, memory_format, training, sampled, needs_phi, per_channel in SETTINGS:
     x = torch.empty(shape, dtype=dtype).to(memory_format=memory_format)
     phi, moments = initial_phi(0), Moments(torch.zeros(shape[1], 4), torch.ones(shape[1], 4))
     numbers = Numbers(torch.ones(()), torch.tensor(32.0), torch.tensor(3))
-    call = Call(64.0, float("inf"), (5, (1 << 31) + 7, 0, 1), training, sampled, False)
+    call = Call(64.0, float("inf"), (5, (1 << 31) + 7, 0, 1), training, sampled, False, per_channel)
     out = gpu.forward(x, phi, moments, numbers, None, call)
     gpu.backward(x, x, phi, out, None, call, True, needs_phi)
     gpu.record(*moments, *moments, 0.1)
