@@ -53,7 +53,7 @@ def perturbed(given: argparse.Namespace, target: Target, data: TargetData, pertu
     attachment = attach(net, perturbation=perturbation)
     if isinstance(perturbation, MeanOne):
         plain = network(given, target)
-        measured = attach(plain, perturbation=MetaPerturb(load_phi(given.phi).phi))
+        measured = attach(plain, perturbation=MetaPerturb(perturbation.phi, noise_per=perturbation.noise_per))
         settle(plain, data)
         with torch.no_grad():
             set_constants(attachment, site_moments(measured, forwards(plain, data)[:5]))
@@ -87,9 +87,9 @@ def main() -> None:
     given = parser.parse_args()
     target = read_target(given.data, given.data_root, given.image_size, n_per_class=None, flip=None, batch_size=64)
     data = TargetData(target, seed=0, steps=BATCHES, batch_size=64)
-    phi = load_phi(given.phi).phi
+    phi = load_phi(given.phi)
     tested("as it was trained", network(given, target), data)
-    for perturbation in (MetaPerturb(phi), MeanOne(phi)):
+    for perturbation in (kind(phi.phi, noise_per=phi.noise_per) for kind in (MetaPerturb, MeanOne)):
         perturbed(given, target, data, perturbation)
 
 

@@ -50,8 +50,9 @@ class Proof:
 
     @property
     def name(self) -> str:
-        """Of its run folder."""
-        return f"{self.target}-{self.model.replace(':', '-')}{'-finetuned' if self.weights else ''}"
+        """Of its run folder; it tells batches of another size apart."""
+        batches = f"-{self.batch_size}" if self.batch_size != Proof.batch_size else ""
+        return f"{self.target}-{self.model.replace(':', '-')}{batches}{'-finetuned' if self.weights else ''}"
 
     def __str__(self) -> str:
         images = "all images" if self.n_per_class is None else f"{self.n_per_class} images a class"

@@ -360,3 +360,16 @@ def test_restore_brings_the_noise_of_channels_back(tmp_path):
     assert attachment_of(restored).perturbation.noise_per == "channel"
     expected = run.test(model, loader(2), verbose=False)
     assert trainer(tmp_path, [MetaPerturbCallback(inference="mc")]).test(restored, loader(2), verbose=False) == expected
+
+
+def test_resuming_keeps_the_noise_and_says_so(tmp_path, recwarn):
+    _, _, path = trained(tmp_path)
+    run = trainer(
+        tmp_path, [MetaPerturbCallback(NamedPhi(initial_phi(0), "given phi", noise_per="channel"))], max_epochs=3
+    )
+    model = module(seed=1)
+    run.fit(model, loader(4), loader(2), ckpt_path=path, weights_only=True)
+    assert attachment_of(model).perturbation.noise_per == "element"
+    assert any(
+        "noise per element, which stays in force instead of noise per channel" in str(one.message) for one in recwarn
+    )

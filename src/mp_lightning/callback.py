@@ -211,6 +211,12 @@ class MetaPerturbCallback(Callback):
                 f"MetaPerturb: the model was trained with phi '{attachment.phi_name}', which stays in force instead of "
                 f"'{self.phi.name}'"
             )
+        drawn = getattr(attachment.perturbation, "noise_per", "element")
+        if self._phi_given and drawn != self.phi.noise_per:
+            rank_zero_warn(
+                f"MetaPerturb: the model was trained with noise per {drawn}, which stays in force instead of noise per "
+                f"{self.phi.noise_per}"
+            )
 
     def _sparsely(self, trainer: pl.Trainer, total: int | None) -> int:
         """Number of batches between two looks at the sites."""

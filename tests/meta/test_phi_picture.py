@@ -54,5 +54,5 @@ def test_the_location_is_that_of_a_map_of_one_value(drawn) -> None:
 @pytest.mark.parametrize("strength", [1.0, 0.5])
 def test_the_factor_has_the_strength_in_it(drawn, strength: float) -> None:
     """The multiplier of such a phi is 0.5 softplus(N(0, 1)), whose mean is 0.403."""
-    (line,) = drawn(without_input(), strength)[f"factor at strength {strength:g}"].lines[:1]
+    (line,) = drawn(without_input(), strength)[f"factor at strength {strength:g}, noise per element"].lines[:1]
     assert line.get_ydata() == pytest.approx([1 + strength * (0.403 - 1)] * 4, abs=0.01)

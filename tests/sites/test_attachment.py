@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError, SiteError
@@ -577,10 +578,14 @@ def test_other_noise_of_an_attached_model_is_refused():
     model = fresh(conv4)
     attachment = attach(model, NamedPhi(initial_phi(0), "mine", noise_per="channel"))
     assert attach(model, NamedPhi(initial_phi(0), "mine", noise_per="channel")) is attachment
-    with pytest.raises(ConfigurationError, match="attached already, with phi 'mine'"):
+    with pytest.raises(ConfigurationError, match="attached already, with noise per channel and not per element"):
         attach(model, initial_phi(0))
-    with pytest.raises(ConfigurationError, match="noise_per=row is unknown"):
+    with pytest.raises(ConfigurationError, match="noise_per of phi 'mine'=row is unknown; use one of element, channel"):
         attach(fresh(conv4), NamedPhi(initial_phi(0), "mine", noise_per="row"))
+    other = DropBlockLike()
+    other.noise_per = "row"
+    with pytest.raises(ConfigurationError, match="noise_per=row is unknown"):
+        attach(fresh(conv4), perturbation=other)
 
 
 def test_a_state_without_noise_is_one_of_noise_of_elements():
@@ -590,3 +595,24 @@ def test_a_state_without_noise_is_one_of_noise_of_elements():
     assert state.pop("noise_per") == "channel"
     attachment.load_state(state)
     assert attachment.perturbation.noise_per == "element"
+
+
+def test_weights_of_an_attached_model_can_be_averaged_with_its_buffers():
+    model = fresh(conv4)
+    attach(model, initial_phi(0), ramp_steps=2)
+    averaged = AveragedModel(model, use_buffers=True)
+    for _ in range(3):
+        model.train()(images())
+        averaged.update_parameters(model)
+    assert attachment_of(averaged.module).perturbation.noise_per == "element"
+    averaged.eval()(images())
+
+
+def test_what_noise_is_drawn_for_can_be_set_and_goes_with_phi():
+    for trainable in (False, True):
+        net, twin = (MetaPerturb(initial_phi(0), trainable=trainable, persistent=not trainable) for _ in range(2))
+        net.noise_per = "channel"
+        twin.load_state_dict(net.state_dict())
+        assert twin.noise_per == "channel"
+        with pytest.raises(ConfigurationError, match="noise_per=row is unknown"):
+            net.noise_per = "row"

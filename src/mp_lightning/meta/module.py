@@ -20,7 +20,7 @@ from mp_lightning.meta.settings import LEAVE_OUT, MetaSettings
 from mp_lightning.meta.tasks import Task
 from mp_lightning.meta.watched import WatchedMetaPerturb
 from mp_lightning.perturbation import initial_phi
-from mp_lightning.runs import differences
+from mp_lightning.runs import differences, relevant_settings
 
 _LEARNERS = "learners."
 
@@ -79,7 +79,7 @@ class JointMetaTraining(L.LightningModule):
         )
         self.description: dict[str, Any] = {
             "seed": seed,
-            "meta": asdict(settings),
+            **relevant_settings({"meta": asdict(settings)}),
             "tasks": {task.name: task.description() for task in tasks},
         }
         self._tell = tell

@@ -82,7 +82,7 @@ def _draw_location(axis: Axes, phi: Phi) -> None:
 
 @torch.no_grad()
 def _draw_factor(axis: Axes, phi: NamedPhi) -> None:
-    net, generator = MetaPerturb(phi.phi, noise_per=phi.noise_per), torch.Generator().manual_seed(0)
+    net, generator = MetaPerturb(phi.phi), torch.Generator().manual_seed(0)
     means, stds = [], []
     for size in _SIZES:
         side = round(size * _SIDE)
@@ -95,5 +95,5 @@ def _draw_factor(axis: Axes, phi: NamedPhi) -> None:
     axis.errorbar(places, means, stds, color=_BAND, marker="o", capsize=3)
     axis.set_xticks(places, [f"{size:g}" for size in _SIZES])
     axis.set_ylim(bottom=min(0.0, *(mean - std for mean, std in zip(means, stds, strict=True))))
-    axis.set_title(f"factor at strength {phi.strength:g}", fontsize=9)
+    axis.set_title(f"factor at strength {phi.strength:g}, noise per {phi.noise_per}", fontsize=8)
     axis.set_xlabel("size of the map / size of the input", fontsize="small")

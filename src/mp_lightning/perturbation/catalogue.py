@@ -20,6 +20,7 @@ _HEADINGS = {
     "tasks": "tasks",
     "seed": "seed",
     "settings": "settings",
+    "used": "how it is used",
     "selection": "selection",
     "results": "results",
     "known_limits": "known limits",

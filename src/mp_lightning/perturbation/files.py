@@ -53,7 +53,7 @@ def save_phi(
         noise_per: what the noise that phi is meant for is drawn for; 'element', the paper's, is not written.
 
     Returns:
-        The card as written, that is with the file's name and SHA-256.
+        The card as written, that is with strength and noise, and the file's name and SHA-256.
 
     Raises:
         ConfigurationError: ``strength`` is out of range, or there is no such noise.
@@ -67,7 +67,13 @@ def save_phi(
     if noise_per == "channel":
         tensors[PER_CHANNEL] = torch.tensor(1.0)
     content = save(tensors)
-    card = {**card, "file": path.name, "sha256": hashlib.sha256(content).hexdigest()}
+    card = {
+        **card,
+        "strength": float(strength),
+        "noise_per": noise_per,
+        "file": path.name,
+        "sha256": hashlib.sha256(content).hexdigest(),
+    }
     _write_whole(path, content)
     _write_whole(path.with_suffix(".json"), (json.dumps(card, indent=2) + "\n").encode())
     return card
@@ -86,6 +92,7 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
     """
     if isinstance(source, NamedPhi):
         check_strength(source.strength, f"strength of phi '{source.name}'")
+        check_noise_per(source.noise_per, f"noise_per of phi '{source.name}'")
         return source
     if isinstance(source, Phi):
         _check(source._asdict(), "the given phi")

@@ -21,44 +21,45 @@ class MetaPerturb(KeepsPrecision):
         noise_per: 'element' draws the noise of every element by itself, as published; 'channel' draws one number for
             all elements of a channel of a sample, so that whole features come out weaker or stronger.
         trainable: hold phi as parameters (meta-training) instead of buffers that no optimizer can see.
-        persistent: whether a frozen phi appears in ``state_dict()``.
+        persistent: whether a frozen phi appears in ``state_dict()``; a trainable one always does.
     """
 
     name = "metaperturb"
     scale_kernels: Tensor
-    noise_per: NoisePer
+    _noise_per: NoisePer = "element"
+    _per_channel: Tensor
 
     def __init__(
         self, phi: Phi, *, noise_per: NoisePer = "element", trainable: bool = False, persistent: bool = True
     ) -> None:
         super().__init__()
-        self.set_noise_per(noise_per)
+        self.noise_per = noise_per
         for key, value in phi._asdict().items():
             if trainable:
                 self.register_parameter(key, nn.Parameter(value.detach().clone()))
             else:
                 self.register_buffer(key, value.detach().clone(), persistent=persistent)
-
-        # Beside phi wherever its numbers are kept, since they mean something else with other noise.
-        self.register_buffer("_per_channel", torch.tensor(noise_per == "channel"), persistent=persistent)
+        # Beside phi wherever its numbers are kept, since they mean something else with other noise. A number, because
+        # averages of weights are taken over buffers as well.
+        per_channel = torch.tensor(float(noise_per == "channel"))
+        self.register_buffer("_per_channel", per_channel, persistent=persistent or trainable)
         self.register_load_state_dict_post_hook(_take_noise_per)
 
-    def set_noise_per(self, noise_per: NoisePer) -> None:
-        """Draw the noise otherwise from now on.
+    @property
+    def noise_per(self) -> NoisePer:
+        """What each number of the noise is drawn for; what is loaded with phi decides. It can be set."""
+        return self._noise_per
 
-        Raises:
-            ConfigurationError: there is no such noise.
-        """
+    @noise_per.setter
+    def noise_per(self, noise_per: NoisePer) -> None:
         check_noise_per(noise_per)
-        self.noise_per = noise_per
+        self._noise_per = noise_per
         if "_per_channel" in self._buffers:
-            self._per_channel.fill_(noise_per == "channel")
-
-    _per_channel: Tensor
+            self._per_channel.fill_(float(noise_per == "channel"))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if f"{prefix}scale_kernels" in state_dict:  # before there was other noise it was that of elements
-            state_dict.setdefault(f"{prefix}_per_channel", torch.tensor(False))
+            state_dict.setdefault(f"{prefix}_per_channel", torch.zeros(()))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @property
@@ -146,9 +147,9 @@ class MetaPerturb(KeepsPrecision):
 
 
 def _take_noise_per(module: nn.Module, incompatible: Any) -> None:
-    """What was loaded decides; ``noise_per`` itself is plain, so that no forward asks the device for it."""
+    """What was loaded decides; it is kept as a plain value, so that no forward asks the device for it."""
     assert isinstance(module, MetaPerturb)
-    module.noise_per = "channel" if bool(module._per_channel) else "element"
+    module._noise_per = "channel" if float(module._per_channel) > 0.5 else "element"
 
 
 def _signed(seed: int) -> int:

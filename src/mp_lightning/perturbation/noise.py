@@ -82,14 +82,14 @@ def gaussian_noise(shape: torch.Size, positions: Tensor, *, seed: int, stream: i
     return normals.view(batch, -1)[:, :elements].reshape(shape)
 
 
-def check_noise_per(noise_per: str) -> None:
+def check_noise_per(noise_per: str, what: str = "noise_per") -> None:
     """Refuse a unit that noise is not drawn for.
 
     Raises:
         ConfigurationError: lists those there are.
     """
     if noise_per not in get_args(NoisePer):
-        raise ConfigurationError(f"noise_per={noise_per} is unknown; use one of {', '.join(get_args(NoisePer))}")
+        raise ConfigurationError(f"{what}={noise_per} is unknown; use one of {', '.join(get_args(NoisePer))}")
 
 
 @dataclass(frozen=True)

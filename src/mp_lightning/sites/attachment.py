@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
-from mp_lightning.perturbation import FusedPerturbation, MetaPerturb, Perturbation
+from mp_lightning.perturbation import FusedPerturbation, MetaPerturb, Perturbation, check_noise_per
 from mp_lightning.perturbation.precision import KeepsPrecision
 from mp_lightning.sites.calls import ActivationModule, Block
 from mp_lightning.sites.layout import height_of
@@ -65,6 +65,7 @@ class Attachment(KeepsPrecision):
     ) -> None:
         super().__init__()
         check_path(path)
+        check_noise_per(getattr(perturbation, "noise_per", "element"))
         self.plan = plan
         self.perturbation = perturbation
         self.phi_name = phi_name
@@ -307,7 +308,7 @@ class Attachment(KeepsPrecision):
             if isinstance(self.perturbation, MetaPerturb):
                 for key, value in state["phi"].items():
                     getattr(self.perturbation, key).copy_(value)
-                self.perturbation.set_noise_per(state.get("noise_per", "element"))
+                self.perturbation.noise_per = state.get("noise_per", "element")
             for name, value in state["counters"].items():
                 getattr(self, name).fill_(value)
             self.input_size.fill_(state["input_size"])

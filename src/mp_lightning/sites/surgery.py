@@ -163,18 +163,21 @@ def _check_same(
     other = perturbation is not None and perturbation is not existing.perturbation
     if named is not None:
         own = existing.perturbation
-        other = (
-            not isinstance(own, MetaPerturb)
-            or own.noise_per != named.noise_per
-            or any(
-                not torch.equal(value.detach().cpu(), given.detach().to("cpu", value.dtype))
-                for value, given in zip(own.phi, named.phi, strict=True)
-            )
+        other = not isinstance(own, MetaPerturb) or any(
+            not torch.equal(value.detach().cpu(), given.detach().to("cpu", value.dtype))
+            for value, given in zip(own.phi, named.phi, strict=True)
         )
     if other:
         raise ConfigurationError(
             f"the model is attached already, with phi '{existing.phi_name}'; call detach() before attaching another"
         )
+    if named is not None and isinstance(existing.perturbation, MetaPerturb):
+        drawn = existing.perturbation.noise_per
+        if drawn != named.noise_per:
+            raise ConfigurationError(
+                f"the model is attached already, with noise per {drawn} and not per {named.noise_per}; call detach() "
+                "before attaching again"
+            )
     wanted = named.strength if strength is None and named is not None else strength
     if wanted is not None and not math.isclose(wanted, float(existing.strength), rel_tol=1e-6):
         raise ConfigurationError(

@@ -6,6 +6,7 @@ import importlib.util
 import math
 import warnings
 from types import ModuleType
+from typing import get_args
 
 import torch
 
@@ -14,7 +15,7 @@ from mp_lightning.perturbation.fast import cpu
 from mp_lightning.perturbation.fast.build import BuildError
 from mp_lightning.perturbation.fast.call import Call, Numbers
 from mp_lightning.perturbation.mathematics import Moments
-from mp_lightning.perturbation.noise import NoiseKey
+from mp_lightning.perturbation.noise import NoiseKey, NoisePer
 from mp_lightning.perturbation.phi import Phi, initial_phi
 
 _TOLERANCE = 1e-4
@@ -77,15 +78,17 @@ def _error_on_a_small_map(backend: ModuleType, device: torch.device) -> float:
     phi = Phi(*(10 * value.to(device) for value in initial_phi(0)))
     running = Moments(torch.zeros(3, 4, device=device), torch.ones(3, 4, device=device))
     numbers = Numbers(*(torch.tensor(value, device=device) for value in (1.0, 4.0, 7)))
-    call = Call(3.0, math.inf, (5, 6, 0, 1), training=True, sampled=True, synchronize=False)
-    out = backend.forward(x, phi, running, numbers, None, call)
-    backend.backward(x, x, phi, out, None, call, True, True)
     moments = mathematics.batch_moments(mathematics.pooled_responses(x, phi.scale_kernels))
     assert moments is not None
-    eps = NoiseKey(5, 6, numbers.forward).draw(x)
-    z = mathematics.noise(mathematics.noise_location(x, phi), eps)
-    expected = x * mathematics.scale(moments, phi, 1.0, 1.0) * z
-    return float((out.y - expected).abs().max() / expected.abs().max())
+    errors = []
+    for per in get_args(NoisePer):
+        call = Call(3.0, math.inf, (5, 6, 0, 1), True, sampled=True, synchronize=False, per_channel=per == "channel")
+        out = backend.forward(x, phi, running, numbers, None, call)
+        backend.backward(x, x, phi, out, None, call, True, True)
+        z = mathematics.noise(mathematics.noise_location(x, phi), NoiseKey(5, 6, numbers.forward).draw(x, per))
+        expected = x * mathematics.scale(moments, phi, 1.0, 1.0) * z
+        errors.append(float((out.y - expected).abs().max() / expected.abs().max()))
+    return max(errors)
 
 
 def _refuse(reason: str) -> bool:
