@@ -7,7 +7,8 @@ FOLDER holds imagenette.npz, cifar10.npz, cub.npz and so on, each with x_train, 
 are the images of cub.npz with 84 pixels, and in resnet20.safetensors the weights that are fine-tuned. Each comparison
 is a run folder of ``compare`` below --runs, so that the same command continues one that was killed, and adds seeds and
 arms. Finished runs are appended to benchmarks/results/compare.csv, which is all that the page needs. From it a run
-folder that was lost goes on.
+folder that was lost goes on. By default the phi of the comparisons is the default one; --arms names another, as
+none,metaperturb:tiny-imagenet-2,fixed_noise:tiny-imagenet-2.
 """
 
 import argparse
