@@ -609,10 +609,17 @@ def test_weights_of_an_attached_model_can_be_averaged_with_its_buffers():
 
 
 def test_what_noise_is_drawn_for_can_be_set_and_goes_with_phi():
-    for trainable in (False, True):
-        net, twin = (MetaPerturb(initial_phi(0), trainable=trainable, persistent=not trainable) for _ in range(2))
-        net.noise_per = "channel"
-        twin.load_state_dict(net.state_dict())
-        assert twin.noise_per == "channel"
-        with pytest.raises(ConfigurationError, match="noise_per=row is unknown"):
-            net.noise_per = "row"
+    net, twin = (MetaPerturb(initial_phi(0)) for _ in range(2))
+    net.noise_per = "channel"
+    twin.load_state_dict(net.state_dict())
+    assert twin.noise_per == "channel"
+    with pytest.raises(ConfigurationError, match="noise_per=row is unknown"):
+        net.noise_per = "row"
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_phi_that_is_learned_has_82_numbers_in_its_state_and_keeps_its_noise(persistent):
+    net = MetaPerturb(initial_phi(0), noise_per="channel", trainable=True, persistent=persistent)
+    assert sum(value.numel() for value in net.state_dict().values()) == 82
+    net.load_state_dict(MetaPerturb(initial_phi(1), trainable=True).state_dict())
+    assert net.noise_per == "channel" and torch.equal(net.phi.op1_all, initial_phi(1).op1_all)

@@ -39,15 +39,16 @@ class MetaPerturb(KeepsPrecision):
                 self.register_parameter(key, nn.Parameter(value.detach().clone()))
             else:
                 self.register_buffer(key, value.detach().clone(), persistent=persistent)
-        # Beside phi wherever its numbers are kept, since they mean something else with other noise. A number, because
-        # averages of weights are taken over buffers as well.
-        per_channel = torch.tensor(float(noise_per == "channel"))
-        self.register_buffer("_per_channel", per_channel, persistent=persistent or trainable)
-        self.register_load_state_dict_post_hook(_take_noise_per)
+        if not trainable:  # of a phi that is learned, the settings of the run say it
+            # Beside phi wherever its numbers are kept, since they mean something else with other noise. A number,
+            # because averages of weights are taken over buffers as well.
+            per_channel = torch.tensor(float(noise_per == "channel"))
+            self.register_buffer("_per_channel", per_channel, persistent=persistent)
+            self.register_load_state_dict_post_hook(_take_noise_per)
 
     @property
     def noise_per(self) -> NoisePer:
-        """What each number of the noise is drawn for; what is loaded with phi decides. It can be set."""
+        """What each number of the noise is drawn for. It can be set; what is loaded with a frozen phi decides."""
         return self._noise_per
 
     @noise_per.setter
@@ -58,7 +59,8 @@ class MetaPerturb(KeepsPrecision):
             self._per_channel.fill_(float(noise_per == "channel"))
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if f"{prefix}scale_kernels" in state_dict:  # before there was other noise it was that of elements
+        kept = "_per_channel" in self._buffers and "_per_channel" not in self._non_persistent_buffers_set
+        if kept and f"{prefix}scale_kernels" in state_dict:  # before there was other noise it was that of elements
             state_dict.setdefault(f"{prefix}_per_channel", torch.zeros(()))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
