@@ -75,7 +75,7 @@ class Proof:
 _TARGETS = {"imagenette": 50, "cifar10": 50, "cub": None, "dtd10": None, "fashion_mnist": 50}  # images of each class
 
 # In the order in which they are made: first small networks, then every target and network. At a learning rate of 1e-3
-# Conv4 does not reach all its training images; ResNet20 is trained with larger batches, which cost a GPU nothing.
+# Conv4 does not reach all its training images; ResNet20 is trained in larger batches, on a GPU.
 PROOFS = [
     *(Proof(target, n_per_class, "conv4", lr=3e-3) for target, n_per_class in _TARGETS.items()),
     *(Proof(target, n_per_class, "resnet20", batch_size=128) for target, n_per_class in _TARGETS.items()),
