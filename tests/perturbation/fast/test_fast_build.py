@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -57,9 +58,20 @@ def test_home_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     blocked.touch()
     monkeypatch.delenv("MP_LIGHTNING_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    monkeypatch.setattr(build.tempfile, "mkdtemp", lambda prefix: str(tmp_path / "own"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "own"))
+    (tmp_path / "own").mkdir()
+    assert build.load_library().mp_pool_float32
+    assert list((tmp_path / "own").iterdir()) == []
+
+
+def test_a_cache_that_works_makes_no_temporary_folder(tmp_path, monkeypatch):
+    monkeypatch.delenv("MP_LIGHTNING_CACHE", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "own"))
+    (tmp_path / "own").mkdir()
     build.load_library()
-    assert len(list((tmp_path / "own").iterdir())) == 1
+    assert len(list((tmp_path / "cache" / "mp_lightning").iterdir())) == 1
+    assert list((tmp_path / "own").iterdir()) == []
 
 
 SCRIPT = """

@@ -4,6 +4,7 @@ They are plain C functions on pointers, compiled for the very processor at hand:
 step, and as nothing of torch's headers is involved it takes a few seconds.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Generator
 from pathlib import Path
 
 SOURCES = Path(__file__).parent / "native"
@@ -33,15 +35,16 @@ def load_library() -> ctypes.CDLL:
     """
     compiler = _compiler()
     name = f"perturb-{_key(compiler)}.so"
-    for folder in _cache_folders():
-        library = folder / name
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            if not library.is_file():
-                _compile(compiler, library)
-            return ctypes.CDLL(str(library))
-        except OSError:  # not writable, or on a volume that forbids to run programs
-            continue
+    with contextlib.closing(_cache_folders()) as folders:
+        for folder in folders:
+            library = folder / name
+            try:
+                folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+                if not library.is_file():
+                    _compile(compiler, library)
+                return ctypes.CDLL(str(library))
+            except OSError:  # not writable, or on a volume that forbids to run programs
+                continue
     raise BuildError(
         "no folder could be written for the compiled kernels; set MP_LIGHTNING_CACHE to one that allows programs to run"
     )
@@ -57,13 +60,16 @@ def _compiler() -> list[str]:
     raise BuildError(f"{missing}; install g++ or clang++, or name one in CXX")
 
 
-def _cache_folders() -> list[Path]:
+def _cache_folders() -> Generator[Path, None, None]:
     chosen = os.environ.get("MP_LIGHTNING_CACHE")
     if chosen:
-        return [Path(chosen)]
+        yield Path(chosen)
+        return
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    # The second is new for every process, so that nobody else can have put a library there.
-    return [Path(base) / "mp_lightning", Path(tempfile.mkdtemp(prefix="mp_lightning-"))]
+    yield Path(base) / "mp_lightning"
+    # New for every process, so that nobody else can have put a library there; what is loaded from it stays loaded.
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory(prefix="mp_lightning-") as own:
+        yield Path(own)
 
 
 def _key(compiler: list[str]) -> str:
