@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -201,22 +202,19 @@ class MetaPerturbCallback(Callback):
         if int(attachment.steps) >= (attachment.ramp_steps or 0):
             ramp = f"at {'full strength' if strength == 1 else f'strength {strength:g}'} from the first batch"
         rank_zero_info(f"MetaPerturb: {len(attachment.plan)} sites, {self._what(attachment)}, {ramp}")
+        for trained, asked in self._stays_in_force(attachment):
+            rank_zero_warn(f"MetaPerturb: the model was trained {trained}, which stays in force instead of {asked}")
+
+    def _stays_in_force(self, attachment: Attachment) -> Iterator[tuple[str, str]]:
+        """What a model that was trained before keeps, and what this callback was told instead."""
+        strength = float(attachment.strength)
         if self.strength is not None and not math.isclose(self.strength, strength, rel_tol=1e-6):
-            rank_zero_warn(
-                f"MetaPerturb: the model was trained at strength {strength:g}, which stays in force instead of "
-                f"{self.strength:g}"
-            )
+            yield f"at strength {strength:g}", f"{self.strength:g}"
         if self._phi_given and attachment.phi_name != self.phi.name:
-            rank_zero_warn(
-                f"MetaPerturb: the model was trained with phi '{attachment.phi_name}', which stays in force instead of "
-                f"'{self.phi.name}'"
-            )
+            yield f"with phi '{attachment.phi_name}'", f"'{self.phi.name}'"
         drawn = getattr(attachment.perturbation, "noise_per", "element")
         if self._phi_given and drawn != self.phi.noise_per:
-            rank_zero_warn(
-                f"MetaPerturb: the model was trained with noise per {drawn}, which stays in force instead of noise per "
-                f"{self.phi.noise_per}"
-            )
+            yield f"with noise per {drawn}", f"noise per {self.phi.noise_per}"
 
     def _sparsely(self, trainer: pl.Trainer, total: int | None) -> int:
         """Number of batches between two looks at the sites."""
