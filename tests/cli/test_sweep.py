@@ -143,6 +143,7 @@ def test_a_sweep_that_is_ended_leaves_no_process(
     mark = [{"MARK": str(tmp_path)}]
     (done,) = mp.together(tmp_path, "fit", *words, signal_when=(both_run, which), environments=mark)
     assert (done.code, done.stderr) == (code, line)
+    assert len(list(tmp_path.rglob("output.log"))) == 2
     assert soon_none(lambda: processes_of(tmp_path))
 
 
