@@ -22,13 +22,13 @@ from mp_lightning.neighbours import (
     makes_layers_late,
     unfrozen,
 )
-from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_strength, load_phi
+from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_share, check_strength, load_phi
 from mp_lightning.reestimation_steps import reestimate, training_data
 from mp_lightning.schedule import total_training_batches
 from mp_lightning.site_metrics import SiteMetrics
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, PathName, check_path, ramp_length
-from mp_lightning.sites.choice import is_file
+from mp_lightning.sites.choice import is_file, is_share
 
 
 class MetaPerturbCallback(Callback):
@@ -52,8 +52,9 @@ class MetaPerturbCallback(Callback):
     Args:
         phi: a ``phi.safetensors`` file, the name of a bundled phi, or None for the bundled default.
         perturbation: any other :class:`~mp_lightning.Perturbation`, to stand at the same sites in place of phi.
-        sites: where to perturb; None finds the sites. A plan, a YAML file with one, names, patterns, classes of
-            modules or functions choose them: see :func:`mp_lightning.choose_sites`.
+        sites: where to perturb; None finds the sites and takes the share of them that phi comes with. A plan, a YAML
+            file with one, a share such as 0.5 (the deeper half), names, patterns, classes of modules or functions
+            choose them: see :func:`mp_lightning.choose_sites`.
         target: name of the only part of the module that is perturbed, such as 'student'; None perturbs every network in
             it that is trained.
         ramp_steps: number of training batches over which the strength grows; None takes the first 40 % of the run.
@@ -126,6 +127,8 @@ class MetaPerturbCallback(Callback):
         self.persistent = False
         if strength is not None:
             check_strength(strength)
+        if is_share(sites):
+            check_share(sites)
         for name, value, off in (("ramp_steps", ramp_steps, "no ramp"), ("log_every", log_every, "nothing")):
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ConfigurationError(f"{name}={value}: give a whole number of batches, or 0 for {off}")

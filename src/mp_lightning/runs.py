@@ -33,7 +33,7 @@ _NOT_RELEVANT: dict[str, set[str] | None] = {
 
 
 # Settings that are younger than run folders, and what was the rule before there were any.
-_BEFORE = {"meta": {"noise_per": "element"}}
+_BEFORE = {"meta": {"noise_per": "element", "share_of_sites": 1.0}}
 
 
 class RunFolderError(UserError):

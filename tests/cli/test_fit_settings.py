@@ -139,6 +139,14 @@ def test_a_source_that_cannot_be_used_is_named(words: list[str], message: str) -
         settings(*words)
 
 
+@pytest.mark.parametrize("value", ["0", "1.5"])
+def test_a_share_of_sites_that_is_none_is_named(value: str) -> None:
+    with pytest.raises(
+        ConfigurationError, match=rf"meta\.share_of_sites={value}.* cannot be used; give a number above"
+    ):
+        settings(f"meta.share_of_sites={value}")
+
+
 @pytest.mark.parametrize("value", ["row", "true", "3", "null"])
 def test_noise_of_no_kind_is_named(value: str) -> None:
     with pytest.raises(ConfigurationError, match=r"meta\.noise_per=\w+ is unknown; use one of element, channel"):

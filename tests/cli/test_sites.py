@@ -82,6 +82,7 @@ def test_a_part_of_the_users_own_model_and_its_plan_as_a_file(mp: CommandLine, f
     assert len(plan) == 9 and all(name.startswith("student.") for name in plan.names)
     SitePlan(list(plan)[:2]).save(folder / "plan.yaml")
     assert "2 sites" in sites(mp, folder, *words, "sites=plan.yaml").stdout
+    assert "5 sites" in sites(mp, folder, *words, "sites=0.5").stdout
     assert "own:Pair, 2 images of 3x16x16" in sites(mp, folder, *(["model=own:Pair", *words[1:]])).stdout
 
 
@@ -109,6 +110,7 @@ def test_networks_of_libraries(mp: CommandLine, folder: Path, name: str) -> None
         (["model=conv4", "input=4x32x32"], "ConvNet does not take images of 4x32x32 (RuntimeError"),
         (["model=conv4", "target=student"], "target='student' is no part of ConvNet"),
         (["model=conv4", "sites=[relu9]"], "sites=relu9: no activation of ConvNet fits"),
+        (["model=conv4", "sites=1.5"], "sites=1.5 cannot be used; give a number above 0 and at most 1"),
         (["model=conv4", "sites=plan.yaml"], "plan 'plan.yaml' cannot be read (No such file"),
         (["model=conv4", "to=plan.txt"], "to=plan.txt cannot be used; give a file name that ends in .yaml"),
         (["model=conv4", "to=own.py/plan.yaml"], "plan 'own.py/plan.yaml' cannot be written"),

@@ -11,7 +11,7 @@ from torch import nn
 
 from mp_lightning.backbones import build_backbone
 from mp_lightning.callback import MetaPerturbCallback
-from mp_lightning.compare.arms import KINDS, Arm, Context, HalfOfSites, NamedArm, callbacks_of, parse_arm
+from mp_lightning.compare.arms import KINDS, Arm, Context, NamedArm, callbacks_of, parse_arm
 from mp_lightning.compare.at_sites import AtSites
 from mp_lightning.compare.mixing import MixUp
 from mp_lightning.compare.moments import SiteMoments
@@ -75,14 +75,16 @@ def test_values_and_phi_are_read_from_the_name(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("arm", [name for name, kind in KINDS.items() if kind.multiplies])
 def test_all_that_stands_in_place_of_phi_acts_at_its_strength(arm: str) -> None:
-    """A control at another strength, or with other noise, would be matched to nothing."""
-    parsed = parse_arm(arm, NamedPhi(initial_phi(0), "weaker", strength=0.6, noise_per="channel"))
+    """A control at another strength, with other noise, or at other sites, would be matched to nothing."""
+    phi = NamedPhi(initial_phi(0), "weaker", strength=0.6, noise_per="channel", share_of_sites=0.25)
+    parsed = parse_arm(arm, phi)
     parsed = replace(parsed, parts=(replace(parsed.parts[0], moments=[]),))
     callback = callbacks_of(parsed, CONTEXT)[1]
     assert callback is not None
     attachment = callback.attach(build_backbone("conv4", 3, width=4, image_size=16))
     assert float(attachment.strength) == pytest.approx(0.6)
     assert arm == "shrink_only" or attachment.perturbation.noise_per == "channel"
+    assert len(attachment.plan) == (2 if arm in ("first_sites", "last_sites") else 1)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +132,9 @@ def test_an_arm_is_callbacks_that_can_be_used_elsewhere() -> None:
 def test_halves_of_the_sites_are_those_by_depth(half, names) -> None:
     layers = [nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU()) for _ in range(3)]
     net = nn.Sequential(*layers)
-    attachment = HalfOfSites(half, PHI).attach(net)
+    callback = callbacks_of(parse_arm(f"{half}_sites", PHI), CONTEXT)[1]
+    assert callback is not None
+    attachment = callback.attach(net)
     assert [name.partition(".")[0] for name in attachment.plan.names] == names
 
 

@@ -79,6 +79,13 @@ def test_a_learner_goes_on_from_its_state(generation: int, noise_per: NoisePer) 
     assert_same(twin.state(), learner.state())
 
 
+def test_a_learner_perturbs_its_share_of_the_sites() -> None:
+    whole, half = (new_module(replace(SETTINGS, share_of_sites=share)).learner("second-b") for share in (1.0, 0.5))
+    names = whole.attachment.plan.names
+    assert len(names) > 1 and half.attachment.plan.names == names[len(names) // 2 :]
+    assert any(gradient.abs().sum() > 0 for gradient in half.step(0).gradients)
+
+
 def test_watching_changes_no_number_and_sees_every_site() -> None:
     blind, watched = (new_module().learner("first-b").step(0, watch) for watch in (False, True))
     assert blind.observed is None and watched.observed is not None

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mp_lightning.errors import ConfigurationError, PhiError
-from mp_lightning.perturbation import initial_phi, list_phi, load_phi, save_phi
+from mp_lightning.perturbation import NamedPhi, initial_phi, list_phi, load_phi, save_phi
 
 
 @pytest.fixture
@@ -91,6 +91,13 @@ def damage_strength(value):
     return damage
 
 
+def damage_share(value):
+    def damage(path):
+        rewrite(path, share_of_sites=torch.tensor(value))
+
+    return damage
+
+
 def damage_noise(value):
     def damage(path):
         rewrite(path, noise_per_channel=torch.tensor(value))
@@ -114,6 +121,10 @@ def damage_card(path):
         (damage_not_finite, "'scale_weight' holds numbers that are not finite"),
         (damage_names, "holds another"),
         *((damage_strength(bad), "'strength' is not a single number above 0") for bad in (0.0, 1.5, math.nan, [0.5])),
+        *(
+            (damage_share(bad), "'share_of_sites' is not a single number above 0")
+            for bad in (0.0, 2.0, math.nan, [0.5])
+        ),
         *((damage_noise(bad), "'noise_per_channel' is not 0 or 1") for bad in (0.5, math.nan, [1.0])),
         (damage_card, "not readable JSON"),
     ],
@@ -143,4 +154,16 @@ def test_what_noise_is_drawn_for_comes_back(saved, tmp_path):
     assert (loaded.noise_per, loaded.strength, loaded.card) == ("channel", 0.7, card)
     with pytest.raises(ConfigurationError, match="noise_per=row is unknown; use one of element, channel"):
         save_phi(tmp_path / "phi2.safetensors", initial_phi(3), {}, noise_per="row")
+    assert not (tmp_path / "phi2.safetensors").exists()
+
+
+def test_the_share_of_the_sites_comes_back(saved, tmp_path):
+    assert load_phi(saved).share_of_sites == 1
+    card = save_phi(tmp_path / "other.safetensors", initial_phi(3), {}, share_of_sites=0.3)
+    loaded = load_phi(tmp_path / "other.safetensors")
+    assert (loaded.share_of_sites, loaded.strength, loaded.card) == (0.3, 1, card)
+    with pytest.raises(ConfigurationError, match="share_of_sites=2 cannot be used"):
+        save_phi(tmp_path / "phi2.safetensors", initial_phi(3), {}, share_of_sites=2)
+    with pytest.raises(ConfigurationError, match="share_of_sites of phi 'x'=0 cannot be used"):
+        load_phi(NamedPhi(initial_phi(3), "x", share_of_sites=0))
     assert not (tmp_path / "phi2.safetensors").exists()

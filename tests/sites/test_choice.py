@@ -2,6 +2,7 @@
 
 import copy
 
+import lightning as L
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,8 @@ import torchvision
 import yaml
 from torch import nn
 
-from mp_lightning import ConfigurationError, MetaPerturbCallback, SiteError
+from mp_lightning import ConfigurationError, MetaPerturbCallback, NamedPhi, SiteError
+from mp_lightning.perturbation import initial_phi
 from mp_lightning.sites import SitePlan, attach, attachment_of, choose_sites, find_activations, find_sites
 
 
@@ -48,6 +50,54 @@ def test_names_patterns_classes_and_conditions(resnet, sites, names):
     assert all(site == found.get(site.name, site) for site in plan)
 
 
+def convolution(channels=2):
+    return nn.Sequential(nn.Conv2d(channels, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
+
+
+@pytest.mark.parametrize(("share", "names"), [(1, "01234"), (0.5, "234"), (0.4, "34"), (0.01, "4"), (1.0, "01234")])
+def test_a_share_means_the_last_sites_rounded_up(share, names):
+    model = nn.Sequential(*[convolution() for _ in range(5)])
+    assert [name[0] for name in choose_sites(model, share).names] == list(names)
+    assert choose_sites(model, share) == find_sites(model, share=share)
+
+
+def test_a_share_is_taken_of_each_network():
+    class Two(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.student = nn.Sequential(*[convolution() for _ in range(4)])
+            self.critic = nn.Sequential(*[convolution() for _ in range(2)])
+
+    assert choose_sites(Two(), 0.5).names == ["student.2.2", "student.3.2", "critic.1.2"]
+    assert choose_sites(Two(), 0.5, target="student").names == ["student.2.2", "student.3.2"]
+
+
+def test_phi_comes_with_a_share_of_the_sites_that_others_can_replace(resnet):
+    deeper = NamedPhi(initial_phi(0), "deeper", share_of_sites=0.5)
+    model = copy.deepcopy(resnet)
+    attachment = attach(model, deeper)
+    assert attachment.plan.names == [f"layer{i}.{j}.relu" for i in (3, 4) for j in range(2)]
+    attachment.detach()
+    everywhere = attach(model, deeper, sites=1)
+    assert everywhere.plan == find_sites(model) and everywhere.channel_norm == attachment.channel_norm
+    everywhere.detach()
+    assert MetaPerturbCallback(deeper, sites=0.25).attach(model).plan.names == ["layer4.0.relu", "layer4.1.relu"]
+
+
+def test_leaving_the_first_sites_out_does_not_change_the_norm_of_the_others():
+    model = nn.Sequential(nn.Conv2d(3, 64, 1), nn.BatchNorm2d(64), nn.ReLU(), convolution(64))
+    assert attach(model, sites=0.5).channel_norm == 64
+
+
+@pytest.mark.parametrize("share", [0, -0.5, 1.5, float("nan"), 2])
+def test_a_share_that_is_none_is_refused(resnet, share):
+    for use in (lambda: choose_sites(resnet, share), lambda: MetaPerturbCallback(sites=share)):
+        with pytest.raises(
+            ConfigurationError, match=f"sites={share} cannot be used; give a number above 0 and at most"
+        ):
+            use()
+
+
 def test_a_class_of_activations_means_all_its_calls(resnet):
     plan = choose_sites(resnet, nn.ReLU)
     assert len(plan) == 1 + 2 * 8
@@ -77,7 +127,7 @@ def test_chosen_sites_are_perturbed_and_the_norm_stays_that_of_the_default_plan(
         ("layer9.*", r"sites=layer9\.\*: no activation of ResNet fits; those that can be sites are relu, layer1\.0"),
         (["layer1.*", "*.0.relu"], r"site 'layer1\.0\.relu' is reached twice, by 'layer1\.\*' and by '\*\.0\.relu'"),
         (nn.GELU, "sites=GELU: no activation of ResNet fits"),
-        (3, "sites=3 cannot be used; give a SitePlan"),
+        (3j, "sites=3j cannot be used; give a SitePlan"),
         ([["layer1.*"]], r"sites=\['layer1\.\*'\] cannot be used; give a SitePlan"),
         (nn.ReLU(), r"sites=ReLU\(\) cannot be used; give a SitePlan"),
         ("no_such.yaml", r"plan 'no_such\.yaml' cannot be read"),

@@ -47,7 +47,7 @@ def make_card(
         target, results, transfer: how phi was judged.
     """
     return {
-        "kind": "MetaPerturb phi, 82 numbers and a strength (arXiv 2006.07540)",
+        "kind": "MetaPerturb phi, 82 numbers, a strength and a share of the sites (arXiv 2006.07540)",
         "sources": sorted({f"{task['name'].rpartition('-')[0]} ({task['classes']} classes)" for task in tasks}),
         "architectures": sorted({task["architecture"] for task in tasks}),
         "tasks": tasks,

@@ -69,12 +69,18 @@ def run(config: DictConfig, path: Path) -> float:
     meta_train(trainer, module, folder, given.fresh and not first, console)
     if history is None:
         return math.nan
-    final = NamedPhi(module.perturbation.phi, "final phi", strength=given.meta.strength, noise_per=given.meta.noise_per)
+    final = NamedPhi(
+        module.perturbation.phi,
+        "final phi",
+        strength=given.meta.strength,
+        noise_per=given.meta.noise_per,
+        share_of_sites=given.meta.share_of_sites,
+    )
     results = _judge(console, given, target, final, trainer.strategy.root_device, path / "evaluation.json")
     card = make_card(entries, module, trainer.world_size, target, results, given.transfer)
     descriptions = module.description["tasks"]
     try:
-        save_phi(path / PHI, final.phi, card, final.strength, final.noise_per)
+        save_phi(path / PHI, final.phi, card, final.strength, final.noise_per, final.share_of_sites)
         draw_training(history, path / "training.png", descriptions)
         draw_phi(final, path / "phi.png")
     except OSError as error:

@@ -16,8 +16,9 @@ from mp_lightning.cli.model_options import read_image, required
 from mp_lightning.cli.options import check, check_keys
 from mp_lightning.cli.site_costs import SiteCost, measure
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.perturbation import NamedPhi, load_phi
+from mp_lightning.perturbation import NamedPhi, check_share, load_phi
 from mp_lightning.sites import SitePlan, choose_sites
+from mp_lightning.sites.choice import is_share
 from mp_lightning.sites.recording import NoImageFits
 from mp_lightning.sites.tracing import image_shape
 
@@ -31,7 +32,7 @@ class Request:
     model: str
     image: tuple[int, ...] | None
     target: str | None
-    sites: str | list[str] | None
+    sites: str | float | list[str] | None
     phi: NamedPhi
     batch_size: int
     device: torch.device
@@ -70,7 +71,7 @@ def run(config: DictConfig, path: Path) -> None:
     """
     given = read(config)
     model = build_network(given.model)
-    plan = choose_sites(model, given.sites, given.target)
+    plan = choose_sites(model, given.phi.share_of_sites if given.sites is None else given.sites, given.target)
     image = given.image or _guess_image(model, given.model)
     costs, plain_ms = measure(model.to(given.device), plan, given.phi, (given.batch_size, *image), given.device)
     console = Console(highlight=False, soft_wrap=True)
@@ -131,13 +132,18 @@ def _guess_image(model: nn.Module, name: str) -> tuple[int, ...]:
         ) from error
 
 
-def _patterns(config: DictConfig) -> str | list[str] | None:
+def _patterns(config: DictConfig) -> str | float | list[str] | None:
     value = config.sites
     if value is None or isinstance(value, str):
         return value
+    if is_share(value):
+        check_share(value)
+        return value
     if OmegaConf.is_list(value) and all(isinstance(pattern, str) for pattern in value):
         return [str(pattern) for pattern in value]
-    raise ConfigurationError(f"sites={value} cannot be used; give a YAML file, a name or pattern, or a list of them")
+    raise ConfigurationError(
+        f"sites={value} cannot be used; give a YAML file, a share such as 0.5, a name or pattern, or a list of them"
+    )
 
 
 def _device(name: str | None) -> torch.device:

@@ -26,6 +26,7 @@ BASELINE = "none"
 Role = Literal["baseline", "regularizer", "learned", "control", "ablation"]
 Inference = Literal["mc", "mean"]
 SEED_OF_RANDOM_PHI = 0
+_HALF = 0.5
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,8 @@ class Arm:
 class Part:
     """One part of a combination: its kind, the value of its hyperparameter where it is fixed, and its phi.
 
-    ``strength`` and ``noise_per`` are those of what stands at the sites in place of phi: of the part's phi, or, for a
-    random phi, of the phi for the arms that name none.
+    ``strength``, ``noise_per`` and ``sites``, the share of them, are those of what stands at the sites in place of phi:
+    of the part's phi, or, for a random phi, of the phi for the arms that name none.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Part:
     moments: list[SiteMoments] | None = None
     strength: float = 1.0
     noise_per: NoisePer = "element"
+    sites: float = 1.0
 
     @property
     def kind(self) -> Kind:
@@ -203,23 +205,13 @@ def callbacks_of(arm: AnyArm, context: Context) -> tuple[list[Callback], MetaPer
     return ([*first, perturbation] if perturbation is not None else first), perturbation
 
 
-class HalfOfSites(MetaPerturbCallback):
-    """:class:`MetaPerturbCallback` at one half of the sites that are found, in order of depth.
-
-    Args:
-        half: 'first' or 'last'; of an odd number of sites the one in the middle belongs to both.
-        args, options: as for :class:`MetaPerturbCallback`.
-    """
-
-    def __init__(self, half: Literal["first", "last"], *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self._half = half
+class FirstSites(MetaPerturbCallback):
+    """:class:`MetaPerturbCallback` at the first half of the sites; of three sites, the first two."""
 
     def attach(self, module: nn.Module) -> Attachment:
         if self.sites is None:
             every = list(find_sites(module))
-            count = math.ceil(len(every) / 2)
-            self.sites = SitePlan(tuple(every[:count] if self._half == "first" else every[-count:]))
+            self.sites = SitePlan(every[: math.ceil(_HALF * len(every))])
         return super().attach(module)
 
 
@@ -251,9 +243,9 @@ def _part(arm: str, word: str, phi: NamedPhi) -> Part:
     kind = KINDS[name]
     if kind.takes_phi:
         own = load_phi(value) if colon else phi
-        return Part(name, phi=own, strength=own.strength, noise_per=own.noise_per)
+        return Part(name, phi=own, **_use(own))
     if not colon:
-        return Part(name, strength=phi.strength, noise_per=phi.noise_per) if kind.multiplies else Part(name)
+        return Part(name, **_use(phi)) if kind.multiplies else Part(name)
     if kind.parameter is None:
         raise ConfigurationError(f"arm '{arm}': '{name}' takes no value; leave ':{value}' out")
     try:
@@ -267,6 +259,11 @@ def _part(arm: str, word: str, phi: NamedPhi) -> Part:
     return Part(name, number)
 
 
+def _use(phi: NamedPhi) -> dict[str, Any]:
+    """What a phi is meant for, as fields of a part."""
+    return {"strength": phi.strength, "noise_per": phi.noise_per, "sites": phi.share_of_sites}
+
+
 def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
     options: dict[str, Any] = {
         "inference": context.inference,
@@ -275,6 +272,7 @@ def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
         "marker": False,
         "ramp_steps": None if context.ramp else 0,
         "strength": part.strength,
+        "sites": part.sites,
     }
     if part.name == "random_phi":
         random = NamedPhi(initial_phi(SEED_OF_RANDOM_PHI), part.name, noise_per=part.noise_per)
@@ -283,8 +281,10 @@ def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
     match part.name:
         case "metaperturb":
             return MetaPerturbCallback(part.phi, **options)
-        case "first_sites" | "last_sites":
-            return HalfOfSites("first" if part.name == "first_sites" else "last", part.phi, **options)
+        case "first_sites":
+            return FirstSites(part.phi, **{**options, "sites": None})
+        case "last_sites":
+            return MetaPerturbCallback(part.phi, **{**options, "sites": _HALF})
         case "noise_only":
             return MetaPerturbCallback(perturbation=NoiseOnly(part.phi.phi, noise_per=part.noise_per), **options)
         case "scale_only":

@@ -32,7 +32,7 @@ _SEED = 2 * 10**9  # none of the comparison's, nor of tuning
 
 
 def phi_digest(phi: NamedPhi) -> str:
-    """A few characters that tell a phi, and the strength and noise it is meant for, from others."""
+    """A few characters that tell a phi, and the strength, noise and sites it is meant for, from others."""
     digest = hashlib.sha256()
     for value in phi.phi:
         digest.update(value.detach().cpu().numpy().tobytes())
@@ -40,6 +40,8 @@ def phi_digest(phi: NamedPhi) -> str:
         digest.update(str(phi.strength).encode())
     if phi.noise_per != "element":
         digest.update(phi.noise_per.encode())
+    if phi.share_of_sites != 1:
+        digest.update(f"sites {phi.share_of_sites}".encode())
     return digest.hexdigest()[:12]
 
 

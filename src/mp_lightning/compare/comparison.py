@@ -190,8 +190,9 @@ def _key(plan: Plan, arm: AnyArm, seed: int) -> RunKey:
 def _identity(part: Part) -> list[Any]:
     if part.phi is not None:
         return [part.name, part.value, phi_digest(part.phi)]
-    unusual = [part.strength] if part.strength != 1 else []
-    return [part.name, part.value, None, *unusual, *([part.noise_per] if part.noise_per != "element" else [])]
+    unusual: list[Any] = [part.strength] if part.strength != 1 else []
+    unusual += [part.noise_per] if part.noise_per != "element" else []
+    return [part.name, part.value, None, *unusual, *(["sites", part.sites] if part.sites != 1 else [])]
 
 
 _AT_SITES = ("dropout", "dropblock", "gaussian", "information_dropout", "manifold_mixup")

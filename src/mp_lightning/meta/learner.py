@@ -60,6 +60,7 @@ class Learner(nn.Module):
             model,
             perturbation=perturbation,
             seed=derived_seed(self.seed, task.name, "noise", self.generation),
+            sites=self._settings.share_of_sites,
             strength=self._settings.strength,
             # Each process trains networks of its own, on whole batches.
             distributed=False,

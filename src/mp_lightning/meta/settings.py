@@ -22,6 +22,8 @@ class MetaSettings:
             'leave_out' leaves the task out of this step's mean and starts its network afresh.
         strength: at which phi is learned, and meant to be used: ``1 + strength * (multiplier - 1)``.
         noise_per: what its noise is drawn for, 'element' as published, or 'channel'.
+        share_of_sites: at how many of the sites of a network it is learned, and meant to be used, counted from the last
+            one.
     """
 
     steps: int
@@ -34,3 +36,4 @@ class MetaSettings:
     on_divergence: str = STOP
     strength: float = 1.0
     noise_per: NoisePer = "element"
+    share_of_sites: float = 1.0

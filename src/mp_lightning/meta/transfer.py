@@ -144,6 +144,7 @@ def _key(target: Target, arm: str, phi: NamedPhi | None, settings: TransferSetti
         digest.update(images.labels.numpy().data)
     if phi is not None:
         digest.update(f"{phi.strength}{'' if phi.noise_per == 'element' else phi.noise_per}".encode())
+        digest.update(b"" if phi.share_of_sites == 1 else str(phi.share_of_sites).encode())
         for value in phi.phi:
             digest.update(value.detach().cpu().numpy().tobytes())
     return f"{arm}/{number}/{digest.hexdigest()[:16]}"

@@ -39,6 +39,7 @@ class PhiDescription:
         name: for ``MetaPerturbCallback(name)``.
         strength: at which it acts.
         noise_per: what its noise is drawn for, 'element' or 'channel'.
+        share_of_sites: at how many of a network's sites it acts, counted from the last one.
         default: whether it is the one that is taken where none is named.
         card: plain values: sources, settings, seeds, how it was chosen, results, SHA-256 of the file, ...
         picture: a PNG of its filters and its response; None if there is none.
@@ -47,13 +48,15 @@ class PhiDescription:
     name: str
     strength: float
     noise_per: NoisePer
+    share_of_sites: float
     default: bool
     card: dict[str, Any]
     picture: Path | None
 
     def __str__(self) -> str:
         default = " (the default)" if self.default else ""
-        lines = [f"{self.name}{default}, strength {self.strength:g}, noise per {self.noise_per}"]
+        sites = "all sites" if self.share_of_sites == 1 else f"the last {100 * self.share_of_sites:g} % of the sites"
+        lines = [f"{self.name}{default}, strength {self.strength:g}, noise per {self.noise_per}, at {sites}"]
         width = max(map(len, _HEADINGS.values()))
         for key, heading in _HEADINGS.items():
             if key in self.card:
@@ -90,6 +93,7 @@ def describe_phi(name: str = DEFAULT_PHI) -> PhiDescription:
         name=name,
         strength=phi.strength,
         noise_per=phi.noise_per,
+        share_of_sites=phi.share_of_sites,
         default=name == DEFAULT_PHI,
         card=phi.card,
         picture=picture if picture.is_file() else None,

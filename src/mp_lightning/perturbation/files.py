@@ -23,25 +23,36 @@ DEFAULT_PHI = "tiny-imagenet-1"
 BUNDLED = Path(__file__).parent / "bundled"
 STRENGTH = "strength"
 PER_CHANNEL = "noise_per_channel"
+SHARE = "share_of_sites"
 _REMEDY = "give a phi.safetensors written by 'python -m mp_lightning.meta fit'"
 
 
 @dataclass(frozen=True)
 class NamedPhi:
-    """phi with the name it is shown under, its card (empty if there was none), and the strength and noise it is for."""
+    """phi with the name it is shown under, its card (empty if there was none), and what it is meant for.
+
+    That is the strength at which it acts, what its noise is drawn for, and the share of the sites of a network at which
+    it acts, counted from the last one.
+    """
 
     phi: Phi
     name: str
     card: dict[str, Any] = field(default_factory=dict)
     strength: float = 1.0
     noise_per: NoisePer = "element"
+    share_of_sites: float = 1.0
 
     def __str__(self) -> str:
         return f"{self.name} ({self.card['status']})" if self.card.get("status") else self.name
 
 
 def save_phi(
-    path: str | Path, phi: Phi, card: dict[str, Any], strength: float = 1.0, noise_per: NoisePer = "element"
+    path: str | Path,
+    phi: Phi,
+    card: dict[str, Any],
+    strength: float = 1.0,
+    noise_per: NoisePer = "element",
+    share_of_sites: float = 1.0,
 ) -> dict[str, Any]:
     """Write ``path`` (.safetensors) and the card beside it (.json); both appear whole or not at all.
 
@@ -51,12 +62,14 @@ def save_phi(
         card: where they come from.
         strength: that phi is meant for, in the file a tensor without dimensions; 1, the paper's, is not written.
         noise_per: what the noise that phi is meant for is drawn for; 'element', the paper's, is not written.
+        share_of_sites: at how many of the sites it is meant to act, counted from the last one; 1, the paper's, is not
+            written.
 
     Returns:
-        The card as written, that is with strength and noise, and the file's name and SHA-256.
+        The card as written, that is with strength, noise and sites, and the file's name and SHA-256.
 
     Raises:
-        ConfigurationError: ``strength`` is out of range, or there is no such noise.
+        ConfigurationError: ``strength`` or ``share_of_sites`` is out of range, or there is no such noise.
     """
     path = Path(path)
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in phi._asdict().items()}
@@ -66,11 +79,15 @@ def save_phi(
     check_noise_per(noise_per)
     if noise_per == "channel":
         tensors[PER_CHANNEL] = torch.tensor(1.0)
+    check_share(share_of_sites, SHARE)
+    if share_of_sites != 1:
+        tensors[SHARE] = torch.tensor(float(share_of_sites))
     content = save(tensors)
     card = {
         **card,
         "strength": float(strength),
         "noise_per": noise_per,
+        "share_of_sites": float(share_of_sites),
         "file": path.name,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -93,6 +110,7 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
     if isinstance(source, NamedPhi):
         check_strength(source.strength, f"strength of phi '{source.name}'")
         check_noise_per(source.noise_per, f"noise_per of phi '{source.name}'")
+        check_share(source.share_of_sites, f"{SHARE} of phi '{source.name}'")
         return source
     if isinstance(source, Phi):
         _check(source._asdict(), "the given phi")
@@ -119,7 +137,8 @@ def _read(path: Path, name: str) -> NamedPhi:
         raise PhiError(f"phi file '{path}' cannot be read ({error.strerror}); {_REMEDY}") from error
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise PhiError(f"phi file '{path}' is not a whole safetensors file; {_REMEDY}") from error
-    strength = _taken_strength(tensors, f"phi file '{path}'")
+    strength = _taken_fraction(tensors, STRENGTH, f"phi file '{path}'")
+    share_of_sites = _taken_fraction(tensors, SHARE, f"phi file '{path}'")
     noise_per = _taken_noise_per(tensors, f"phi file '{path}'")
     _check(tensors, f"phi file '{path}'")
     card = _read_card(path.with_suffix(".json"))
@@ -128,7 +147,8 @@ def _read(path: Path, name: str) -> NamedPhi:
         raise PhiError(
             f"phi file '{path}' is not the one its card describes (SHA-256 differs); restore it, or {_REMEDY}"
         )
-    return NamedPhi(Phi(**{key: tensors[key].float() for key in SHAPES}), name, card, strength, noise_per)
+    phi = Phi(**{key: tensors[key].float() for key in SHAPES})
+    return NamedPhi(phi, name, card, strength, noise_per, share_of_sites)
 
 
 def _read_card(path: Path) -> dict[str, Any]:
@@ -153,15 +173,28 @@ def check_strength(strength: float, what: str = "strength") -> None:
     Raises:
         ConfigurationError: it is not a number above 0 and at most 1.
     """
-    if isinstance(strength, bool) or not isinstance(strength, Real) or not 0 < strength <= 1:
-        raise ConfigurationError(f"{what}={strength} cannot be used; give a number above 0 and at most 1")
+    _check_fraction(strength, what)
 
 
-def _taken_strength(tensors: dict[str, torch.Tensor], what: str) -> float:
-    """The strength, taken out of the tensors of a file."""
-    value = tensors.pop(STRENGTH, torch.ones(()))
+def check_share(share: float, what: str = "sites") -> None:
+    """Refuse a share of the sites that cannot be used.
+
+    Raises:
+        ConfigurationError: it is not a number above 0 and at most 1.
+    """
+    _check_fraction(share, what)
+
+
+def _check_fraction(value: float, what: str) -> None:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
+        raise ConfigurationError(f"{what}={value} cannot be used; give a number above 0 and at most 1")
+
+
+def _taken_fraction(tensors: dict[str, torch.Tensor], key: str, what: str) -> float:
+    """The strength, or the share of the sites, taken out of the tensors of a file."""
+    value = tensors.pop(key, torch.ones(()))
     if value.dim() or not 0 < float(value) <= 1:  # NaN is neither
-        raise PhiError(f"{what}: '{STRENGTH}' is not a single number above 0 and at most 1; {_REMEDY}")
+        raise PhiError(f"{what}: '{key}' is not a single number above 0 and at most 1; {_REMEDY}")
     return float(f"{float(value):.7g}")  # as it was written, and not as float32 holds it
 
 

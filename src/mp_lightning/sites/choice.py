@@ -12,8 +12,9 @@ from mp_lightning.sites.activations import ACTIVATION_FUNCTIONS, ACTIVATION_MODU
 from mp_lightning.sites.discovery import find_activations, find_sites
 from mp_lightning.sites.plan import SitePlan, SiteSpec
 
-# A plan, a file with one, names or patterns, classes of modules, activation functions, conditions, or several of these.
-Sites: TypeAlias = "SitePlan | str | Path | type[nn.Module] | Callable[..., Any] | Iterable[Any] | None"
+# A plan, a file with one, a share of those found, names or patterns, classes of modules, activation functions,
+# conditions, or several of the last four.
+Sites: TypeAlias = "SitePlan | float | str | Path | type[nn.Module] | Callable[..., Any] | Iterable[Any] | None"
 
 
 def choose_sites(model: nn.Module, sites: Sites = None, target: str | None = None) -> SitePlan:
@@ -21,7 +22,8 @@ def choose_sites(model: nn.Module, sites: Sites = None, target: str | None = Non
 
     Args:
         model: that is to be perturbed.
-        sites: None takes those of :func:`find_sites`. A :class:`SitePlan`, or the path of a YAML file with one
+        sites: None takes those of :func:`find_sites`, and a number such as 0.5 that share of them, counted from the
+            last one of each network. A :class:`SitePlan`, or the path of a YAML file with one
             (``.yaml``, ``.yml``), is taken as it is. All else chooses, and several may stand in a list:
 
             - a name or pattern (``layer1.*``): the found sites of these names; if there are none, the activations;
@@ -33,9 +35,12 @@ def choose_sites(model: nn.Module, sites: Sites = None, target: str | None = Non
 
     Raises:
         SiteError: nothing fits, something is said twice, or the plan is that of another model.
+        ConfigurationError: the share is not above 0 and at most 1.
     """
     if target is not None:
         _check_target(model, target)
+    if is_share(sites):
+        return find_sites(model, target, sites)
     if sites is None:
         return find_sites(model, target)
     if isinstance(sites, SitePlan):
@@ -47,6 +52,11 @@ def choose_sites(model: nn.Module, sites: Sites = None, target: str | None = Non
         return _chosen(model, list(sites) if several else [sites], target)  # type: ignore[arg-type]
     check_fits(plan, model, target)
     return plan
+
+
+def is_share(sites: Sites) -> TypeGuard[float]:
+    """Whether it is a number, the share of the sites that is wanted."""
+    return isinstance(sites, int | float) and not isinstance(sites, bool)
 
 
 def is_file(sites: Sites) -> TypeGuard[str | Path]:
@@ -100,8 +110,8 @@ class _Candidates:
             return [site for site in self._found if any(isinstance(m, wish) for m in self._around(site))]
         if not callable(wish) or isinstance(wish, nn.Module):
             raise SiteError(
-                f"sites={str(wish)[:80]} cannot be used; give a SitePlan, a YAML file, names, patterns, classes of "
-                "modules, activation functions, or a function of a SiteSpec"
+                f"sites={str(wish)[:80]} cannot be used; give a SitePlan, a YAML file, a share such as 0.5, names, "
+                "patterns, classes of modules, activation functions, or a function of a SiteSpec"
             )
         if wish in ACTIVATION_FUNCTIONS:
             functions = (site for site in self._all if site.activation is None)

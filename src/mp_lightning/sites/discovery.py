@@ -19,6 +19,7 @@ unnormalized
     In a model without normalized convolutions either: every activation of a convolution.
 """
 
+import math
 import operator
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,6 +28,7 @@ import torch
 from torch import fx, nn
 
 from mp_lightning.errors import SiteError
+from mp_lightning.perturbation import check_share
 from mp_lightning.sites.operations import LAYERS, NORMS, TOKEN_NORMS, OperationGraph, is_product
 from mp_lightning.sites.plan import SitePlan, SiteSpec
 from mp_lightning.sites.recording import NoImageFits
@@ -39,17 +41,22 @@ UNNORMALIZED = "plain: activation after a convolution"
 NAMED = "named by the user"
 
 
-def find_sites(model: nn.Module, target: str | None = None) -> SitePlan:
+def find_sites(model: nn.Module, target: str | None = None, share: float = 1.0) -> SitePlan:
     """The sites of ``model``.
 
     Args:
         model: any module; of a LightningModule the networks inside are looked at. Frozen networks are left alone.
         target: name of the only submodule in which to look, such as 'student'.
+        share: how many of the sites of each network, above 0 and at most 1, counted from the last one and rounded up;
+            0.5 is the deeper half.
 
     Raises:
         SiteError: there is none; the message says what was found instead.
+        ConfigurationError: ``share`` is out of range.
     """
-    return _plan(model, target, _sites_of)
+    check_share(share)
+    plan, graphs = _plan(model, target, _sites_of)
+    return plan if share == 1 else SitePlan(_deepest(list(plan), [graph.region.prefix for graph in graphs], share))
 
 
 def find_activations(model: nn.Module, target: str | None = None) -> SitePlan:
@@ -57,10 +64,12 @@ def find_activations(model: nn.Module, target: str | None = None) -> SitePlan:
 
     Arguments and errors are those of :func:`find_sites`.
     """
-    return _plan(model, target, lambda graphs: [site for graph in graphs for site in graph.candidates()])
+    return _plan(model, target, lambda graphs: [site for graph in graphs for site in graph.candidates()])[0]
 
 
-def _plan(model: nn.Module, target: str | None, choose: "Callable[[list[_Graph]], list[SiteSpec]]") -> SitePlan:
+def _plan(
+    model: nn.Module, target: str | None, choose: "Callable[[list[_Graph]], list[SiteSpec]]"
+) -> "tuple[SitePlan, list[_Graph]]":
     if isinstance(model, torch.jit.ScriptModule):
         raise SiteError(_compiled(model, "it"))
     prefix = target or ""
@@ -69,7 +78,16 @@ def _plan(model: nn.Module, target: str | None, choose: "Callable[[list[_Graph]]
     sites = [site for site in found if unique.get((site.scope, site.activation, site.call)) is site]
     if not sites:
         raise SiteError(_nothing_found(model.get_submodule(prefix), graphs, failures))
-    return SitePlan(_with_unique_names(sites))
+    return SitePlan(_with_unique_names(sites)), graphs
+
+
+def _deepest(sites: list[SiteSpec], networks: list[str], share: float) -> list[SiteSpec]:
+    """The last sites of each network, so that none of several goes without."""
+    chosen: set[SiteSpec] = set()
+    for network in networks:
+        inside = [site for site in sites if not network or f"{site.scope}.".startswith(f"{network}.")]
+        chosen.update(inside[len(inside) - math.ceil(share * len(inside)) :])
+    return [site for site in sites if site in chosen]
 
 
 def _search(

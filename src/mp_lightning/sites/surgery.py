@@ -51,8 +51,9 @@ def attach(
     Args:
         model: any module; what its forward computes changes, its parameters and its ``state_dict`` keys do not.
         phi: a phi file, the name of a bundled one, or None for the bundled default. Never trained.
-        sites: where to perturb; None finds the sites. A plan, a YAML file with one, names, patterns, classes of
-            modules, functions: see :func:`~mp_lightning.sites.choose_sites`.
+        sites: where to perturb; None finds the sites and takes the share of them that phi comes with. A plan, a YAML
+            file with one, a share such as 0.5 (the deeper half), names, patterns, classes of modules, functions: see
+            :func:`~mp_lightning.sites.choose_sites`.
         target: name of the only submodule that is perturbed, such as 'student'.
         perturbation: any other :class:`~mp_lightning.perturbation.Perturbation` in place of phi.
         total_steps: number of training batches of the run; the strength grows over the first 40 % of them.
@@ -88,6 +89,8 @@ def attach(
         wanted = None if sites is None and target is None else choose_sites(existing.model, sites, target)
         _check_same(existing, None if phi is None else named, perturbation, wanted, strength)
         return existing
+    if sites is None and named is not None and named.share_of_sites != 1:
+        sites = named.share_of_sites
     with remembered():
         plan = choose_sites(model, sites, target)
         channel_norm = _channel_norm(model, plan, sites, target)
