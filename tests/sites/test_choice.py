@@ -13,6 +13,7 @@ from torch import nn
 from mp_lightning import ConfigurationError, MetaPerturbCallback, NamedPhi, SiteError
 from mp_lightning.perturbation import initial_phi
 from mp_lightning.sites import SitePlan, attach, attachment_of, choose_sites, find_activations, find_sites
+from mp_lightning.sites.discovery import _deepest
 
 
 @pytest.fixture(scope="module")
@@ -54,11 +55,20 @@ def convolution(channels=2):
     return nn.Sequential(nn.Conv2d(channels, 2, 1), nn.BatchNorm2d(2), nn.ReLU())
 
 
-@pytest.mark.parametrize(("share", "names"), [(1, "01234"), (0.5, "234"), (0.4, "34"), (0.01, "4"), (1.0, "01234")])
+@pytest.mark.parametrize(
+    ("share", "names"), [(1, "01234"), (0.5, "234"), (0.4, "34"), (0.2, "4"), (0.01, "4"), (0.6, "234")]
+)
 def test_a_share_means_the_last_sites_rounded_up(share, names):
     model = nn.Sequential(*[convolution() for _ in range(5)])
     assert [name[0] for name in choose_sites(model, share).names] == list(names)
     assert choose_sites(model, share) == find_sites(model, share=share)
+
+
+@pytest.mark.parametrize("count", range(1, 41))
+def test_a_share_that_is_a_fraction_takes_no_site_more_than_it_says(count):
+    sites = list(find_sites(nn.Sequential(*[convolution() for _ in range(count)])))
+    for tenths in range(1, 11):
+        assert len(_deepest(sites, [""], tenths / 10)) == -(-tenths * count // 10)
 
 
 def test_a_share_is_taken_of_each_network():

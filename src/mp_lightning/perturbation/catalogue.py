@@ -55,7 +55,7 @@ class PhiDescription:
 
     def __str__(self) -> str:
         default = " (the default)" if self.default else ""
-        sites = "all sites" if self.share_of_sites == 1 else f"the last {100 * self.share_of_sites:g} % of the sites"
+        sites = "all sites" if self.share_of_sites == 1 else f"the last {100 * self.share_of_sites:.0f} % of the sites"
         lines = [f"{self.name}{default}, strength {self.strength:g}, noise per {self.noise_per}, at {sites}"]
         width = max(map(len, _HEADINGS.values()))
         for key, heading in _HEADINGS.items():

@@ -39,6 +39,7 @@ PRE_ACTIVATION = "pre-activation: last activation inside the branch"
 PLAIN = "plain: activation after a normalized convolution"
 UNNORMALIZED = "plain: activation after a convolution"
 NAMED = "named by the user"
+_ROUNDING = 1e-3  # 0.7 of 10 sites are 7, though 0.7 * 10 is more, and 0.334 of 9 are 3
 
 
 def find_sites(model: nn.Module, target: str | None = None, share: float = 1.0) -> SitePlan:
@@ -86,7 +87,7 @@ def _deepest(sites: list[SiteSpec], networks: list[str], share: float) -> list[S
     chosen: set[SiteSpec] = set()
     for network in networks:
         inside = [site for site in sites if not network or f"{site.scope}.".startswith(f"{network}.")]
-        chosen.update(inside[len(inside) - math.ceil(share * len(inside)) :])
+        chosen.update(inside[len(inside) - math.ceil(share * len(inside) - _ROUNDING) :])
     return [site for site in sites if site in chosen]
 
 
