@@ -35,14 +35,14 @@ def perturbed(model: nn.Module, arm: str) -> nn.Module:
     if arm in DROPS:
         SiteLayers(model, lambda channels: DROPS[arm](), arm)
     elif arm != "plain":
-        attach(model, path="auto" if arm == "fast" else "reference")
+        attach(model, sites=1, path="auto" if arm == "fast" else "reference")
     return model
 
 
 def site_elements(model: nn.Module, x: Tensor) -> int:
     """How many numbers the sites see in one forward of ``x``."""
     seen: list[int] = []
-    attachment = attach(model)
+    attachment = attach(model, sites=1)
     for site in attachment.sites:
         site.register_forward_hook(lambda module, args, output: seen.append(output.numel()))
     with torch.no_grad():

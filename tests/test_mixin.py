@@ -163,6 +163,21 @@ def test_a_declared_module_trains_on_with_the_strength_that_it_loaded(tmp_path):
     assert float(attachment_of(model).coeff) == 0.25
 
 
+class Everywhere(MetaPerturbMixin, Classifier):
+    def __init__(self, sites=1):
+        super().__init__()
+        self.perturb(sites=sites)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_weights_of_another_number_of_sites_are_refused(strict):
+    """Statistics are kept by the numbers of the sites, and would come to the wrong ones."""
+    with pytest.raises(RuntimeError, match=r"at 1 sites of this module and at 4 .*such as self\.perturb\(sites=1\)"):
+        Everywhere(0.25).load_state_dict(Everywhere().state_dict(), strict=strict)
+    Everywhere().load_state_dict(Everywhere().state_dict(), strict=strict)
+    Everywhere(0.25).load_state_dict(Everywhere(0.25).state_dict(), strict=strict)
+
+
 class OfChannels(MetaPerturbMixin, Classifier):
     def __init__(self):
         super().__init__()

@@ -35,9 +35,9 @@ class MetaPerturbCallback(Callback):
     """Regularizes the training of any convolutional network by learned, input-dependent noise on its feature maps.
 
     One tiny network of 82 numbers, phi, which was meta-trained elsewhere and stays frozen, multiplies the feature maps
-    before the last activation of every residual block, or before the activation of every normalized convolution. It
-    stands where dropout or DropBlock would, and there is nothing to tune: sites, sizes and the ramp of its strength are
-    derived from the model and the run.
+    before the last activation of residual blocks, or before the activation of normalized convolutions: in the whole
+    network, or in its deeper half, as phi comes with. It stands where dropout or DropBlock would, and there is nothing
+    to tune: sites, sizes and the ramp of its strength are derived from the model and the run.
 
     After ``fit`` the model stays attached, because removing the perturbation would change the function it learned. In
     evaluation the noise is averaged out as ``inference`` says. Checkpoints hold all of it, and come back by resuming

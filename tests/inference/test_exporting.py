@@ -1,6 +1,7 @@
 """Files that run without this package give what the model gives."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ from torchvision.models.convnext import CNBlockConfig
 from mp_lightning import ConfigurationError, attach, reestimate_batch_norm
 from mp_lightning.inference import Fold, Mean, export, exportable
 from mp_lightning.sites import attachment_of
+
+attach = partial(attach, sites=1)  # at all sites, whatever the default phi comes with
 
 NETWORKS = {
     "ResNet18": lambda: torchvision.models.resnet18(num_classes=5),

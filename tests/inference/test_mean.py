@@ -1,6 +1,7 @@
 """Inference by expectation, and batch norm re-estimated for it."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from mp_lightning import Mean, MetaPerturbCallback, attach, attachment_of, reest
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.reestimation_steps import reestimate
+
+attach = partial(attach, sites=1)  # at all sites, whatever the default phi comes with
 
 
 def attached(name="conv4"):

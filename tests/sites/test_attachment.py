@@ -4,6 +4,7 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import MetaPerturb, NamedPhi, Phi, initial_phi
 from mp_lightning.sites import SitePlan, SiteSpec, attach, attachment_of, detach, find_sites
 from research_nets import ResearchBlock
+
+attach = partial(attach, sites=1)  # at all sites, whatever the default phi comes with
 
 HOOKS = [name for name in nn.Module().__dict__ if "hooks" in name]
 

@@ -121,6 +121,13 @@ class Attachment(KeepsPrecision):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if f"{prefix}coeff" in state_dict:  # before there were other strengths it was 1
             state_dict.setdefault(f"{prefix}strength", torch.ones(()))
+        places = {key.removeprefix(f"{prefix}sites.").split(".")[0] for key in state_dict if f"{prefix}sites." in key}
+        if places and len(places) != len(self.sites):  # by their numbers, statistics would come to the wrong sites
+            errors: list[str] = args[-1]
+            errors.append(
+                f"MetaPerturb is at {len(self.sites)} sites of this module and at {len(places)} of the one that was "
+                "saved; give the sites of that one, such as self.perturb(sites=1) for all"
+            )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def forward(self, x: Any) -> Any:
@@ -293,7 +300,8 @@ class Attachment(KeepsPrecision):
             changed = sorted(set(saved.names) ^ set(own.names)) or list(own.names)
             raise SiteError(
                 f"the checkpoint was made with other sites (they differ in {', '.join(changed[:5])}); attach with the "
-                "checkpoint's plan, or use MetaPerturbCallback.restore(model, checkpoint)"
+                "checkpoint's plan (sites=1 for all that are found), or use MetaPerturbCallback.restore(model, "
+                "checkpoint)"
             )
         kept, has = set(next(iter(state["sites"].values()))), set(self._sites()[0].statistics)
         if kept != has or ("phi" in state) != isinstance(self.perturbation, MetaPerturb):
