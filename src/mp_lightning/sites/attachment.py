@@ -121,7 +121,8 @@ class Attachment(KeepsPrecision):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if f"{prefix}coeff" in state_dict:  # before there were other strengths it was 1
             state_dict.setdefault(f"{prefix}strength", torch.ones(()))
-        places = {key.removeprefix(f"{prefix}sites.").split(".")[0] for key in state_dict if f"{prefix}sites." in key}
+        start = f"{prefix}sites."
+        places = {key.removeprefix(start).split(".")[0] for key in state_dict if key.startswith(start)}
         if places and len(places) != len(self.sites):  # by their numbers, statistics would come to the wrong sites
             errors: list[str] = args[-1]
             errors.append(
