@@ -61,7 +61,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_table_has_the_sites_their_sizes_and_costs(mp: CommandLine, folder: Path) -> None:
-    done = sites(mp, folder, "model=resnet20", "batch_size=2")
+    done = sites(mp, folder, "model=resnet20", "batch_size=2", "sites=1")
     plan = find_sites(build_backbone("resnet20", 10))
     found = re.findall(r"^(\S+) +residual +(\d+) +(\d+x\d+) +(\d+\.\d\d) +(\d+\.\d)$", done.stdout, re.MULTILINE)
     assert [(name, int(channels)) for name, channels, *_ in found] == [(site.name, site.channels) for site in plan]
@@ -76,7 +76,7 @@ def test_the_table_has_the_sites_their_sizes_and_costs(mp: CommandLine, folder: 
 
 def test_a_part_of_the_users_own_model_and_its_plan_as_a_file(mp: CommandLine, folder: Path) -> None:
     words = "model=own.py:Pair", "target=student", "input=3x16x16", "batch_size=2"
-    done = sites(mp, folder, *words, "to=plans/plan.yaml")
+    done = sites(mp, folder, *words, "sites=1", "to=plans/plan.yaml")
     assert "Written to plans/plan.yaml" in done.stdout and "teacher" not in done.stdout
     plan = SitePlan.load(folder / "plans" / "plan.yaml")
     assert len(plan) == 9 and all(name.startswith("student.") for name in plan.names)
