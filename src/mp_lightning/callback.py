@@ -22,7 +22,7 @@ from mp_lightning.neighbours import (
     makes_layers_late,
     unfrozen,
 )
-from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_share, check_strength, load_phi
+from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_fraction, load_phi
 from mp_lightning.reestimation_steps import reestimate, training_data
 from mp_lightning.schedule import total_training_batches
 from mp_lightning.site_metrics import SiteMetrics
@@ -126,9 +126,9 @@ class MetaPerturbCallback(Callback):
         self.path: PathName = path
         self.persistent = False
         if strength is not None:
-            check_strength(strength)
+            check_fraction(strength, "strength")
         if is_share(sites):
-            check_share(sites)
+            check_fraction(sites, "sites")
         for name, value, off in (("ramp_steps", ramp_steps, "no ramp"), ("log_every", log_every, "nothing")):
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ConfigurationError(f"{name}={value}: give a whole number of batches, or 0 for {off}")

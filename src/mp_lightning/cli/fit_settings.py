@@ -14,7 +14,7 @@ from mp_lightning.meta.settings import POLICIES, MetaSettings
 from mp_lightning.meta.sources import Evaluation, SourceSettings, plain_name
 from mp_lightning.meta.tasks import Split
 from mp_lightning.meta.transfer import TransferSettings
-from mp_lightning.perturbation import check_share, check_strength
+from mp_lightning.perturbation import check_fraction
 from mp_lightning.runs import relevant_settings
 
 _SMALLEST_IMAGES = 8
@@ -70,8 +70,8 @@ def read(config: DictConfig) -> FitSettings:
     Architecture.parse(transfer.architecture).check(default.image_size)
     meta = settings(MetaSettings, plain_section(config, "meta"), "meta")
     check_choice(meta.on_divergence, POLICIES, "meta.on_divergence")
-    check_strength(meta.strength, "meta.strength")
-    check_share(meta.share_of_sites, "meta.share_of_sites")
+    check_fraction(meta.strength, "meta.strength")
+    check_fraction(meta.share_of_sites, "meta.share_of_sites")
     sources = _sources(config, shared)
     if target is not None and target in [source.dataset for source in sources]:
         raise ConfigurationError(f"evaluation.data={target} is a source as well; judge phi on images it has not seen")

@@ -16,7 +16,7 @@ from mp_lightning.cli.model_options import read_image, required
 from mp_lightning.cli.options import check, check_keys
 from mp_lightning.cli.site_costs import SiteCost, measure
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.perturbation import NamedPhi, check_share, load_phi
+from mp_lightning.perturbation import NamedPhi, check_fraction, load_phi
 from mp_lightning.sites import SitePlan, choose_sites
 from mp_lightning.sites.choice import is_share
 from mp_lightning.sites.recording import NoImageFits
@@ -137,7 +137,7 @@ def _patterns(config: DictConfig) -> str | float | list[str] | None:
     if value is None or isinstance(value, str):
         return value
     if is_share(value):
-        check_share(value)
+        check_fraction(value, "sites")
         return value
     if OmegaConf.is_list(value) and all(isinstance(pattern, str) for pattern in value):
         return [str(pattern) for pattern in value]

@@ -73,13 +73,13 @@ def save_phi(
     """
     path = Path(path)
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in phi._asdict().items()}
-    check_strength(strength)
+    check_fraction(strength, "strength")
     if strength != 1:
         tensors[STRENGTH] = torch.tensor(float(strength))
     check_noise_per(noise_per)
     if noise_per == "channel":
         tensors[PER_CHANNEL] = torch.tensor(1.0)
-    check_share(share_of_sites, SHARE)
+    check_fraction(share_of_sites, SHARE)
     if share_of_sites != 1:
         tensors[SHARE] = torch.tensor(float(share_of_sites))
     content = save(tensors)
@@ -108,9 +108,9 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
             finite, or it is not the file that its card describes.
     """
     if isinstance(source, NamedPhi):
-        check_strength(source.strength, f"strength of phi '{source.name}'")
+        check_fraction(source.strength, f"strength of phi '{source.name}'")
         check_noise_per(source.noise_per, f"noise_per of phi '{source.name}'")
-        check_share(source.share_of_sites, f"{SHARE} of phi '{source.name}'")
+        check_fraction(source.share_of_sites, f"{SHARE} of phi '{source.name}'")
         return source
     if isinstance(source, Phi):
         _check(source._asdict(), "the given phi")
@@ -167,25 +167,12 @@ def _read_card(path: Path) -> dict[str, Any]:
     return card
 
 
-def check_strength(strength: float, what: str = "strength") -> None:
-    """Refuse a strength that cannot be used.
+def check_fraction(value: float, what: str) -> None:
+    """Refuse a strength, or a share of the sites, that cannot be used.
 
     Raises:
-        ConfigurationError: it is not a number above 0 and at most 1.
+        ConfigurationError: it is not a number above 0 and at most 1; the message names it as ``what``.
     """
-    _check_fraction(strength, what)
-
-
-def check_share(share: float, what: str = "sites") -> None:
-    """Refuse a share of the sites that cannot be used.
-
-    Raises:
-        ConfigurationError: it is not a number above 0 and at most 1.
-    """
-    _check_fraction(share, what)
-
-
-def _check_fraction(value: float, what: str) -> None:
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
         raise ConfigurationError(f"{what}={value} cannot be used; give a number above 0 and at most 1")
 

@@ -28,7 +28,7 @@ import torch
 from torch import fx, nn
 
 from mp_lightning.errors import SiteError
-from mp_lightning.perturbation import check_share
+from mp_lightning.perturbation import check_fraction
 from mp_lightning.sites.operations import LAYERS, NORMS, TOKEN_NORMS, OperationGraph, is_product
 from mp_lightning.sites.plan import SitePlan, SiteSpec
 from mp_lightning.sites.recording import NoImageFits
@@ -55,7 +55,7 @@ def find_sites(model: nn.Module, target: str | None = None, share: float = 1.0) 
         SiteError: there is none; the message says what was found instead.
         ConfigurationError: ``share`` is out of range.
     """
-    check_share(share)
+    check_fraction(share, "sites")
     plan, graphs = _plan(model, target, _sites_of)
     return plan if share == 1 else SitePlan(_deepest(list(plan), [graph.region.prefix for graph in graphs], share))
 

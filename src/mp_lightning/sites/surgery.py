@@ -17,7 +17,7 @@ import torch.distributed
 from torch import nn
 
 from mp_lightning.errors import ConfigurationError, SiteError
-from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, check_strength, load_phi
+from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, check_fraction, load_phi
 from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName, ramp_length
 from mp_lightning.sites.calls import Block
 from mp_lightning.sites.choice import Sites, choose_sites
@@ -84,7 +84,7 @@ def attach(
     existing = attachment_of(model)
     named = None if perturbation is not None else load_phi(phi)
     if strength is not None:
-        check_strength(strength)
+        check_fraction(strength, "strength")
     if existing is not None:
         wanted = None if sites is None and target is None else choose_sites(existing.model, sites, target)
         _check_same(existing, None if phi is None else named, perturbation, wanted, strength)
