@@ -80,6 +80,17 @@ def test_written_elsewhere(mp: CommandLine, sweep: Path, tmp_path: Path) -> None
     assert not (sweep / "best").exists()
 
 
+def test_runs_that_are_linked_together_are_found_each_once(mp: CommandLine, tmp_path: Path) -> None:
+    for seed in (0, 1):
+        run = make_run(tmp_path / f"there{seed}", seed, nll=1.0 + seed, accuracy=0.4)
+        (tmp_path / "sweep").mkdir(exist_ok=True)
+        (tmp_path / "sweep" / f"run{seed}").symlink_to(run)
+    (tmp_path / "sweep" / "run0" / "again").symlink_to(tmp_path / "sweep")
+    select(mp, tmp_path, "sweep=sweep")
+    card = load_phi(tmp_path / "sweep" / "best" / "phi.safetensors").card
+    assert card["seed"] == 0 and card["selected"]["runs"] == 2
+
+
 def test_runs_of_two_targets_are_not_compared(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:
     make_run(sweep, 5, nll=0.1, accuracy=0.9, target="birds: 3 images")
     error = select(mp, tmp_path, f"sweep={sweep}", code=2).stderr

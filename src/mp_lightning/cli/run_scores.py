@@ -2,7 +2,9 @@
 
 import json
 import math
+import os
 import statistics
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -37,9 +39,21 @@ class Run:
 
 def read_runs(sweep: Path) -> list[Run]:
     """All run folders below a folder, in the order of their names; those without a score say why in ``state``."""
-    marks = [path for name in (SETTINGS, OUTPUT) for path in sweep.rglob(name)]
-    folders = {mark.parent for mark in marks if "previous-" not in str(mark.relative_to(sweep))}
-    return [_read_run(folder, str(folder.relative_to(sweep))) for folder in sorted(folders)]
+    return [_read_run(folder, str(folder.relative_to(sweep))) for folder in sorted(_run_folders(sweep))]
+
+
+def _run_folders(sweep: Path) -> Iterator[Path]:
+    """Folders below this one in which something ran; through links as well, each folder once."""
+    seen: set[Path] = set()
+    for place, inner, files in os.walk(sweep, followlinks=True):
+        folder = Path(place)
+        if folder.resolve() in seen:
+            inner.clear()
+            continue
+        seen.add(folder.resolve())
+        inner[:] = sorted(name for name in inner if not name.startswith("previous-"))
+        if SETTINGS in files or OUTPUT in files:
+            yield folder
 
 
 def check_comparable(finished: list[Run]) -> None:
