@@ -6,7 +6,7 @@ perturbations: ``attach(model, perturbation=FixedNoise())``.
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -72,7 +72,10 @@ class _Constant(ABC):
 
 
 class FixedNoise(_Constant):
-    """The multiplier of MetaPerturb with constants for its learned functions: ``scale * softplus(location + eps)``.
+    """The multiplier of MetaPerturb with constants for its learned functions.
+
+    It is ``scale * softplus(location + spread * eps)``; ``spread`` is 1, as in MetaPerturb, unless the multiplier to
+    match varies more than that can, see :func:`matching_noise`.
 
     Args:
         noise_per: 'element' or 'channel', as for :class:`~mp_lightning.perturbation.MetaPerturb`.
@@ -85,18 +88,18 @@ class FixedNoise(_Constant):
         self.noise_per = noise_per
 
     def initial_statistics(self, channels: int) -> Statistics:
-        return {"scale": torch.tensor(0.5), "location": torch.tensor(0.0)}
+        constants = {"scale": 0.5, "location": 0.0, "spread": 1.0, "mean": 0.5 * 0.806}
+        return {name: torch.tensor(value) for name, value in constants.items()}
 
     def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
-        """Of the shape of ``eps``, or a tensor without dimensions where none is given."""
-        scale, location = (statistics[key].to(x.dtype) for key in ("scale", "location"))
-        noise = mathematics.expected_noise(location) if eps is None else mathematics.noise(location, eps)
-        return scale * noise
+        """Of the shape of ``eps``, or a tensor without dimensions, its mean, where none is given."""
+        scale, location, spread, mean = (statistics[key].to(x.dtype) for key in ("scale", "location", "spread", "mean"))
+        return mean if eps is None else scale * mathematics.noise(location, spread * eps)
 
     def constants(self, mean: float, var: float) -> dict[str, float]:
         """See :func:`matching_noise`."""
-        scale, location = matching_noise(mean, var)
-        return {"scale": scale, "location": location}
+        scale, location, spread = matching_noise(mean, var)
+        return {"scale": scale, "location": location, "spread": spread, "mean": mean}
 
 
 class ShrinkOnly(_Constant):
@@ -170,12 +173,14 @@ class MeanOne(MetaPerturb):
         return {"divisor": mean}
 
 
-def matching_noise(mean: float, var: float) -> tuple[float, float]:
-    """(scale, location) such that ``scale * softplus(location + eps)``, eps ~ N(0, 1), has this mean and variance.
+def matching_noise(mean: float, var: float) -> tuple[float, float, float]:
+    """(scale, location, spread) such that ``scale * softplus(location + spread * eps)`` has this mean and variance.
 
-    The ratio of standard deviation and mean, which falls as the location grows, gives the location, and the mean then
-    the scale. Ratios outside of those of locations from -4 to 1000, which are 1.21 to 0.001, are taken for the nearest
-    of them, with a warning: the mean is matched then, and the variance is not.
+    eps ~ N(0, 1). The spread is 1 where that reaches the ratio of standard deviation and mean, which falls as the
+    location grows and gives the location; from -4 to 1000 it is 1.21 to 0.001. A larger ratio, as of a multiplier that
+    differs from channel to channel, takes the location -4 and a spread of up to 2, where it is 2.46. The mean then
+    gives the scale. Ratios outside of these are taken for the nearest, with a warning: the mean is matched then, and
+    the variance is not.
 
     Raises:
         ConfigurationError: the mean is not positive, or the variance is negative.
@@ -186,34 +191,45 @@ def matching_noise(mean: float, var: float) -> tuple[float, float]:
         )
     ratio = var**0.5 / mean
     low, high = _LOCATIONS
-    widest, narrowest = (_ratio(location) for location in _LOCATIONS)
+    widest, narrowest = _ratio(low, _SPREADS[1]), _ratio(high)
     if not narrowest <= ratio <= widest:
         warnings.warn(
             f"fixed_noise: a standard deviation of {ratio:.4g} times the mean is outside of {narrowest:.3f} to "
             f"{widest:.2f}; the nearest is taken",
             stacklevel=2,
         )
-    for _ in range(60):  # bisection, down to what float64 can tell
-        middle = (low + high) / 2
-        low, high = (middle, high) if _ratio(middle) > ratio else (low, middle)
-    return mean / _softplus_moments(low)[0], low
+    location, spread = low, 1.0
+    if ratio > _ratio(low):
+        spread = _where(lambda value: _ratio(low, value) < ratio, *_SPREADS)
+    else:
+        location = _where(lambda value: _ratio(value) > ratio, low, high)
+    return mean / _softplus_moments(location, spread)[0], location, spread
 
 
-# Below, the expectation by polynomial (mathematics.expected_noise) is relatively inexact; above, float32 is.
+# Below, softplus(location + eps) has hardly a larger ratio (1.31 at most); above, float32 is relatively inexact.
 _LOCATIONS = (-4.0, 1000.0)
+_SPREADS = (1.0, 2.0)
 _NODES, _WEIGHTS = np.polynomial.hermite_e.hermegauss(64)
 
 
-def _softplus_moments(location: float) -> tuple[float, float]:
-    """Mean and standard deviation of softplus(location + eps), by Gauss-Hermite quadrature in float64."""
-    values = np.logaddexp(0.0, location + _NODES)
+def _where(before: Callable[[float], bool], low: float, high: float) -> float:
+    """The number up to which a condition holds, by bisection down to what float64 can tell."""
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if before(middle) else (low, middle)
+    return low
+
+
+def _softplus_moments(location: float, spread: float) -> tuple[float, float]:
+    """Mean and standard deviation of softplus(location + spread * eps), by Gauss-Hermite quadrature in float64."""
+    values = np.logaddexp(0.0, location + spread * _NODES)
     weights = _WEIGHTS / _WEIGHTS.sum()
     mean = float(weights @ values)
     return mean, float(weights @ (values - mean) ** 2) ** 0.5
 
 
-def _ratio(location: float) -> float:
-    mean, std = _softplus_moments(location)
+def _ratio(location: float, spread: float = 1.0) -> float:
+    mean, std = _softplus_moments(location, spread)
     return std / mean
 
 
