@@ -37,7 +37,7 @@ def messages(caplog):
 
 def test_prints_one_line(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
-        trainer(tmp_path, [MetaPerturbCallback()], max_epochs=5).fit(module(), loader(2), loader(1))
+        trainer(tmp_path, [MetaPerturbCallback(sites=1)], max_epochs=5).fit(module(), loader(2), loader(1))
     (line,) = messages(caplog)
     assert "\n" not in line
     assert "4 sites" in line and str(load_phi()) in line and "first 4 of 10 training batches" in line
