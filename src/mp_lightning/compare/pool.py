@@ -83,10 +83,9 @@ def _in_processes(
             "the same command continues with what is missing, with fewer processes (jobs=) if need be"
         ) from error
     finally:
-        if waiting:
-            pool.shutdown(wait=False, cancel_futures=True)
-            for process in set(multiprocessing.active_children()) - others:
-                process.terminate()
+        # Killed: Lightning answers SIGTERM by ending the run, and the process would go on to wait for another one.
+        for process in set(multiprocessing.active_children()) - others:
+            process.kill()
         pool.shutdown(cancel_futures=True)
 
 
