@@ -35,7 +35,7 @@ def attached(name, path, **options):
 
 def batch(seed=0, size=6):
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(size, 3, 32, 32, generator=generator), torch.arange(size) % 10
+    return torch.randn(size, 3, 32, 32, generator=generator, dtype=torch.float32), torch.arange(size) % 10
 
 
 def step(model, seed=0, forward=None):
@@ -48,6 +48,21 @@ def step(model, seed=0, forward=None):
 
 def assert_close(actual, expected, tolerance):
     assert (actual.float() - expected.float()).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_torchs_default_dtype_has_no_say(path, dtype):
+    """Lightning's precision='bf16-true' sets it while a model is made and while it runs."""
+    expected, expected_gradients = step(attached("conv4", path))
+    model = attached("conv4", path)
+    torch.set_default_dtype(dtype)
+    try:
+        found, gradients = step(model)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(found, expected)
+    assert all(torch.equal(value, other) for value, other in zip(gradients, expected_gradients, strict=True))
 
 
 @pytest.fixture

@@ -42,7 +42,7 @@ class MetaPerturb(KeepsPrecision):
         if not trainable:  # of a phi that is learned, the settings of the run say it
             # Beside phi wherever its numbers are kept, since they mean something else with other noise. A number,
             # because averages of weights are taken over buffers as well.
-            per_channel = torch.tensor(float(noise_per == "channel"))
+            per_channel = torch.tensor(float(noise_per == "channel"), dtype=torch.float32)
             self.register_buffer("_per_channel", per_channel, persistent=persistent)
             self.register_load_state_dict_post_hook(_take_noise_per)
 

@@ -33,4 +33,5 @@ FEATURES = SHAPES["scale_kernels"][0]
 def initial_phi(seed: int) -> Phi:
     """phi before meta-training: every number drawn from N(0, 0.01^2), float32, from a generator of its own."""
     generator = torch.Generator().manual_seed(seed)
-    return Phi(**{name: INITIAL_STD * torch.randn(shape, generator=generator) for name, shape in SHAPES.items()})
+    drawn = {name: torch.randn(shape, generator=generator, dtype=torch.float32) for name, shape in SHAPES.items()}
+    return Phi(**{name: INITIAL_STD * value for name, value in drawn.items()})

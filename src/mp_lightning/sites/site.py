@@ -58,7 +58,8 @@ class Site(KeepsPrecision):
         self._statistics = tuple(attachment.perturbation.initial_statistics(spec.channels))
         self.register_buffer("factor", None, persistent=False)
         for name, value in attachment.perturbation.initial_statistics(spec.channels).items():
-            self.register_buffer(name, value, persistent=persistent)
+            # Also where a model is made in 16 bits by torch's default dtype.
+            self.register_buffer(name, value.float() if value.is_floating_point() else value, persistent=persistent)
 
     @property
     def statistics(self) -> Statistics:

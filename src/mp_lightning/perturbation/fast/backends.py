@@ -74,10 +74,10 @@ def _computes_rightly(device: torch.device) -> bool:
 @torch.no_grad()
 def _error_on_a_small_map(backend: ModuleType, device: torch.device) -> float:
     """The largest difference to the reference, relative to its largest value; the backward has only to run."""
-    x = torch.linspace(-2, 2, 2 * 3 * 4 * 5, device=device).view(2, 3, 4, 5)
+    x = torch.linspace(-2, 2, 2 * 3 * 4 * 5, dtype=torch.float32, device=device).view(2, 3, 4, 5)
     phi = Phi(*(10 * value.to(device) for value in initial_phi(0)))
-    running = Moments(torch.zeros(3, 4, device=device), torch.ones(3, 4, device=device))
-    numbers = Numbers(*(torch.tensor(value, device=device) for value in (1.0, 4.0, 7)))
+    running = Moments(x.new_zeros(3, 4), x.new_ones(3, 4))
+    numbers = Numbers(x.new_tensor(1.0), x.new_tensor(4.0), torch.tensor(7, device=device))
     moments = mathematics.batch_moments(mathematics.pooled_responses(x, phi.scale_kernels))
     assert moments is not None
     errors = []

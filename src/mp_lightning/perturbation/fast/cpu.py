@@ -47,7 +47,7 @@ def forward(x: Tensor, phi: Phi, running: Moments, numbers: Numbers, eps: Tensor
     responses = x.new_empty(0, dtype=torch.float32)
     used = Moments(running.mean.clone(), running.var.clone())
     if call.training:
-        responses = torch.empty(*x.shape[:2], FEATURES)
+        responses = x.new_empty(*x.shape[:2], FEATURES, dtype=torch.float32)
         _run("mp_pool", x, x, _shape(x), phi.scale_kernels.contiguous(), responses)
         used = statistics.moments(responses, running.var, call.synchronize)
     then = torch.tensor(
@@ -70,8 +70,8 @@ def backward(
     result = torch.empty_like(x) if needs_x else None
     x, gy, eps = x.contiguous(), gy.contiguous(), _given(eps)
     gx = result if result is None or result.is_contiguous() else torch.empty_like(x)
-    gscale = torch.empty(x.shape[:2])
-    gfilters = torch.empty(len(x), 4, 9) if needs_phi else None
+    gscale = x.new_empty(x.shape[:2], dtype=torch.float32)
+    gfilters = x.new_empty(len(x), 4, 9, dtype=torch.float32) if needs_phi else None
     settings = (_strength(call, saved.numbers), _noise(call, saved.numbers, eps))
     _run(
         *("mp_perturb_backward", x, x, gy, _shape(x), _filters(phi), saved.scale, *settings),
@@ -84,7 +84,7 @@ def backward(
     gkernels = None
     if call.training:
         gresponses = statistics.moments_backward(gmoments, saved.responses, used, call.synchronize).contiguous()
-        gkernels = torch.empty(len(x), FEATURES, 9) if needs_phi else None
+        gkernels = x.new_empty(len(x), FEATURES, 9, dtype=torch.float32) if needs_phi else None
         _run("mp_pool_backward", x, x, _shape(x), phi.scale_kernels.contiguous(), gresponses, gx, gkernels)
     if result is not None and gx is not None and gx is not result:
         result.copy_(gx)
