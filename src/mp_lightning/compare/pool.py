@@ -64,11 +64,12 @@ def _in_processes(
     shared = (experiment, list(jobs), steps, context.Value("i", 0), threads)
     pool = ProcessPoolExecutor(processes, context, _begin, shared)
     others = set(multiprocessing.active_children())
+    own: set[Any] = set()
     waiting: set[Future[tuple[Row, Details]]] = set()
     try:
         with _interrupts_wait():
             numbers = {pool.submit(_perform, number): number for number in range(len(jobs))}
-            waiting = set(numbers)
+            own, waiting = set(multiprocessing.active_children()) - others, set(numbers)
         while waiting:
             done, waiting = wait(waiting, timeout=_POLL, return_when=FIRST_COMPLETED)
             _drain(steps, on_step)
@@ -84,7 +85,7 @@ def _in_processes(
         ) from error
     finally:
         # Killed: Lightning answers SIGTERM by ending the run, and the process would go on to wait for another one.
-        for process in set(multiprocessing.active_children()) - others:
+        for process in own:
             process.kill()
         pool.shutdown(cancel_futures=True)
 
