@@ -135,7 +135,7 @@ def test_fast_dev_run(tmp_path):
 )
 def test_ramp_over_40_percent_of_the_batches(tmp_path, options, batches, ramp):
     watch = Watch()
-    trainer(tmp_path, [MetaPerturbCallback(strength=1), watch], **options).fit(module(), loader(2))
+    trainer(tmp_path, [MetaPerturbCallback(strength=1, full_strength_at=1), watch], **options).fit(module(), loader(2))
     assert watch.coeff == pytest.approx([min(1, batch / ramp) for batch in range(batches)])
 
 
@@ -157,7 +157,9 @@ def test_without_a_horizon_ramp_steps_is_asked_for(tmp_path, options):
         trainer(tmp_path, [MetaPerturbCallback()], **options).fit(module(), data)
     if options == {"max_epochs": 1}:
         watch = Watch()
-        trainer(tmp_path, [MetaPerturbCallback(ramp_steps=2, strength=1), watch], **options).fit(module(), data)
+        trainer(tmp_path, [MetaPerturbCallback(ramp_steps=2, strength=1, full_strength_at=1), watch], **options).fit(
+            module(), data
+        )
         assert watch.coeff == [0, 0.5, 1]
 
 
@@ -170,7 +172,9 @@ def test_max_time_alone_with_data_of_known_length(tmp_path):
 def test_max_steps_gives_endless_data_a_horizon(tmp_path):
     watch = Watch()
     data = DataLoader(Endless(5), batch_size=None)
-    trainer(tmp_path, [MetaPerturbCallback(strength=1), watch], max_epochs=-1, max_steps=5).fit(module(), data)
+    trainer(tmp_path, [MetaPerturbCallback(strength=1, full_strength_at=1), watch], max_epochs=-1, max_steps=5).fit(
+        module(), data
+    )
     assert watch.coeff == [0, 0.5, 1, 1, 1]
 
 
@@ -191,7 +195,7 @@ def test_a_run_follows_from_its_seed(tmp_path):
     weights = []
     for seed in (0, 0, 1):
         model = module()
-        trainer(tmp_path, [MetaPerturbCallback(seed=seed)]).fit(model, loader(4))
+        trainer(tmp_path, [MetaPerturbCallback(seed=seed, full_strength_at=1)]).fit(model, loader(4))
         weights.append(model.net.fc.weight.detach())
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
@@ -278,6 +282,18 @@ def test_a_model_made_in_configure_model(tmp_path):
     assert int(attachment_of(model).forwards) == 8
 
 
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_a_model_made_in_sixteen_bits_has_statistics_in_float32(tmp_path, path):
+    """They are made while torch's default dtype is another; compiled code reads them as float32."""
+    model = Late()
+    trainer(tmp_path, [MetaPerturbCallback(path=path)], precision="bf16-true").fit(model, loader(4))
+    attachment = attachment_of(model)
+    assert next(model.net.parameters()).dtype == torch.bfloat16
+    assert {value.dtype for value in attachment.buffers() if value.is_floating_point()} == {torch.float32}
+    assert all(value.isfinite().all() for site in attachment.sites for value in site.statistics.values())
+    assert float(attachment.strength) == pytest.approx(0.95)
+
+
 def test_a_model_without_sites_is_refused(tmp_path):
     class Linear(Classifier):
         def __init__(self):
@@ -298,6 +314,7 @@ def test_a_model_without_sites_is_refused(tmp_path):
         ({"fit_samples": -1}, ConfigurationError, "samples=-1"),
         ({"output": "scores"}, ConfigurationError, "scores"),
         ({"ramp_steps": -1}, ConfigurationError, "ramp_steps=-1"),
+        ({"full_strength_at": 0}, ConfigurationError, "full_strength_at=0 cannot be used"),
         ({"strength": 1.5}, ConfigurationError, "strength=1.5 cannot be used; give a number above 0 and at most 1"),
     ],
 )
@@ -334,7 +351,7 @@ def test_an_interrupted_training_leaves_a_model_that_can_be_evaluated(tmp_path):
 def test_many_statistics_survive_a_second_fit(tmp_path):
     """A second fit goes on where the first ended: the noise does not start anew, the strength neither."""
     model = module()
-    callback, watch = MetaPerturbCallback(strength=1), Watch()
+    callback, watch = MetaPerturbCallback(strength=1, full_strength_at=1), Watch()
     trainer(tmp_path, [callback], max_epochs=1).fit(model, loader(4))
     before = copy.deepcopy(attachment_of(model).sites.state_dict())
     first = {name: value.clone() for name, value in attachment_of(model).sites.named_buffers()}
@@ -371,6 +388,47 @@ def test_a_fit_says_how_its_strength_begins(tmp_path, caplog, strength, first, s
         assert expected in caplog.text
 
 
+def test_the_strength_follows_the_training_loss_whatever_lightning_divides_it_by(tmp_path):
+    class Noted(Classifier):
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            losses.append(float(loss.detach()))
+            return loss
+
+    for accumulated in (1, 2):
+        losses = []
+        model = module(Noted)
+        callback = MetaPerturbCallback(initial_phi(0), full_strength_at=0.5, ramp_steps=0)
+        trainer(tmp_path, [callback], max_epochs=4, accumulate_grad_batches=accumulated).fit(model, loader(8))
+        attachment = attachment_of(model)
+        assert float(attachment.fitting.first) == pytest.approx(sum(losses[:5]) / 5)
+        factor = (1 - attachment.fitting.recent / attachment.fitting.first) / 0.5
+        assert 0 < float(factor) < 1 and float(attachment.coeff) == pytest.approx(float(factor))
+
+
+def test_a_step_that_tells_no_loss_is_told_how(tmp_path, recwarn):
+    class ByHand(Classifier):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            self.manual_backward(loss)
+            self.optimizers().step()
+            return loss if tells else None
+
+    for tells in (True, False):
+        recwarn.clear()
+        model = module(ByHand)
+        trainer(tmp_path, [MetaPerturbCallback(initial_phi(0), full_strength_at=0.5)]).fit(model, loader(4))
+        said = [
+            one for one in recwarn if "returning it from a training_step that optimizes by hand" in str(one.message)
+        ]
+        assert len(said) == (0 if tells else 1)
+        assert (float(attachment_of(model).coeff) == 1) != tells
+
+
 @pytest.mark.parametrize("options", [{"samples": 2.5}, {"fit_samples": 0}, {"ramp_steps": "x"}, {"ramp_steps": -1}])
 def test_bad_numbers_are_named_at_once(options):
     with pytest.raises(ConfigurationError, match=next(iter(options)).removeprefix("fit_")):
@@ -401,7 +459,7 @@ def test_inference_can_be_switched_before_the_trainer_lets_go(tmp_path):
                 with torch.no_grad():
                     found.append((type(attachment.inference), attachment.evaluation_buffers is not None, pl_module(x)))
 
-    callback = MetaPerturbCallback(inference="mc", samples=2)
+    callback = MetaPerturbCallback(inference="mc", samples=2, full_strength_at=1)
     trainer(tmp_path, [callback, Switching()], max_epochs=1).fit(module(), loader(2))
     kinds, ready, outputs = zip(*found, strict=True)
     assert kinds == (MonteCarlo, Mean, Fold) and ready == (False, True, True)

@@ -121,6 +121,36 @@ def test_resuming_keeps_the_strength_and_says_so(tmp_path, recwarn):
     assert any("trained at strength 0.5, which stays in force instead of 0.75" in str(one.message) for one in recwarn)
 
 
+def test_restore_brings_the_loss_that_the_strength_follows_back(tmp_path):
+    model = module()
+    run = trainer(tmp_path, [MetaPerturbCallback(initial_phi(0), full_strength_at=0.5)], max_epochs=8)
+    run.fit(model, loader(4), loader(2))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    restored = MetaPerturbCallback.restore(module(seed=1), tmp_path / "end.ckpt")
+    assert attachment_of(restored).fitting.state() == attachment_of(model).fitting.state()
+    assert 0 < float(attachment_of(restored).coeff) == float(attachment_of(model).coeff) < 1
+    assert torch.equal(logits(restored), logits(model))
+
+
+def test_a_checkpoint_from_before_strengths_followed_the_loss_does_not_follow_it(tmp_path):
+    _, _, path = trained(tmp_path)
+    content = torch.load(path, weights_only=True)
+    del content[KEY]["fitting"]
+    torch.save(content, path)
+    restored = MetaPerturbCallback.restore(module(seed=1), path)
+    assert float(attachment_of(restored).fitting.full_strength_at) == 1
+
+
+def test_resuming_keeps_what_the_strength_follows_and_says_so(tmp_path, recwarn):
+    _, _, path = trained(tmp_path)
+    run = trainer(tmp_path, [MetaPerturbCallback(initial_phi(0), full_strength_at=0.5)], max_epochs=3)
+    model = module()
+    run.fit(model, loader(4), loader(2), ckpt_path=path, weights_only=True)
+    assert float(attachment_of(model).fitting.full_strength_at) == 1
+    said = "trained with full_strength_at=1, which stays in force instead of 0.5"
+    assert any(said in str(one.message) for one in recwarn)
+
+
 def test_restore_twice(tmp_path):
     model, _, path = trained(tmp_path)
     restored = MetaPerturbCallback.restore(module(seed=1), path)

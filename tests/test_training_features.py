@@ -373,13 +373,21 @@ def logged(path):
 def test_what_the_sites_do_goes_to_the_logger_and_the_training_is_the_same(tmp_path):
     quiet, _ = fit(tmp_path)
     module = Module()
-    callback = MetaPerturbCallback(sites=1, log_every=3)
-    trainer_with(tmp_path, [callback], logger=CSVLogger(tmp_path, "logs"), log_every_n_steps=1).fit(module)
+    callback, factors = MetaPerturbCallback(sites=1, log_every=3), []
+
+    class Noting(L.Callback):
+        def on_train_batch_start(self, trainer, pl_module, *args):
+            factors.append(float(attachment_of(pl_module).fitting.factor()))
+
+    trainer_with(tmp_path, [callback, Noting()], logger=CSVLogger(tmp_path, "logs"), log_every_n_steps=1).fit(module)
     for a, b in zip(quiet.state_dict().values(), module.state_dict().values(), strict=True):
         assert torch.equal(a, b)
     attachment = attachment_of(module)
     rows = [row for row in logged(tmp_path) if row.get(f"metaperturb/{attachment.plan.names[0]}/scale")]
     assert [int(row["step"]) for row in rows] == [2, 5]  # as Lightning counts batches
+    ramp, full_at = attachment.ramp_steps, float(attachment.fitting.full_strength_at)
+    share = [float(row["metaperturb/strength"]) / (0.95 * min(1, int(row["step"]) / ramp)) for row in rows]
+    assert full_at == pytest.approx(0.4) and share == pytest.approx(factors[2:6:3])
     for name in attachment.plan.names:
         for row in rows:
             mean, std, scale = (
@@ -426,12 +434,14 @@ class Module(L.LightningModule):
     def __init__(self):
         super().__init__()
         self.net = build_backbone("resnet20", 3, width=4)
-        self.first = None
+        self.first, self.losses = None, []
 
     def training_step(self, batch):
         logits = self.net(batch[0])
         self.first = logits.detach().clone() if self.first is None else self.first
-        return cross_entropy(logits, batch[1])
+        loss = cross_entropy(logits, batch[1])
+        self.losses.append(loss.detach())
+        return loss
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), lr=0.01)
@@ -444,7 +454,7 @@ if __name__ == "__main__":
     module = Module()
     trainer = L.Trainer(
         max_epochs=1, accelerator="cpu", devices=2, strategy="ddp",
-        callbacks=[MetaPerturbCallback(sites=1, ramp_steps=0)],
+        callbacks=[MetaPerturbCallback(sites=1, ramp_steps=0, full_strength_at=0.4)],
         logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )
     trainer.fit(module, data)
@@ -453,6 +463,9 @@ if __name__ == "__main__":
         {
             "steps": int(attachment.steps),
             "first": module.first,
+            "losses": torch.stack(module.losses),
+            "fitting": attachment.fitting.state(),
+            "coeff": float(attachment.coeff),
             "weights": {name: value for name, value in module.net.named_parameters()},
             "buffers": attachment.evaluation_buffers,
             "statistics": [dict(site.statistics) for site in attachment.sites],
@@ -460,6 +473,14 @@ if __name__ == "__main__":
         f"{sys.argv[1]}/rank{trainer.global_rank}.pt",
     )
 """
+
+
+def looked_back(losses):
+    """Over ten batches."""
+    recent = losses[0]
+    for loss in losses[1:]:
+        recent = recent + (loss - recent) / 10
+    return float(recent)
 
 
 @pytest.mark.slow
@@ -474,6 +495,10 @@ def test_ddp_on_two_processes(tmp_path):
     zero, one = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert zero["steps"] == one["steps"] == 4
     assert not torch.equal(zero["first"], one["first"])  # noise of their own
+    losses = (zero["losses"] + one["losses"]) / 2
+    assert not torch.allclose(zero["losses"], losses)
+    assert zero["fitting"]["recent"] == pytest.approx(looked_back(losses))
+    assert str(zero["fitting"]) == str(one["fitting"]) and zero["coeff"] == one["coeff"]
     for part in ("weights", "buffers"):
         assert zero[part] and all(torch.equal(value, one[part][name]) for name, value in zero[part].items())
     assert all(value.isfinite().all() for site in zero["statistics"] for value in site.values())

@@ -48,7 +48,7 @@ def test_fit_and_test_on_real_digits(tmp_path, name, inference):
     trainer = L.Trainer(
         default_root_dir=tmp_path,
         max_epochs=2,
-        callbacks=[MetaPerturbCallback(sites=1, inference=inference, samples=2)],
+        callbacks=[MetaPerturbCallback(sites=1, inference=inference, samples=2, full_strength_at=1)],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

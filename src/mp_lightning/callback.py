@@ -2,14 +2,14 @@
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import nn
+from torch import Tensor, nn
 
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, CheckpointHooks, attach_state, read_checkpoint
 from mp_lightning.errors import ConfigurationError
@@ -25,7 +25,7 @@ from mp_lightning.neighbours import (
 from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_fraction, load_phi
 from mp_lightning.reestimation_steps import reestimate, training_data
 from mp_lightning.schedule import total_training_batches
-from mp_lightning.site_metrics import SiteMetrics
+from mp_lightning.site_metrics import PREFIX, SiteMetrics
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, PathName, check_path, ramp_length
 from mp_lightning.sites.choice import is_file, is_share
@@ -36,7 +36,7 @@ class MetaPerturbCallback(Callback):
 
     One tiny network of 82 numbers, phi, which was meta-trained elsewhere and stays frozen, multiplies the feature maps
     before the last activation of residual blocks, or before the activation of normalized convolutions: in the whole
-    network, or in its deeper half, as phi comes with. It stands where dropout or DropBlock would, and there is nothing
+    network, or in its deeper part, as phi comes with. It stands where dropout or DropBlock would, and there is nothing
     to tune: sites, sizes and the ramp of its strength are derived from the model and the run.
 
     After ``fit`` the model stays attached, because removing the perturbation would change the function it learned. In
@@ -60,6 +60,10 @@ class MetaPerturbCallback(Callback):
         ramp_steps: number of training batches over which the strength grows; None takes the first 40 % of the run.
         strength: how much of the perturbation acts once it has grown, above 0 and at most 1; None takes the one that
             phi comes with, and 1 for any other perturbation.
+        full_strength_at: share of the loss of the first batches at or below which the whole strength acts; above, it
+            acts in proportion to how far the training loss has come down, so that a network that cannot fit its images
+            is left alone. 1 for a strength that does not follow the loss; None takes what phi comes with, and 1 for
+            any other perturbation.
         inference: 'mean' makes one forward with the expected noise, and re-estimates batch norm for it on at most 50
             training batches when training ends. 'fold' multiplies by a constant for each channel, estimated at the same
             time, so that nothing learned is left to compute. 'mc' averages the class probabilities of several noisy
@@ -75,9 +79,9 @@ class MetaPerturbCallback(Callback):
         marker: let a plain strict load of a checkpoint fail with a message that names :meth:`restore`.
         path: 'auto' computes the perturbation by the fast path wherever this machine has one; 'reference' by the
             readable one, which is slower and the same function.
-        log_every: number of training batches after which mean and spread of the multiplier, and the scale, at each site
-            go to the trainer's loggers; None takes ten times ``log_every_n_steps``, or a tenth of a shorter run; 0 logs
-            nothing. Compiled models are not watched.
+        log_every: number of training batches after which the strength that acts, and mean and spread of the multiplier,
+            and the scale, at each site go to the trainer's loggers; None takes ten times ``log_every_n_steps``, or a
+            tenth of a shorter run; 0 logs nothing. The sites of compiled models are not watched.
     """
 
     def __init__(
@@ -89,6 +93,7 @@ class MetaPerturbCallback(Callback):
         target: str | None = None,
         ramp_steps: int | None = None,
         strength: float | None = None,
+        full_strength_at: float | None = None,
         inference: Literal["mean", "mc", "fold"] = "mean",
         samples: int = 20,
         fit_samples: int = 5,
@@ -113,6 +118,7 @@ class MetaPerturbCallback(Callback):
         self.target = target
         self.ramp_steps = ramp_steps
         self.strength = strength
+        self.full_strength_at = full_strength_at
         self.inference = inference
         self.samples = samples
         self.fit_samples = fit_samples
@@ -125,10 +131,14 @@ class MetaPerturbCallback(Callback):
         check_path(path)
         self.path: PathName = path
         self.persistent = False
-        if strength is not None:
-            check_fraction(strength, "strength")
-        if is_share(sites):
-            check_fraction(sites, "sites")
+        shares = {
+            "strength": strength,
+            "full_strength_at": full_strength_at,
+            "sites": sites if is_share(sites) else None,
+        }
+        for name, share in shares.items():
+            if share is not None:
+                check_fraction(share, name)
         for name, value, off in (("ramp_steps", ramp_steps, "no ramp"), ("log_every", log_every, "nothing")):
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ConfigurationError(f"{name}={value}: give a whole number of batches, or 0 for {off}")
@@ -182,6 +192,7 @@ class MetaPerturbCallback(Callback):
             sites=self.sites,
             target=self.target,
             strength=self.strength,
+            full_strength_at=self.full_strength_at,
             input_size=self.input_size,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
             clip=self.clip,
@@ -198,12 +209,14 @@ class MetaPerturbCallback(Callback):
         attachment.ramp_over(ramp_length(total) if total is not None else self.ramp_steps or 0)
         attachment.inference = None
         self._metrics, self._batches = SiteMetrics(attachment), int(attachment.steps)
-        self._log_every = self._sparsely(trainer, total) if trainer.loggers and self._metrics.can_watch else 0
+        self._log_every = self._sparsely(trainer, total) if trainer.loggers else 0
         of = f" of {total}" if total is not None else ""
         to = "" if (strength := float(attachment.strength)) == 1 else f" to {strength:g}"
         ramp = f"strength grows{to} over the first {attachment.ramp_steps}{of} training batches"
         if int(attachment.steps) >= (attachment.ramp_steps or 0):
             ramp = f"at {'full strength' if strength == 1 else f'strength {strength:g}'} from the first batch"
+        if (full_at := float(attachment.fitting.full_strength_at)) < 1:
+            ramp += f", less while the training loss is above {full_at:.0%} of its first value"
         rank_zero_info(f"MetaPerturb: {len(attachment.plan)} sites, {self._what(attachment)}, {ramp}")
         for trained, asked in self._stays_in_force(attachment):
             rank_zero_warn(f"MetaPerturb: the model was trained {trained}, which stays in force instead of {asked}")
@@ -213,6 +226,9 @@ class MetaPerturbCallback(Callback):
         strength = float(attachment.strength)
         if self.strength is not None and not math.isclose(self.strength, strength, rel_tol=1e-6):
             yield f"at strength {strength:g}", f"{self.strength:g}"
+        follows = float(attachment.fitting.full_strength_at)
+        if self.full_strength_at is not None and not math.isclose(self.full_strength_at, follows, rel_tol=1e-6):
+            yield f"with full_strength_at={follows:g}", f"{self.full_strength_at:g}"
         if self._phi_given and attachment.phi_name != self.phi.name:
             yield f"with phi '{attachment.phi_name}'", f"'{self.phi.name}'"
         drawn = getattr(attachment.perturbation, "noise_per", "element")
@@ -226,18 +242,25 @@ class MetaPerturbCallback(Callback):
         usual = 10 * max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
         return usual if total is None else min(usual, max(1, total // 10))
 
+    def _is_logged(self) -> bool:
+        """Whether this batch is one of those whose sites are looked at."""
+        return self._log_every > 0 and self._batches % self._log_every == 0
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         self._batches += 1
-        if self._log_every and self._metrics and self._batches % self._log_every == 0:
+        if self._is_logged() and self._metrics and self._metrics.can_watch:
             self._metrics.watch()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._attached(pl_module).step()
+        attachment = self._attached(pl_module)
         metrics = self._metrics.measure() if self._metrics else {}
+        if self._is_logged():
+            metrics[f"{PREFIX}/strength"] = float(attachment.coeff)
+        attachment.step(_loss(trainer, outputs))
         if metrics and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -408,3 +431,9 @@ class MetaPerturbCallback(Callback):
                 f"MetaPerturb: {int(attachment.bound_hits)} feature values reached the bound clip={attachment.clip} in "
                 "evaluation; the network's activations are unusually large"
             )
+
+
+def _loss(trainer: pl.Trainer, outputs: Any) -> Tensor | None:
+    """The training loss of a batch, where the step gives one."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss.detach() * trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None  # which divided it

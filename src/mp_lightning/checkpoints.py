@@ -126,6 +126,7 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
             state["phi_name"],
             strength=state.get("strength", 1.0),
             noise_per=state.get("noise_per", "element"),
+            full_strength_at=state.get("fitting", {}).get("full_strength_at", 1.0),
         )
         attachment = attach(model, phi, sites=SitePlan.from_dict(state["plan"]))
     attachment.load_state(state)

@@ -76,13 +76,16 @@ def test_values_and_phi_are_read_from_the_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arm", [name for name, kind in KINDS.items() if kind.multiplies])
 def test_all_that_stands_in_place_of_phi_acts_at_its_strength(arm: str) -> None:
     """A control at another strength, with other noise, or at other sites, would be matched to nothing."""
-    phi = NamedPhi(initial_phi(0), "weaker", strength=0.6, noise_per="channel", share_of_sites=0.25)
+    phi = NamedPhi(
+        initial_phi(0), "weaker", strength=0.6, noise_per="channel", share_of_sites=0.25, full_strength_at=0.3
+    )
     parsed = parse_arm(arm, phi)
     parsed = replace(parsed, parts=(replace(parsed.parts[0], moments=[]),))
     callback = callbacks_of(parsed, CONTEXT)[1]
     assert callback is not None
     attachment = callback.attach(build_backbone("conv4", 3, width=4, image_size=16))
     assert float(attachment.strength) == pytest.approx(0.6)
+    assert float(attachment.fitting.full_strength_at) == pytest.approx(0.3)
     assert arm == "shrink_only" or attachment.perturbation.noise_per == "channel"
     assert len(attachment.plan) == (2 if arm in ("first_sites", "last_sites") else 1)
 

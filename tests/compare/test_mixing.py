@@ -219,7 +219,9 @@ def test_beside_metaperturb_perturbed_features_are_mixed(tmp_path):
             site.register_forward_hook(lambda site, args, y: before.append((args[0], y)), prepend=True)
             site.register_forward_hook(lambda site, args, y: after.append(y))
 
-    trainer(tmp_path, [Watch(2), MetaPerturbCallback(ramp_steps=10)], max_epochs=1).fit(net, loader(2))
+    trainer(tmp_path, [Watch(2), MetaPerturbCallback(ramp_steps=10, full_strength_at=1)], max_epochs=1).fit(
+        net, loader(2)
+    )
     x, perturbed = before[1]  # in the first step the ramp is at zero
     assert not torch.equal(x, perturbed)
     assert torch.equal(after[1], mixed(perturbed))

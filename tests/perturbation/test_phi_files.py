@@ -157,6 +157,18 @@ def test_what_noise_is_drawn_for_comes_back(saved, tmp_path):
     assert not (tmp_path / "phi2.safetensors").exists()
 
 
+def test_the_loss_from_which_all_of_the_strength_acts_comes_back(saved, tmp_path):
+    assert load_phi(saved).full_strength_at == 1
+    card = save_phi(tmp_path / "other.safetensors", initial_phi(3), {}, full_strength_at=0.4)
+    loaded = load_phi(tmp_path / "other.safetensors")
+    assert (loaded.full_strength_at, loaded.strength, loaded.card) == (pytest.approx(0.4), 1, card)
+    with pytest.raises(ConfigurationError, match="full_strength_at=0 cannot be used"):
+        save_phi(tmp_path / "phi2.safetensors", initial_phi(3), {}, full_strength_at=0)
+    with pytest.raises(ConfigurationError, match="full_strength_at of phi 'x'=2 cannot be used"):
+        load_phi(NamedPhi(initial_phi(3), "x", full_strength_at=2))
+    assert not (tmp_path / "phi2.safetensors").exists()
+
+
 def test_the_share_of_the_sites_comes_back(saved, tmp_path):
     assert load_phi(saved).share_of_sites == 1
     card = save_phi(tmp_path / "other.safetensors", initial_phi(3), {}, share_of_sites=0.3)

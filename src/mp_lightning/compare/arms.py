@@ -98,8 +98,8 @@ class Arm:
 class Part:
     """One part of a combination: its kind, the value of its hyperparameter where it is fixed, and its phi.
 
-    ``strength``, ``noise_per`` and ``sites``, the share of them, are those of what stands at the sites in place of phi:
-    of the part's phi, or, for a random phi, of the phi for the arms that name none.
+    ``strength``, ``noise_per``, ``sites``, the share of them, and ``full_strength_at`` are those of what stands at the
+    sites in place of phi: of the part's phi, or, for a random phi, of the phi for the arms that name none.
     """
 
     name: str
@@ -109,6 +109,7 @@ class Part:
     strength: float = 1.0
     noise_per: NoisePer = "element"
     sites: float = 1.0
+    full_strength_at: float = 1.0
 
     @property
     def kind(self) -> Kind:
@@ -261,7 +262,12 @@ def _part(arm: str, word: str, phi: NamedPhi) -> Part:
 
 def _use(phi: NamedPhi) -> dict[str, Any]:
     """What a phi is meant for, as fields of a part."""
-    return {"strength": phi.strength, "noise_per": phi.noise_per, "sites": phi.share_of_sites}
+    return {
+        "strength": phi.strength,
+        "noise_per": phi.noise_per,
+        "sites": phi.share_of_sites,
+        "full_strength_at": phi.full_strength_at,
+    }
 
 
 def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
@@ -273,6 +279,7 @@ def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
         "ramp_steps": None if context.ramp else 0,
         "strength": part.strength,
         "sites": part.sites,
+        "full_strength_at": part.full_strength_at,
     }
     if part.name == "random_phi":
         random = NamedPhi(initial_phi(SEED_OF_RANDOM_PHI), part.name, noise_per=part.noise_per)

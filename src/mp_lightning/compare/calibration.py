@@ -32,7 +32,7 @@ _SEED = 2 * 10**9  # none of the comparison's, nor of tuning
 
 
 def phi_digest(phi: NamedPhi) -> str:
-    """A few characters that tell a phi, and the strength, noise and sites it is meant for, from others."""
+    """A few characters that tell a phi, and all that it is meant for (strength, noise, sites, loss), from others."""
     digest = hashlib.sha256()
     for value in phi.phi:
         digest.update(value.detach().cpu().numpy().tobytes())
@@ -42,6 +42,8 @@ def phi_digest(phi: NamedPhi) -> str:
         digest.update(phi.noise_per.encode())
     if phi.share_of_sites != 1:
         digest.update(f"sites {phi.share_of_sites}".encode())
+    if phi.full_strength_at != 1:
+        digest.update(f"full strength at {phi.full_strength_at}".encode())
     return digest.hexdigest()[:12]
 
 
@@ -77,7 +79,13 @@ def matched_moments(experiment: Experiment, phi: NamedPhi, folder: Path) -> list
 def _measure(experiment: Experiment, phi: NamedPhi) -> list[SiteMoments]:
     with isolate_rng():
         callback = MetaPerturbCallback(
-            phi, ramp_steps=0, inference="mc", samples=1, seed=derived_seed(_SEED, "noise"), marker=False
+            phi,
+            ramp_steps=0,
+            full_strength_at=1,
+            inference="mc",
+            samples=1,
+            seed=derived_seed(_SEED, "noise"),
+            marker=False,
         )
         measuring = _Measuring(experiment.predict)
         pilot = Experiment(

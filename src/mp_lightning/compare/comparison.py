@@ -192,7 +192,9 @@ def _identity(part: Part) -> list[Any]:
         return [part.name, part.value, phi_digest(part.phi)]
     unusual: list[Any] = [part.strength] if part.strength != 1 else []
     unusual += [part.noise_per] if part.noise_per != "element" else []
-    return [part.name, part.value, None, *unusual, *(["sites", part.sites] if part.sites != 1 else [])]
+    unusual += ["sites", part.sites] if part.sites != 1 else []
+    unusual += ["full strength at", part.full_strength_at] if part.full_strength_at != 1 else []
+    return [part.name, part.value, None, *unusual]
 
 
 _AT_SITES = ("dropout", "dropblock", "gaussian", "information_dropout", "manifold_mixup")

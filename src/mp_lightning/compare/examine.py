@@ -136,7 +136,7 @@ class Examination(L.Callback):
         try:
             with torch.no_grad():
                 found = site_moments(attachment, self._forwards(trainer, module, loader))
-            strength = float(attachment.strength)
+            strength = float(attachment.coeff)
             return [SiteMoments(site, 1 + strength * (mean - 1), strength**2 * var) for site, mean, var in found]
         finally:
             attachment.inference = inference

@@ -145,6 +145,7 @@ def _key(target: Target, arm: str, phi: NamedPhi | None, settings: TransferSetti
     if phi is not None:
         digest.update(f"{phi.strength}{'' if phi.noise_per == 'element' else phi.noise_per}".encode())
         digest.update(b"" if phi.share_of_sites == 1 else str(phi.share_of_sites).encode())
+        digest.update(b"" if phi.full_strength_at == 1 else f"full at {phi.full_strength_at}".encode())
         for value in phi.phi:
             digest.update(value.detach().cpu().numpy().tobytes())
     return f"{arm}/{number}/{digest.hexdigest()[:16]}"
@@ -170,10 +171,11 @@ def _train_and_test(
         x = standard_augment(target.train.images[chosen], generator, flip=target.flip).to(device)
         optimizer.zero_grad()
         with random_state(derived_seed(seed, "step", step), device):
-            F.cross_entropy(model(x), target.train.labels[chosen].to(device)).backward()
+            loss = F.cross_entropy(model(x), target.train.labels[chosen].to(device))
+            loss.backward()
         optimizer.step()
         if attachment is not None:
-            attachment.step()
+            attachment.step(loss)
         on_progress(1)
     on_progress(0)
     if attachment is not None:

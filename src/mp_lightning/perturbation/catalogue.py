@@ -40,6 +40,8 @@ class PhiDescription:
         strength: at which it acts.
         noise_per: what its noise is drawn for, 'element' or 'channel'.
         share_of_sites: at how many of a network's sites it acts, counted from the last one.
+        full_strength_at: share of the first training loss at or below which the whole strength acts; 1: it does not
+            follow the loss.
         default: whether it is the one that is taken where none is named.
         card: plain values: sources, settings, seeds, how it was chosen, results, SHA-256 of the file, ...
         picture: a PNG of its filters and its response; None if there is none.
@@ -49,6 +51,7 @@ class PhiDescription:
     strength: float
     noise_per: NoisePer
     share_of_sites: float
+    full_strength_at: float
     default: bool
     card: dict[str, Any]
     picture: Path | None
@@ -56,7 +59,10 @@ class PhiDescription:
     def __str__(self) -> str:
         default = " (the default)" if self.default else ""
         sites = "all sites" if self.share_of_sites == 1 else f"the last {100 * self.share_of_sites:.0f} % of the sites"
-        lines = [f"{self.name}{default}, strength {self.strength:g}, noise per {self.noise_per}, at {sites}"]
+        strength = f"strength {self.strength:g}"
+        if self.full_strength_at != 1:
+            strength += f" from {100 * self.full_strength_at:g} % of the first loss down"
+        lines = [f"{self.name}{default}, {strength}, noise per {self.noise_per}, at {sites}"]
         width = max(map(len, _HEADINGS.values()))
         for key, heading in _HEADINGS.items():
             if key in self.card:
@@ -94,6 +100,7 @@ def describe_phi(name: str = DEFAULT_PHI) -> PhiDescription:
         strength=phi.strength,
         noise_per=phi.noise_per,
         share_of_sites=phi.share_of_sites,
+        full_strength_at=phi.full_strength_at,
         default=name == DEFAULT_PHI,
         card=phi.card,
         picture=picture if picture.is_file() else None,

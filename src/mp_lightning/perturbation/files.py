@@ -19,11 +19,12 @@ from mp_lightning.errors import ConfigurationError, PhiError
 from mp_lightning.perturbation.noise import NoisePer, check_noise_per
 from mp_lightning.perturbation.phi import SHAPES, Phi
 
-DEFAULT_PHI = "tiny-imagenet-3"
+DEFAULT_PHI = "tiny-imagenet-5"
 BUNDLED = Path(__file__).parent / "bundled"
 STRENGTH = "strength"
 PER_CHANNEL = "noise_per_channel"
 SHARE = "share_of_sites"
+FULL_AT = "full_strength_at"
 _REMEDY = "give a phi.safetensors written by 'python -m mp_lightning.meta fit'"
 
 
@@ -31,8 +32,8 @@ _REMEDY = "give a phi.safetensors written by 'python -m mp_lightning.meta fit'"
 class NamedPhi:
     """phi with the name it is shown under, its card (empty if there was none), and what it is meant for.
 
-    That is the strength at which it acts, what its noise is drawn for, and the share of the sites of a network at which
-    it acts, counted from the last one.
+    That is the strength at which it acts, what its noise is drawn for, the share of the sites of a network at which it
+    acts, counted from the last one, and the share of the first training loss from which all of that strength acts.
     """
 
     phi: Phi
@@ -41,6 +42,7 @@ class NamedPhi:
     strength: float = 1.0
     noise_per: NoisePer = "element"
     share_of_sites: float = 1.0
+    full_strength_at: float = 1.0
 
     def __str__(self) -> str:
         return f"{self.name} ({self.card['status']})" if self.card.get("status") else self.name
@@ -53,6 +55,7 @@ def save_phi(
     strength: float = 1.0,
     noise_per: NoisePer = "element",
     share_of_sites: float = 1.0,
+    full_strength_at: float = 1.0,
 ) -> dict[str, Any]:
     """Write ``path`` (.safetensors) and the card beside it (.json); both appear whole or not at all.
 
@@ -64,12 +67,15 @@ def save_phi(
         noise_per: what the noise that phi is meant for is drawn for; 'element', the paper's, is not written.
         share_of_sites: at how many of the sites it is meant to act, counted from the last one; 1, the paper's, is not
             written.
+        full_strength_at: share of the first training loss at or below which the whole strength acts; 1, a strength
+            that does not follow the loss, as the paper's, is not written.
 
     Returns:
-        The card as written, that is with strength, noise and sites, and the file's name and SHA-256.
+        The card as written, that is with all that phi is meant for, and the file's name and SHA-256.
 
     Raises:
-        ConfigurationError: ``strength`` or ``share_of_sites`` is out of range, or there is no such noise.
+        ConfigurationError: ``strength``, ``share_of_sites`` or ``full_strength_at`` is out of range, or there is no
+            such noise.
     """
     path = Path(path)
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in phi._asdict().items()}
@@ -82,12 +88,16 @@ def save_phi(
     check_fraction(share_of_sites, SHARE)
     if share_of_sites != 1:
         tensors[SHARE] = torch.tensor(float(share_of_sites))
+    check_fraction(full_strength_at, FULL_AT)
+    if full_strength_at != 1:
+        tensors[FULL_AT] = torch.tensor(float(full_strength_at))
     content = save(tensors)
     card = {
         **card,
         "strength": float(strength),
         "noise_per": noise_per,
         "share_of_sites": float(share_of_sites),
+        "full_strength_at": float(full_strength_at),
         "file": path.name,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -111,6 +121,7 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
         check_fraction(source.strength, f"strength of phi '{source.name}'")
         check_noise_per(source.noise_per, f"noise_per of phi '{source.name}'")
         check_fraction(source.share_of_sites, f"{SHARE} of phi '{source.name}'")
+        check_fraction(source.full_strength_at, f"{FULL_AT} of phi '{source.name}'")
         return source
     if isinstance(source, Phi):
         _check(source._asdict(), "the given phi")
@@ -139,6 +150,7 @@ def _read(path: Path, name: str) -> NamedPhi:
         raise PhiError(f"phi file '{path}' is not a whole safetensors file; {_REMEDY}") from error
     strength = _taken_fraction(tensors, STRENGTH, f"phi file '{path}'")
     share_of_sites = _taken_fraction(tensors, SHARE, f"phi file '{path}'")
+    full_strength_at = _taken_fraction(tensors, FULL_AT, f"phi file '{path}'")
     noise_per = _taken_noise_per(tensors, f"phi file '{path}'")
     _check(tensors, f"phi file '{path}'")
     card = _read_card(path.with_suffix(".json"))
@@ -148,7 +160,7 @@ def _read(path: Path, name: str) -> NamedPhi:
             f"phi file '{path}' is not the one its card describes (SHA-256 differs); restore it, or {_REMEDY}"
         )
     phi = Phi(**{key: tensors[key].float() for key in SHAPES})
-    return NamedPhi(phi, name, card, strength, noise_per, share_of_sites)
+    return NamedPhi(phi, name, card, strength, noise_per, share_of_sites, full_strength_at)
 
 
 def _read_card(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """A perturbation at the sites of one model: what the sites share, its ramp, and its state."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
@@ -12,12 +13,14 @@ from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, MetaPerturb, Perturbation, check_noise_per
 from mp_lightning.perturbation.precision import KeepsPrecision
 from mp_lightning.sites.calls import ActivationModule, Block
+from mp_lightning.sites.fitting import OFF, Fitting
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, entry_names
 from mp_lightning.sites.site import Site, in_backward
 
 RAMP_FRACTION = 0.4  # Section 4 of the paper
+_HORIZON = 0.1  # of the ramp: the batches that the recent loss looks back over
 NAME = "_metaperturb"  # the submodule that attach() adds
 
 CLIP = 100.0
@@ -34,6 +37,7 @@ class Attachment(KeepsPrecision):
         phi_name: what the perturbation is called in messages.
         strength: of the perturbation when the ramp has ended, above 0 and at most 1.
         coeff: its strength now; both are float32 tensors without dimensions.
+        fitting: how far the network fits its training images, which the strength may follow.
         path: 'auto' takes the fast path wherever there is one, 'reference' the readable one always.
         inference: what wraps the model's forward in evaluation mode, if anything.
         sampling: draw noise in evaluation mode; otherwise use its expectation.
@@ -56,6 +60,7 @@ class Attachment(KeepsPrecision):
         channel_norm: int,
         input_size: int | None,
         strength: float,
+        full_strength_at: float,
         seed: int,
         clip: float | None,
         synchronize: bool,
@@ -91,16 +96,18 @@ class Attachment(KeepsPrecision):
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
         for name, value in {
-            "strength": torch.tensor(float(strength)),
-            "coeff": torch.tensor(float(strength)),
+            "strength": torch.tensor(float(strength), dtype=torch.float32),
+            "coeff": torch.tensor(float(strength), dtype=torch.float32),
             "steps": torch.zeros((), dtype=torch.int64),
             "forwards": torch.zeros((), dtype=torch.int64),
-            "input_size": torch.tensor(float(input_size or 0)),
+            "input_size": torch.tensor(float(input_size or 0), dtype=torch.float32),
         }.items():
             self.register_buffer(name, value, persistent=persistent)
         for name in ("evaluations", "bound_hits", "size_source"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
         self._set_size_source(_FINAL if input_size is not None else 0)
+        self.fitting = Fitting(full_strength_at, persistent)
+        self._warned = False
         self.register_load_state_dict_post_hook(_note_input_size)
         self.sites = nn.ModuleList(Site(spec, index, self, persistent) for index, spec in enumerate(plan))
         self.__dict__["_model"] = model
@@ -121,6 +128,8 @@ class Attachment(KeepsPrecision):
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         if f"{prefix}coeff" in state_dict:  # before there were other strengths it was 1
             state_dict.setdefault(f"{prefix}strength", torch.ones(()))
+            for name, value in Fitting(OFF, True).state_dict().items():  # and none followed the loss
+                state_dict.setdefault(f"{prefix}fitting.{name}", value)
         start = f"{prefix}sites."
         places = {key.removeprefix(start).split(".")[0] for key in state_dict if key.startswith(start)}
         if places and len(places) != len(self.sites):  # by their numbers, statistics would come to the wrong sites
@@ -135,8 +144,14 @@ class Attachment(KeepsPrecision):
         """The identity: containers such as ``nn.Sequential`` call every submodule, this one included."""
         return x
 
-    def step(self) -> None:
+    def step(self, loss: Tensor | float | None = None) -> None:
         """Count one training batch and move the ramp along: ``coeff = strength * min(1, batches / ramp_steps)``.
+
+        Where the strength follows the loss, ``coeff`` is that times :meth:`Fitting.factor`. Several processes that hold
+        parts of one global batch must all call it; the mean of their losses counts.
+
+        Args:
+            loss: of the batch, a number, or a tensor whose mean counts.
 
         Raises:
             ConfigurationError: the length of the ramp is not known.
@@ -147,10 +162,24 @@ class Attachment(KeepsPrecision):
             )
         self.settle()
         self.steps.add_(1)
+        if self.fitting.follows:
+            rank, world = self._shard()
+            if loss is None and not self.fitting.told and not self._warned and rank == 0:
+                self._warned = True
+                warnings.warn(
+                    "MetaPerturb: the strength is to follow the training loss, which is not known; until it is, the "
+                    "ramp alone decides. Give it, by step(loss), or by returning it from a training_step that "
+                    "optimizes by hand, or choose full_strength_at=1",
+                    stacklevel=2,
+                )
+            self.fitting.note(loss, self.ramp_steps * _HORIZON, synchronize=world > 1)
         self.update_coeff()
 
     def ramp_over(self, ramp_steps: int) -> None:
-        """Let ``coeff`` grow from 0 to ``strength`` over ``ramp_steps`` training batches (0: full strength at once)."""
+        """Let ``coeff`` grow from 0 to ``strength`` over ``ramp_steps`` training batches (0: full strength at once).
+
+        Where the strength follows the loss, it does so from the second batch on, when the first loss is known.
+        """
         if ramp_steps < 0:
             raise ConfigurationError(
                 f"ramp_steps={ramp_steps} is negative; give the number of batches, or 0 for no ramp"
@@ -159,9 +188,10 @@ class Attachment(KeepsPrecision):
         self.update_coeff()
 
     def update_coeff(self) -> None:
-        """Set the strength that follows from the batches counted so far."""
+        """Set the strength that follows from the batches counted, and the losses noted, so far."""
         ramp = max(self.ramp_steps or 0, 0)
-        self.coeff.copy_(self.strength * (self.steps / ramp).clamp(max=1.0) if ramp else self.strength)
+        grown = self.strength * (self.steps / ramp).clamp(max=1.0) if ramp else self.strength
+        self.coeff.copy_(grown * self.fitting.factor())
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
@@ -277,6 +307,7 @@ class Attachment(KeepsPrecision):
             "clip": self.clip,
             "strength": float(self.strength),
             "ramp_steps": self.ramp_steps,
+            "fitting": self.fitting.state(),
             "input_size": float(self.input_size),
             "sites": {
                 site.spec.name: {k: v.detach().clone() for k, v in site.statistics.items()} for site in self._sites()
@@ -322,6 +353,7 @@ class Attachment(KeepsPrecision):
                 getattr(self, name).fill_(value)
             self.input_size.fill_(state["input_size"])
             self.strength.fill_(state.get("strength", 1.0))  # before there were others it was 1
+        self.fitting.load_state(state.get("fitting") or Fitting(OFF, False).state())
         self._set_size_source(_FINAL if state["input_size"] > 0 else 0)
         self.phi_name, self.channel_norm = state["phi_name"], state["channel_norm"]
         self.seed, self.clip, self.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]

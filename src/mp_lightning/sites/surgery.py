@@ -4,9 +4,10 @@ Example::
 
     attachment = attach(model, total_steps=len(loader) * epochs)
     for x, y in loader:
-        loss(model(x), y).backward()
+        value = loss(model(x), y)
+        value.backward()
         optimizer.step()
-        attachment.step()
+        attachment.step(value)
 """
 
 import math
@@ -22,6 +23,7 @@ from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName, ramp
 from mp_lightning.sites.calls import Block
 from mp_lightning.sites.choice import Sites, choose_sites
 from mp_lightning.sites.discovery import find_sites
+from mp_lightning.sites.fitting import OFF
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.tracing import remembered
 
@@ -36,6 +38,7 @@ def attach(
     total_steps: int | None = None,
     ramp_steps: int | None = None,
     strength: float | None = None,
+    full_strength_at: float | None = None,
     input_size: int | None = None,
     seed: int = 0,
     clip: float | None = CLIP,
@@ -62,6 +65,10 @@ def attach(
         strength: how much of the perturbation acts when it has grown, above 0 and at most 1: a feature map is
             multiplied by ``1 + strength * (multiplier - 1)``. None takes the one that phi comes with; of any other
             perturbation 1.
+        full_strength_at: share of the loss of the first batches at or below which the whole strength acts; above, it
+            acts in proportion to how far the loss has come down, so that a network that cannot fit its images is left
+            alone. 1 for a strength that does not follow the loss. None takes what phi comes with; of any other
+            perturbation 1.
         input_size: height of the network's input in pixels; None takes it from the first forward.
         seed: seed of the noise.
         clip: upper bound of a perturbed feature map, in training and in evaluation; None for no bound.
@@ -73,21 +80,22 @@ def attach(
             each of them trains a model of its own.
 
     Returns:
-        The attachment; call its ``step()`` after each training batch and ``detach()`` to undo.
+        The attachment; call its ``step(loss)`` after each training batch and ``detach()`` to undo.
 
     Raises:
         PhiError: phi cannot be loaded.
         SiteError: no site was found, or the plan does not fit the model.
         ConfigurationError: the model is attached already, with another phi, strength, perturbation or plan; or
-            ``path`` is unknown or ``strength`` out of range.
+            ``path`` is unknown, or ``strength`` or ``full_strength_at`` out of range.
     """
     existing = attachment_of(model)
     named = None if perturbation is not None else load_phi(phi)
-    if strength is not None:
-        check_fraction(strength, "strength")
+    for name, value in (("strength", strength), ("full_strength_at", full_strength_at)):
+        if value is not None:
+            check_fraction(value, name)
     if existing is not None:
         wanted = None if sites is None and target is None else choose_sites(existing.model, sites, target)
-        _check_same(existing, None if phi is None else named, perturbation, wanted, strength)
+        _check_same(existing, None if phi is None else named, perturbation, wanted, strength, full_strength_at)
         return existing
     if sites is None and named is not None and named.share_of_sites != 1:
         sites = named.share_of_sites
@@ -105,6 +113,7 @@ def attach(
         channel_norm=channel_norm,
         input_size=input_size,
         strength=strength if strength is not None else 1.0 if named is None else named.strength,
+        full_strength_at=full_strength_at or (OFF if named is None else named.full_strength_at),
         seed=seed,
         clip=clip,
         synchronize=synchronize,
@@ -161,6 +170,7 @@ def _check_same(
     perturbation: Perturbation | None,
     sites: SitePlan | None,
     strength: float | None,
+    full_strength_at: float | None,
 ) -> None:
     """Refuse to return an attachment that is not the one asked for (None: anything will do)."""
     other = perturbation is not None and perturbation is not existing.perturbation
@@ -186,6 +196,13 @@ def _check_same(
         raise ConfigurationError(
             f"the model is attached already, at strength {float(existing.strength):g} and not {wanted:g}; pass "
             f"strength={float(existing.strength):g} to keep it, or call detach() before attaching again"
+        )
+    wanted = named.full_strength_at if full_strength_at is None and named is not None else full_strength_at
+    follows = float(existing.fitting.full_strength_at)
+    if wanted is not None and not math.isclose(wanted, follows, rel_tol=1e-6):
+        raise ConfigurationError(
+            f"the model is attached already, with full_strength_at={follows:g} and not {wanted:g}; pass "
+            f"full_strength_at={follows:g} to keep it, or call detach() before attaching again"
         )
     if sites is not None and sites != existing.plan:
         raise ConfigurationError("the model is attached already, at other sites; call detach() before attaching again")

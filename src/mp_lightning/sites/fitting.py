@@ -1,0 +1,107 @@
+"""How far a network fits its training images, by its training loss, for a strength that follows it.
+
+A network that overfits gains from noise which harms one that cannot fit its images yet. To follow a run is the idea of
+adaptive augmentation (Karras et al., NeurIPS 2020, arXiv 2006.06676, Section 3). There an estimate of overfitting moves
+the probability of augmentation; here the training loss decides the strength of the perturbation.
+"""
+
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+_FIRST = 5  # batches whose mean loss is that of a network that has not learned
+_OUTLIER = 2.0  # times the median of the first losses
+_SHORTEST = 10  # batches that the recent loss looks back over
+OFF = 1.0
+
+
+class Fitting(nn.Module):
+    """The recent training loss beside the first one.
+
+    With ``share = recent / first``, the strength is multiplied by ``(1 - share) / (1 - full_strength_at)``, at least 0
+    and at most 1. Losses that are not finite are passed over, and first ones above twice their median. Where the first
+    loss is not above 0, a share of it means nothing, and the factor is 1.
+
+    Args:
+        full_strength_at: share of the first loss at or below which the whole strength acts; 1 for a strength that does
+            not follow the loss.
+        persistent: keep all of it in the model's ``state_dict``.
+
+    Attributes:
+        follows: whether the strength follows the loss.
+        told: whether any loss was given.
+    """
+
+    full_strength_at: Tensor
+    first_losses: Tensor
+    recent: Tensor
+    losses: Tensor
+    follows: bool
+    told: bool
+
+    def __init__(self, full_strength_at: float, persistent: bool) -> None:
+        super().__init__()
+        for name, value in {
+            "full_strength_at": torch.tensor(float(full_strength_at), dtype=torch.float32),
+            "first_losses": torch.full((_FIRST,), torch.nan, dtype=torch.float32),
+            "recent": torch.zeros((), dtype=torch.float32),
+            "losses": torch.zeros((), dtype=torch.int64),
+        }.items():
+            self.register_buffer(name, value, persistent=persistent)
+        self._refresh()
+        self.register_load_state_dict_post_hook(_refreshed)
+
+    @property
+    def first(self) -> Tensor:
+        """The mean of the first losses, a float32 tensor without dimensions; not a number before any is known."""
+        usual = self.first_losses <= _OUTLIER * self.first_losses.nanmedian()
+        return torch.where(usual | (self.first_losses <= 0), self.first_losses, torch.nan).nanmean()
+
+    def note(self, loss: Tensor | float | None, horizon: float, synchronize: bool) -> None:
+        """Take in the loss of one training batch.
+
+        Args:
+            loss: a number, or a tensor, whose mean counts; None where this process has none.
+            horizon: number of batches that the recent loss looks back over; at least 10 are taken.
+            synchronize: take the mean over all processes, each of which must call this.
+        """
+        value = torch.as_tensor(torch.nan if loss is None else loss).detach().to(self.recent).mean()
+        known = value.isfinite()
+        if synchronize:
+            sums = torch.stack([torch.where(known, value, 0.0), known.to(value)])
+            torch.distributed.all_reduce(sums)
+            value, known = sums[0] / sums[1], sums[1] > 0
+        self.told = self.told or loss is not None
+        place = torch.arange(_FIRST, device=value.device) == self.losses
+        self.first_losses.copy_(torch.where(known & place, value, self.first_losses))
+        self.losses += known
+        weight = torch.where(self.losses == 1, torch.ones_like(value), 1 / max(horizon, _SHORTEST))
+        self.recent.copy_(torch.where(known, self.recent + weight * (value - self.recent), self.recent))
+
+    def factor(self) -> Tensor:
+        """What the strength is multiplied by, a float32 tensor without dimensions; 1 before any loss is known."""
+        first = self.first
+        factor = ((1 - self.recent / first) / (1 - self.full_strength_at).clamp(min=1e-6)).clamp(0, 1)
+        follows = (self.full_strength_at < OFF) & (self.losses > 0) & (first > 0)
+        return torch.where(follows, factor, torch.ones_like(factor))
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as numbers and lists."""
+        return {name: value.tolist() for name, value in self.named_buffers()}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` gave."""
+        for name, value in self.named_buffers():
+            value.copy_(torch.tensor(state[name], dtype=value.dtype))
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.follows = float(self.full_strength_at) < OFF
+        self.told = int(self.losses) > 0
+
+
+def _refreshed(module: nn.Module, incompatible: Any) -> None:
+    assert isinstance(module, Fitting)
+    module._refresh()

@@ -1,0 +1,99 @@
+"""The strength follows the training loss where phi asks for it."""
+
+import math
+
+import pytest
+import torch
+
+from mp_lightning.backbones import build_backbone
+from mp_lightning.perturbation import NamedPhi, initial_phi
+from mp_lightning.sites import attach
+from mp_lightning.sites.fitting import OFF, Fitting
+
+
+def fitted(full_at, *losses, horizon=10):
+    fitting = Fitting(full_at, persistent=False)
+    for loss in losses:
+        fitting.note(loss, horizon, synchronize=False)
+    return fitting
+
+
+def test_the_factor_is_the_part_of_the_way_down_that_the_loss_has_come():
+    """First 2.0 in five batches, then 1.2, looked back over ten batches: by hand."""
+    fitting = fitted(0.4, 2, 2, 2, 2, 2, 1.2)
+    recent = 2 + (1.2 - 2) / 10
+    assert float(fitting.first) == 2 and float(fitting.recent) == pytest.approx(recent)
+    assert float(fitting.factor()) == pytest.approx((1 - recent / 2) / (1 - 0.4))
+
+
+def test_the_first_loss_is_the_mean_of_five_batches():
+    fitting = fitted(0.5, 1, 2, 3, 4, 5, 100)
+    assert float(fitting.first) == pytest.approx(3)
+
+
+def test_a_first_loss_far_above_the_others_does_not_count():
+    fitting = fitted(0.4, 60, 2, 2, 2, 2, *[2] * 300)
+    assert float(fitting.first) == 2 and float(fitting.factor()) == pytest.approx(0, abs=1e-3)
+
+
+def test_the_mean_of_a_loss_for_each_image_counts():
+    fitting = Fitting(0.4, persistent=False)
+    fitting.note(torch.tensor([1.0, 3.0], dtype=torch.float64), 10, synchronize=False)
+    assert float(fitting.first) == 2
+
+
+def test_its_state_comes_back():
+    fitting, other = fitted(0.4, 2, 2, 1), fitted(OFF)
+    other.load_state(fitting.state())
+    assert torch.equal(other.factor(), fitting.factor()) and other.follows and other.told
+    kept = Fitting(OFF, persistent=True)
+    kept.load_state_dict(Fitting(0.3, persistent=True).state_dict())
+    assert kept.follows and not kept.told
+
+
+@pytest.mark.parametrize(
+    ("full_at", "loss", "factor"),
+    [(0.4, 0.8, 1), (0.4, 0.1, 1), (0.4, 2, 0), (0.4, 9, 0), (0.4, 1.4, 0.5), (OFF, 2, 1)],
+)
+def test_the_factor_is_between_none_and_all(full_at, loss, factor):
+    assert float(fitted(full_at, *[2] * 5, *[loss] * 300).factor()) == pytest.approx(factor, abs=1e-4)
+
+
+def test_it_looks_back_over_the_horizon_and_at_least_ten_batches():
+    for horizon, expected in ((0, 10), (10, 10), (40, 40)):
+        fitting = fitted(0.4, *[2] * 5, *[1] * 20, horizon=horizon)
+        assert float(fitting.recent) == pytest.approx(1 + (1 - 1 / expected) ** 20)
+
+
+def test_losses_that_are_not_finite_are_passed_over():
+    fitting = fitted(0.4, math.nan, 2, math.inf, 2, 2, 2, 2, 1.2, math.nan)
+    assert float(fitting.factor()) == float(fitted(0.4, 2, 2, 2, 2, 2, 1.2).factor())
+
+
+@pytest.mark.parametrize("losses", [[], [0], [-3, -5, -9]], ids=["none yet", "zero", "below zero"])
+def test_without_a_first_loss_above_zero_all_of_it_acts(losses):
+    assert float(fitted(0.4, *losses).factor()) == 1
+
+
+def follower(**options):
+    model = build_backbone("conv4", 3, width=4, image_size=16)
+    phi = NamedPhi(initial_phi(0), "follows", strength=0.8, full_strength_at=0.5)
+    return attach(model, phi, ramp_steps=4, **options)
+
+
+def test_the_strength_is_that_of_the_ramp_times_the_factor():
+    attachment = follower()
+    for number in range(1, 7):
+        attachment.step(2.0 if number < 6 else torch.tensor(1.0))
+        share = attachment.fitting.recent / attachment.fitting.first
+        assert float(attachment.coeff) == pytest.approx(0.8 * min(1, number / 4) * float(1 - share) / 0.5)
+    assert 0 < float(attachment.coeff) < 0.8
+    assert float(follower(full_strength_at=1).fitting.full_strength_at) == 1
+
+
+def test_without_a_loss_it_warns_once_and_the_ramp_decides():
+    attachment = follower()
+    with pytest.warns(UserWarning, match=r"the ramp alone decides. Give it, by step\(loss\)") as got:
+        for _ in range(5):
+            attachment.step()
+    assert len(got) == 1 and float(attachment.coeff) == pytest.approx(0.8)
