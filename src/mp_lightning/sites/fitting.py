@@ -45,7 +45,7 @@ class Fitting(nn.Module):
         super().__init__()
         for name, value in {
             "full_strength_at": torch.tensor(float(full_strength_at), dtype=torch.float32),
-            "first_losses": torch.full((_FIRST,), torch.nan, dtype=torch.float32),
+            "first_losses": torch.zeros(_FIRST, dtype=torch.float32),
             "recent": torch.zeros((), dtype=torch.float32),
             "losses": torch.zeros((), dtype=torch.int64),
         }.items():
@@ -56,8 +56,10 @@ class Fitting(nn.Module):
     @property
     def first(self) -> Tensor:
         """The mean of the first losses, a float32 tensor without dimensions; not a number before any is known."""
-        usual = self.first_losses <= _OUTLIER * self.first_losses.nanmedian()
-        return torch.where(usual | (self.first_losses <= 0), self.first_losses, torch.nan).nanmean()
+        noted = torch.arange(_FIRST, device=self.losses.device) < self.losses
+        first = torch.where(noted, self.first_losses, torch.nan)
+        usual = (first <= _OUTLIER * first.nanmedian()) | (first <= 0)
+        return torch.where(usual, first, torch.nan).nanmean()
 
     def note(self, loss: Tensor | float | None, horizon: float, synchronize: bool) -> None:
         """Take in the loss of one training batch.
