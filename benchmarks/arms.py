@@ -11,6 +11,7 @@ from mp_lightning.backbones import build_backbone
 from mp_lightning.compare.layers import DropBlock
 from mp_lightning.compare.site_layers import SiteLayers
 
+PHI = "tiny-imagenet-1"  # with noise of each element, whatever the default has
 SMALL = ("conv4", "vgg9", "resnet20")
 LARGE = ("resnet18", "resnet50")
 
@@ -35,14 +36,14 @@ def perturbed(model: nn.Module, arm: str) -> nn.Module:
     if arm in DROPS:
         SiteLayers(model, lambda channels: DROPS[arm](), arm)
     elif arm != "plain":
-        attach(model, sites=1, path="auto" if arm == "fast" else "reference")
+        attach(model, PHI, sites=1, path="auto" if arm == "fast" else "reference")
     return model
 
 
 def site_elements(model: nn.Module, x: Tensor) -> int:
     """How many numbers the sites see in one forward of ``x``."""
     seen: list[int] = []
-    attachment = attach(model, sites=1)
+    attachment = attach(model, PHI, sites=1)
     for site in attachment.sites:
         site.register_forward_hook(lambda module, args, output: seen.append(output.numel()))
     with torch.no_grad():

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.arms import LARGE, SMALL, build
+from benchmarks.arms import LARGE, PHI, SMALL, build
 from benchmarks.environment import describe
 from benchmarks.measure import interleaved
 from benchmarks.options import check_device, some_of
@@ -33,7 +33,7 @@ class Evaluation:
         self.network: nn.Module = network.to(device)
         self.x: Tensor = torch.randn(batch, 3, side, side, device=device)
         if arm != "plain":
-            attachment = attach(self.network, sites=1, path="reference" if arm == "reference" else "auto")
+            attachment = attach(self.network, PHI, sites=1, path="reference" if arm == "reference" else "auto")
             self.network(self.x)
             reestimate_batch_norm(attachment, [lambda: self.network(self.x)], fold=arm == "fold")
             modes = {"mc": MonteCarlo(samples, "logits"), "fold": Fold()}
