@@ -406,6 +406,21 @@ def test_the_strength_follows_the_training_loss_whatever_lightning_divides_it_by
         assert 0 < float(factor) < 1 and float(attachment.coeff) == pytest.approx(float(factor))
 
 
+@pytest.mark.parametrize(("lr", "phi_acts"), [(0, False), (0.05, True)])
+def test_a_strength_that_stayed_low_says_why(tmp_path, recwarn, lr, phi_acts):
+    class Learner(Classifier):
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=lr)
+
+    model = module(Learner)
+    callback = MetaPerturbCallback(initial_phi(0), full_strength_at=0.5)
+    trainer(tmp_path, [callback], max_epochs=6).fit(model, loader(4))
+    said = [str(one.message) for one in recwarn if "of its first value" in str(one.message)]
+    assert (float(attachment_of(model).fitting.factor()) > 0.1) == phi_acts
+    assert len(said) == (0 if phi_acts else 1)
+    assert phi_acts or "of the strength acts; if the loss started low or cannot fall far, choose" in said[0]
+
+
 def test_a_step_that_tells_no_loss_is_told_how(tmp_path, recwarn):
     class ByHand(Classifier):
         def __init__(self):

@@ -27,8 +27,9 @@ from mp_lightning.reestimation_steps import reestimate, training_data
 from mp_lightning.schedule import total_training_batches
 from mp_lightning.site_metrics import PREFIX, SiteMetrics
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
-from mp_lightning.sites.attachment import CLIP, PathName, check_path, ramp_length
+from mp_lightning.sites.attachment import CLIP, PathName, check_path
 from mp_lightning.sites.choice import is_file, is_share
+from mp_lightning.sites.strength import ramp_length
 
 
 class MetaPerturbCallback(Callback):
@@ -267,6 +268,8 @@ class MetaPerturbCallback(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         attachment = self._attached(pl_module)
+        if (why := attachment.idle()) is not None:
+            rank_zero_warn(f"MetaPerturb: {why}")
         if self.inference != "mc":
             try:
                 reestimate(trainer, pl_module, attachment, self.inference)

@@ -1,6 +1,7 @@
 """A comparison continues with what is missing, and never repeats or loses a run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from mp_lightning.compare.run import RunError
 from mp_lightning.compare.tuning import Budget
 from mp_lightning.compare.user_data import UserData
 from mp_lightning.errors import ConfigurationError, DataError, SiteError
-from mp_lightning.perturbation import initial_phi, load_phi
+from mp_lightning.perturbation import NamedPhi, initial_phi, load_phi
 
 MEASURED = {"step_ms", "seconds"}
 
@@ -94,6 +95,19 @@ def test_what_was_made_with_other_settings_is_not_taken_for_ours(tmp_path: Path)
     changed = plan([parse_arm(arm, other) for arm in arms], 1, settings={"lr": 0.1})
     assert made(changed, tmp_path)[1].made == [("metaperturb", 0)], "another phi under the same name"
     assert (tmp_path / RESULTS).read_text().count("\n") == 6
+
+
+@pytest.mark.parametrize(
+    "meant_for", [{"strength": 0.5}, {"noise_per": "channel"}, {"share_of_sites": 0.5}, {"full_strength_at": 0.4}]
+)
+def test_a_random_phi_that_acts_otherwise_is_made_again(tmp_path: Path, meant_for: dict[str, Any]) -> None:
+    """Its numbers are drawn by seed, so that nothing but what phi is meant for tells the two apart."""
+    usual = NamedPhi(initial_phi(8), "same name")
+    runs = []
+    for phi in (usual, usual, replace(usual, **meant_for)):
+        _, display = made(plan([parse_arm("random_phi", phi)], 1), tmp_path)
+        runs.append([arm for arm, _ in display.made if arm == "random_phi"])
+    assert runs == [["random_phi"], [], ["random_phi"]]
 
 
 @pytest.mark.slow

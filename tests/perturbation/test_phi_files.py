@@ -19,6 +19,10 @@ def saved(tmp_path):
     return path
 
 
+def mine(**meant_for):
+    return NamedPhi(initial_phi(3), "x", **meant_for)
+
+
 def test_round_trip(saved):
     loaded = load_phi(saved)
     assert all(torch.equal(a, b) for a, b in zip(loaded.phi, initial_phi(3), strict=True))
@@ -34,15 +38,15 @@ def test_card_is_optional(saved):
 def test_strength_comes_back_and_that_of_the_paper_leaves_82_numbers(saved, tmp_path):
     assert load_phi(saved).strength == 1
     assert sum(value.numel() for value in load_file(saved).values()) == 82
-    save_phi(tmp_path / "weaker.safetensors", initial_phi(3), {}, strength=0.7)
+    save_phi(tmp_path / "weaker.safetensors", mine(strength=0.7), {})
     assert load_phi(tmp_path / "weaker.safetensors").strength == 0.7
     assert sum(value.numel() for value in load_file(tmp_path / "weaker.safetensors").values()) == 83
 
 
 @pytest.mark.parametrize("strength", [0, -0.5, 1.01, math.nan, "0.5", True])
 def test_a_strength_out_of_range_is_not_written(tmp_path, strength):
-    with pytest.raises(ConfigurationError, match=f"strength={strength} cannot be used; give a number above 0"):
-        save_phi(tmp_path / "phi.safetensors", initial_phi(3), {}, strength=strength)
+    with pytest.raises(ConfigurationError, match=f"strength of phi 'x'={strength} cannot be used; give a number above"):
+        save_phi(tmp_path / "phi.safetensors", mine(strength=strength), {})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -149,21 +153,21 @@ def test_default_is_bundled_trained_and_says_what_it_is():
 
 def test_what_noise_is_drawn_for_comes_back(saved, tmp_path):
     assert load_phi(saved).noise_per == "element"
-    card = save_phi(tmp_path / "other.safetensors", initial_phi(3), {}, 0.7, "channel")
+    card = save_phi(tmp_path / "other.safetensors", mine(strength=0.7, noise_per="channel"), {})
     loaded = load_phi(tmp_path / "other.safetensors")
     assert (loaded.noise_per, loaded.strength, loaded.card) == ("channel", 0.7, card)
-    with pytest.raises(ConfigurationError, match="noise_per=row is unknown; use one of element, channel"):
-        save_phi(tmp_path / "phi2.safetensors", initial_phi(3), {}, noise_per="row")
+    with pytest.raises(ConfigurationError, match="noise_per of phi 'x'=row is unknown; use one of element, channel"):
+        save_phi(tmp_path / "phi2.safetensors", mine(noise_per="row"), {})
     assert not (tmp_path / "phi2.safetensors").exists()
 
 
 def test_the_loss_from_which_all_of_the_strength_acts_comes_back(saved, tmp_path):
     assert load_phi(saved).full_strength_at == 1
-    card = save_phi(tmp_path / "other.safetensors", initial_phi(3), {}, full_strength_at=0.4)
+    card = save_phi(tmp_path / "other.safetensors", mine(full_strength_at=0.4), {})
     loaded = load_phi(tmp_path / "other.safetensors")
     assert (loaded.full_strength_at, loaded.strength, loaded.card) == (pytest.approx(0.4), 1, card)
-    with pytest.raises(ConfigurationError, match="full_strength_at=0 cannot be used"):
-        save_phi(tmp_path / "phi2.safetensors", initial_phi(3), {}, full_strength_at=0)
+    with pytest.raises(ConfigurationError, match="full_strength_at of phi 'x'=0 cannot be used"):
+        save_phi(tmp_path / "phi2.safetensors", mine(full_strength_at=0), {})
     with pytest.raises(ConfigurationError, match="full_strength_at of phi 'x'=2 cannot be used"):
         load_phi(NamedPhi(initial_phi(3), "x", full_strength_at=2))
     assert not (tmp_path / "phi2.safetensors").exists()
@@ -171,11 +175,11 @@ def test_the_loss_from_which_all_of_the_strength_acts_comes_back(saved, tmp_path
 
 def test_the_share_of_the_sites_comes_back(saved, tmp_path):
     assert load_phi(saved).share_of_sites == 1
-    card = save_phi(tmp_path / "other.safetensors", initial_phi(3), {}, share_of_sites=0.3)
+    card = save_phi(tmp_path / "other.safetensors", mine(share_of_sites=0.3), {})
     loaded = load_phi(tmp_path / "other.safetensors")
     assert (loaded.share_of_sites, loaded.strength, loaded.card) == (0.3, 1, card)
-    with pytest.raises(ConfigurationError, match="share_of_sites=2 cannot be used"):
-        save_phi(tmp_path / "phi2.safetensors", initial_phi(3), {}, share_of_sites=2)
+    with pytest.raises(ConfigurationError, match="share_of_sites of phi 'x'=2 cannot be used"):
+        save_phi(tmp_path / "phi2.safetensors", mine(share_of_sites=2), {})
     with pytest.raises(ConfigurationError, match="share_of_sites of phi 'x'=0 cannot be used"):
         load_phi(NamedPhi(initial_phi(3), "x", share_of_sites=0))
     assert not (tmp_path / "phi2.safetensors").exists()

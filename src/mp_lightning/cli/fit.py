@@ -80,7 +80,7 @@ def run(config: DictConfig, path: Path) -> float:
     card = make_card(entries, module, trainer.world_size, target, results, given.transfer)
     descriptions = module.description["tasks"]
     try:
-        save_phi(path / PHI, final.phi, card, final.strength, final.noise_per, final.share_of_sites)
+        save_phi(path / PHI, final, card)
         draw_training(history, path / "training.png", descriptions)
         draw_phi(final, path / "phi.png")
     except OSError as error:

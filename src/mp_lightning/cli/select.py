@@ -102,15 +102,7 @@ def selected(runs: list[Run], finished: list[Run], words: dict[str, list[str]], 
 def _write(to: Path, phi: NamedPhi, entry: dict[str, Any]) -> None:
     try:
         to.parent.mkdir(parents=True, exist_ok=True)
-        save_phi(
-            to,
-            phi.phi,
-            {**phi.card, "selected": entry},
-            phi.strength,
-            phi.noise_per,
-            phi.share_of_sites,
-            phi.full_strength_at,
-        )
+        save_phi(to, phi, {**phi.card, "selected": entry})
     except OSError as error:
         raise ConfigurationError(
             f"'{to}' cannot be written ({error.strerror}); choose another place with to="

@@ -48,56 +48,35 @@ class NamedPhi:
         return f"{self.name} ({self.card['status']})" if self.card.get("status") else self.name
 
 
-def save_phi(
-    path: str | Path,
-    phi: Phi,
-    card: dict[str, Any],
-    strength: float = 1.0,
-    noise_per: NoisePer = "element",
-    share_of_sites: float = 1.0,
-    full_strength_at: float = 1.0,
-) -> dict[str, Any]:
+def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dict[str, Any]:
     """Write ``path`` (.safetensors) and the card beside it (.json); both appear whole or not at all.
 
     Args:
         path: of the safetensors file.
-        phi: the 82 numbers.
-        card: where they come from.
-        strength: that phi is meant for, in the file a tensor without dimensions; 1, the paper's, is not written.
-        noise_per: what the noise that phi is meant for is drawn for; 'element', the paper's, is not written.
-        share_of_sites: at how many of the sites it is meant to act, counted from the last one; 1, the paper's, is not
-            written.
-        full_strength_at: share of the first training loss at or below which the whole strength acts; 1, a strength
-            that does not follow the loss, as the paper's, is not written.
+        phi: the 82 numbers; with what they are meant for, which goes into the file as well, where it is not what the
+            paper's are meant for.
+        card: where they come from; that of ``phi`` itself is not looked at.
 
     Returns:
         The card as written, that is with all that phi is meant for, and the file's name and SHA-256.
 
     Raises:
-        ConfigurationError: ``strength``, ``share_of_sites`` or ``full_strength_at`` is out of range, or there is no
-            such noise.
+        PhiError: the numbers are not those of a phi, or not finite.
+        ConfigurationError: what phi is meant for is out of range, or there is no such noise.
     """
-    path = Path(path)
-    tensors = {key: value.detach().float().cpu().contiguous() for key, value in phi._asdict().items()}
-    check_fraction(strength, "strength")
-    if strength != 1:
-        tensors[STRENGTH] = torch.tensor(float(strength))
-    check_noise_per(noise_per)
-    if noise_per == "channel":
+    path, named = Path(path), load_phi(phi)
+    tensors = {key: value.detach().float().cpu().contiguous() for key, value in named.phi._asdict().items()}
+    meant_for = {key: float(getattr(named, key)) for key in (STRENGTH, SHARE, FULL_AT)}
+    tensors |= {key: torch.tensor(value) for key, value in meant_for.items() if value != 1}
+    if named.noise_per == "channel":
         tensors[PER_CHANNEL] = torch.tensor(1.0)
-    check_fraction(share_of_sites, SHARE)
-    if share_of_sites != 1:
-        tensors[SHARE] = torch.tensor(float(share_of_sites))
-    check_fraction(full_strength_at, FULL_AT)
-    if full_strength_at != 1:
-        tensors[FULL_AT] = torch.tensor(float(full_strength_at))
     content = save(tensors)
     card = {
         **card,
-        "strength": float(strength),
-        "noise_per": noise_per,
-        "share_of_sites": float(share_of_sites),
-        "full_strength_at": float(full_strength_at),
+        "strength": meant_for[STRENGTH],
+        "noise_per": named.noise_per,
+        "share_of_sites": meant_for[SHARE],
+        "full_strength_at": meant_for[FULL_AT],
         "file": path.name,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -122,6 +101,7 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
         check_noise_per(source.noise_per, f"noise_per of phi '{source.name}'")
         check_fraction(source.share_of_sites, f"{SHARE} of phi '{source.name}'")
         check_fraction(source.full_strength_at, f"{FULL_AT} of phi '{source.name}'")
+        _check(source.phi._asdict(), f"phi '{source.name}'")
         return source
     if isinstance(source, Phi):
         _check(source._asdict(), "the given phi")

@@ -1,6 +1,5 @@
-"""A perturbation at the sites of one model: what the sites share, its ramp, and its state."""
+"""A perturbation at the sites of one model: what the sites share, and its state."""
 
-import warnings
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
@@ -11,16 +10,14 @@ from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, MetaPerturb, Perturbation, check_noise_per
-from mp_lightning.perturbation.precision import KeepsPrecision
 from mp_lightning.sites.calls import ActivationModule, Block
 from mp_lightning.sites.fitting import OFF, Fitting
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, entry_names
 from mp_lightning.sites.site import Site, in_backward
+from mp_lightning.sites.strength import GrowingStrength
 
-RAMP_FRACTION = 0.4  # Section 4 of the paper
-_HORIZON = 0.1  # of the ramp: the batches that the recent loss looks back over
 NAME = "_metaperturb"  # the submodule that attach() adds
 
 CLIP = 100.0
@@ -29,15 +26,12 @@ _PROVISIONAL, _FINAL = 1, 2
 PathName = Literal["auto", "reference"]  # how the perturbation is computed; the same function either way
 
 
-class Attachment(KeepsPrecision):
+class Attachment(GrowingStrength):
     """A perturbation at the sites of one model: what the sites share. Made by :func:`~mp_lightning.attach`.
 
-    Attributes:
+    Attributes, beside those of :class:`~mp_lightning.sites.strength.GrowingStrength`:
         plan: the sites.
         phi_name: what the perturbation is called in messages.
-        strength: of the perturbation when the ramp has ended, above 0 and at most 1.
-        coeff: its strength now; both are float32 tensors without dimensions.
-        fitting: how far the network fits its training images, which the strength may follow.
         path: 'auto' takes the fast path wherever there is one, 'reference' the readable one always.
         inference: what wraps the model's forward in evaluation mode, if anything.
         sampling: draw noise in evaluation mode; otherwise use its expectation.
@@ -68,7 +62,7 @@ class Attachment(KeepsPrecision):
         path: PathName = "auto",
         distributed: bool = True,
     ) -> None:
-        super().__init__()
+        super().__init__(strength, full_strength_at, persistent)
         check_path(path)
         check_noise_per(getattr(perturbation, "noise_per", "element"))
         self.plan = plan
@@ -81,7 +75,6 @@ class Attachment(KeepsPrecision):
         self.path: PathName = path
         self._can_fuse = isinstance(perturbation, FusedPerturbation)
         self.distributed = distributed
-        self.ramp_steps: int | None = None
         self.shard = self._shard()
         self.sampling = True
         self.inference: Inference | None = None
@@ -96,9 +89,6 @@ class Attachment(KeepsPrecision):
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
         for name, value in {
-            "strength": torch.tensor(float(strength), dtype=torch.float32),
-            "coeff": torch.tensor(float(strength), dtype=torch.float32),
-            "steps": torch.zeros((), dtype=torch.int64),
             "forwards": torch.zeros((), dtype=torch.int64),
             "input_size": torch.tensor(float(input_size or 0), dtype=torch.float32),
         }.items():
@@ -106,8 +96,6 @@ class Attachment(KeepsPrecision):
         for name in ("evaluations", "bound_hits", "size_source"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
         self._set_size_source(_FINAL if input_size is not None else 0)
-        self.fitting = Fitting(full_strength_at, persistent)
-        self._warned = False
         self.register_load_state_dict_post_hook(_note_input_size)
         self.sites = nn.ModuleList(Site(spec, index, self, persistent) for index, spec in enumerate(plan))
         self.__dict__["_model"] = model
@@ -115,9 +103,6 @@ class Attachment(KeepsPrecision):
         self._entries = [Entry(self, name) for name in entry_names(model, plan)]
         self._handles = self._register(model)
 
-    strength: Tensor
-    coeff: Tensor
-    steps: Tensor
     forwards: Tensor
     evaluations: Tensor
     bound_hits: Tensor
@@ -126,10 +111,6 @@ class Attachment(KeepsPrecision):
     input_size: Tensor
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if f"{prefix}coeff" in state_dict:  # before there were other strengths it was 1
-            state_dict.setdefault(f"{prefix}strength", torch.ones(()))
-            for name, value in Fitting(OFF, True).state_dict().items():  # and none followed the loss
-                state_dict.setdefault(f"{prefix}fitting.{name}", value)
         start = f"{prefix}sites."
         places = {key.removeprefix(start).split(".")[0] for key in state_dict if key.startswith(start)}
         if places and len(places) != len(self.sites):  # by their numbers, statistics would come to the wrong sites
@@ -156,42 +137,8 @@ class Attachment(KeepsPrecision):
         Raises:
             ConfigurationError: the length of the ramp is not known.
         """
-        if self.ramp_steps is None:
-            raise ConfigurationError(
-                "the ramp's length is unknown; pass total_steps= (number of training batches) or ramp_steps="
-            )
         self.settle()
-        self.steps.add_(1)
-        if self.fitting.follows:
-            rank, world = self._shard()
-            if loss is None and not self.fitting.told and not self._warned and rank == 0:
-                self._warned = True
-                warnings.warn(
-                    "MetaPerturb: the strength is to follow the training loss, which is not known; until it is, the "
-                    "ramp alone decides. Give it, by step(loss), or by returning it from a training_step that "
-                    "optimizes by hand, or choose full_strength_at=1",
-                    stacklevel=2,
-                )
-            self.fitting.note(loss, self.ramp_steps * _HORIZON, synchronize=world > 1)
-        self.update_coeff()
-
-    def ramp_over(self, ramp_steps: int) -> None:
-        """Let ``coeff`` grow from 0 to ``strength`` over ``ramp_steps`` training batches (0: full strength at once).
-
-        Where the strength follows the loss, it does so from the second batch on, when the first loss is known.
-        """
-        if ramp_steps < 0:
-            raise ConfigurationError(
-                f"ramp_steps={ramp_steps} is negative; give the number of batches, or 0 for no ramp"
-            )
-        self.ramp_steps = ramp_steps
-        self.update_coeff()
-
-    def update_coeff(self) -> None:
-        """Set the strength that follows from the batches counted, and the losses noted, so far."""
-        ramp = max(self.ramp_steps or 0, 0)
-        grown = self.strength * (self.steps / ramp).clamp(max=1.0) if ramp else self.strength
-        self.coeff.copy_(grown * self.fitting.factor())
+        self.count(loss, *self._shard())
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
@@ -386,11 +333,6 @@ def check_path(path: str) -> None:
     """
     if path not in get_args(PathName):
         raise ConfigurationError(f"path={path!r} is unknown; use one of {', '.join(get_args(PathName))}")
-
-
-def ramp_length(total_steps: int) -> int:
-    """The first 40 % of the training batches of a run, over which the strength grows."""
-    return round(RAMP_FRACTION * total_steps)
 
 
 def _scopes(plan: SitePlan) -> list[str]:

@@ -19,12 +19,13 @@ from torch import nn
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, check_fraction, load_phi
-from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName, ramp_length
+from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName
 from mp_lightning.sites.calls import Block
 from mp_lightning.sites.choice import Sites, choose_sites
 from mp_lightning.sites.discovery import find_sites
 from mp_lightning.sites.fitting import OFF
 from mp_lightning.sites.plan import SitePlan
+from mp_lightning.sites.strength import ramp_length
 from mp_lightning.sites.tracing import remembered
 
 

@@ -1,0 +1,120 @@
+"""How much of the perturbation acts: a strength that grows over a ramp, and may follow the training loss."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.perturbation.precision import KeepsPrecision
+from mp_lightning.sites.fitting import OFF, Fitting
+
+RAMP_FRACTION = 0.4  # Section 4 of the paper
+_HORIZON = 0.1  # of the ramp: the batches that the recent loss looks back over
+_IDLE = 0.1  # of the strength: hardly any of it acts
+
+
+class GrowingStrength(KeepsPrecision):
+    """Counts training batches, and knows from them, and from their losses, the strength that acts.
+
+    Args:
+        strength: when the ramp has ended, above 0 and at most 1.
+        full_strength_at: see :class:`~mp_lightning.sites.fitting.Fitting`.
+        persistent: keep all of it in the model's ``state_dict``.
+
+    Attributes:
+        strength: a float32 tensor without dimensions.
+        coeff: the strength now, another one.
+        steps: training batches so far, an int64 tensor without dimensions.
+        ramp_steps: number of batches over which the strength grows; None if that is not known.
+        fitting: how far the network fits its training images, which the strength may follow.
+    """
+
+    strength: Tensor
+    coeff: Tensor
+    steps: Tensor
+
+    def __init__(self, strength: float, full_strength_at: float, persistent: bool) -> None:
+        super().__init__()
+        for name, value in {
+            "strength": torch.tensor(float(strength), dtype=torch.float32),
+            "coeff": torch.tensor(float(strength), dtype=torch.float32),
+            "steps": torch.zeros((), dtype=torch.int64),
+        }.items():
+            self.register_buffer(name, value, persistent=persistent)
+        self.fitting = Fitting(full_strength_at, persistent)
+        self.ramp_steps: int | None = None
+        self._warned = False
+
+    def ramp_over(self, ramp_steps: int) -> None:
+        """Let ``coeff`` grow from 0 to ``strength`` over ``ramp_steps`` training batches (0: full strength at once).
+
+        Where the strength follows the loss, it does so from the second batch on, when the first loss is known.
+
+        Raises:
+            ConfigurationError: the number is negative.
+        """
+        if ramp_steps < 0:
+            raise ConfigurationError(
+                f"ramp_steps={ramp_steps} is negative; give the number of batches, or 0 for no ramp"
+            )
+        self.ramp_steps = ramp_steps
+        self.update_coeff()
+
+    def count(self, loss: Tensor | float | None, rank: int, world: int) -> None:
+        """Count one training batch, and set ``coeff``.
+
+        Args:
+            loss: of the batch; None where this process has none.
+            rank: of this process among those that hold parts of one global batch.
+            world: the number of them; each must call this, and the mean of their losses counts.
+
+        Raises:
+            ConfigurationError: the length of the ramp is not known.
+        """
+        if self.ramp_steps is None:
+            raise ConfigurationError(
+                "the ramp's length is unknown; pass total_steps= (number of training batches) or ramp_steps="
+            )
+        self.steps.add_(1)
+        if self.fitting.follows:
+            if loss is None and not self.fitting.told and not self._warned and rank == 0:
+                self._warned = True
+                warnings.warn(
+                    "MetaPerturb: the strength is to follow the training loss, which is not known; until it is, the "
+                    "ramp alone decides. Give it, by step(loss), or by returning it from a training_step that "
+                    "optimizes by hand, or choose full_strength_at=1",
+                    stacklevel=3,
+                )
+            self.fitting.note(loss, self.ramp_steps * _HORIZON, synchronize=world > 1)
+        self.update_coeff()
+
+    def update_coeff(self) -> None:
+        """Set the strength that follows from the batches counted, and the losses noted, so far."""
+        ramp = max(self.ramp_steps or 0, 0)
+        grown = self.strength * (self.steps / ramp).clamp(max=1.0) if ramp else self.strength
+        self.coeff.copy_(grown * self.fitting.factor())
+
+    def idle(self) -> str | None:
+        """Why hardly any of the strength acts after training, and what to do; None where enough of it does."""
+        factor = float(self.fitting.factor())
+        if factor >= _IDLE:
+            return None
+        share = float(self.fitting.recent / self.fitting.first)
+        return (
+            f"the training loss ended at {share:.0%} of its first value, so that only {factor:.0%} of the strength "
+            "acts; if the loss started low or cannot fall far, choose full_strength_at=1"
+        )
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
+        if f"{prefix}coeff" in state_dict:  # before there were other strengths it was 1
+            state_dict.setdefault(f"{prefix}strength", torch.ones(()))
+            for name, value in Fitting(OFF, True).state_dict().items():  # and none followed the loss
+                state_dict.setdefault(f"{prefix}fitting.{name}", value)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def ramp_length(total_steps: int) -> int:
+    """The first 40 % of the training batches of a run, over which the strength grows."""
+    return round(RAMP_FRACTION * total_steps)
