@@ -4,6 +4,7 @@ import lightning as L
 import torch
 import torchvision
 from torch.nn.functional import cross_entropy
+from torch.optim.swa_utils import update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mp_lightning import MetaPerturbCallback
@@ -36,4 +37,6 @@ for callbacks in ([], [MetaPerturbCallback()]):
     module = Classifier()
     trainer = L.Trainer(max_epochs=20, callbacks=callbacks, logger=False, enable_checkpointing=False, accelerator="cpu")
     trainer.fit(module, train)
+    if not callbacks:
+        update_bn(train, module.net)  # as the callback does, so that the two differ by MetaPerturb alone
     trainer.test(module, test)

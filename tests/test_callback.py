@@ -40,7 +40,8 @@ def test_prints_one_line(tmp_path, caplog):
         trainer(tmp_path, [MetaPerturbCallback(sites=1)], max_epochs=5).fit(module(), loader(2), loader(1))
     (line,) = messages(caplog)
     assert "\n" not in line
-    assert "4 sites" in line and str(load_phi()) in line and "first 4 of 10 training batches" in line
+    assert "4 sites" in line and str(load_phi()) in line
+    assert "grows to 0.95 over 480 training batches, of which this run has 10, less while" in line
 
 
 def test_fit_fit_validate_test_attach_once(tmp_path):
@@ -375,8 +376,8 @@ def test_a_strategy_that_trains_a_copy_says_so(tmp_path, capfd):
 @pytest.mark.parametrize(
     ("strength", "first", "second"),
     [
-        (1, "strength grows over the", "at full strength from"),
-        (0.25, "strength grows to 0.25 over", "at strength 0.25 from"),
+        (1, "strength grows over the first 3 of 8 training batches", "at full strength from"),
+        (0.25, "strength grows to 0.25 over the first 3 of 8", "at strength 0.25 from"),
     ],
 )
 def test_a_fit_says_how_its_strength_begins(tmp_path, caplog, strength, first, second):
@@ -384,7 +385,7 @@ def test_a_fit_says_how_its_strength_begins(tmp_path, caplog, strength, first, s
     for expected in (first, second):
         caplog.clear()
         with caplog.at_level(logging.INFO):
-            trainer(tmp_path, [MetaPerturbCallback(strength=strength)]).fit(model, loader(4))
+            trainer(tmp_path, [MetaPerturbCallback(strength=strength, full_strength_at=1)]).fit(model, loader(4))
         assert expected in caplog.text
 
 
@@ -413,7 +414,7 @@ def test_a_strength_that_stayed_low_says_why(tmp_path, recwarn, lr, phi_acts):
             return torch.optim.SGD(self.parameters(), lr=lr)
 
     model = module(Learner)
-    callback = MetaPerturbCallback(initial_phi(0), full_strength_at=0.5)
+    callback = MetaPerturbCallback(initial_phi(0), full_strength_at=0.5, ramp_steps=10)
     trainer(tmp_path, [callback], max_epochs=6).fit(model, loader(4))
     said = [str(one.message) for one in recwarn if "of its first value" in str(one.message)]
     assert (float(attachment_of(model).fitting.factor()) > 0.1) == phi_acts
@@ -436,7 +437,9 @@ def test_a_step_that_tells_no_loss_is_told_how(tmp_path, recwarn):
     for tells in (True, False):
         recwarn.clear()
         model = module(ByHand)
-        trainer(tmp_path, [MetaPerturbCallback(initial_phi(0), full_strength_at=0.5)]).fit(model, loader(4))
+        trainer(tmp_path, [MetaPerturbCallback(initial_phi(0), full_strength_at=0.5, ramp_steps=3)]).fit(
+            model, loader(4)
+        )
         said = [
             one for one in recwarn if "returning it from a training_step that optimizes by hand" in str(one.message)
         ]

@@ -29,7 +29,6 @@ from mp_lightning.site_metrics import PREFIX, SiteMetrics
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, PathName, check_path
 from mp_lightning.sites.choice import is_file, is_share
-from mp_lightning.sites.strength import ramp_length
 
 
 class MetaPerturbCallback(Callback):
@@ -58,7 +57,8 @@ class MetaPerturbCallback(Callback):
             choose them: see :func:`mp_lightning.choose_sites`.
         target: name of the only part of the module that is perturbed, such as 'student'; None perturbs every network in
             it that is trained.
-        ramp_steps: number of training batches over which the strength grows; None takes the first 40 % of the run.
+        ramp_steps: number of training batches over which the strength grows; None takes the first 40 % of the run, and,
+            where the strength follows the loss, 480 at least.
         strength: how much of the perturbation acts once it has grown, above 0 and at most 1; None takes the one that
             phi comes with, and 1 for any other perturbation.
         full_strength_at: share of the loss of the first batches at or below which the whole strength acts; above, it
@@ -207,18 +207,16 @@ class MetaPerturbCallback(Callback):
         attachment = self._attached(pl_module)
         training_data(trainer)
         total = None if self.ramp_steps is not None else total_training_batches(trainer)
-        attachment.ramp_over(ramp_length(total) if total is not None else self.ramp_steps or 0)
+        if total is None:
+            attachment.ramp_over(self.ramp_steps or 0)
+        else:
+            attachment.ramp_over_run(total)
         attachment.inference = None
         self._metrics, self._batches = SiteMetrics(attachment), int(attachment.steps)
         self._log_every = self._sparsely(trainer, total) if trainer.loggers else 0
-        of = f" of {total}" if total is not None else ""
-        to = "" if (strength := float(attachment.strength)) == 1 else f" to {strength:g}"
-        ramp = f"strength grows{to} over the first {attachment.ramp_steps}{of} training batches"
-        if int(attachment.steps) >= (attachment.ramp_steps or 0):
-            ramp = f"at {'full strength' if strength == 1 else f'strength {strength:g}'} from the first batch"
-        if (full_at := float(attachment.fitting.full_strength_at)) < 1:
-            ramp += f", less while the training loss is above {full_at:.0%} of its first value"
-        rank_zero_info(f"MetaPerturb: {len(attachment.plan)} sites, {self._what(attachment)}, {ramp}")
+        rank_zero_info(
+            f"MetaPerturb: {len(attachment.plan)} sites, {self._what(attachment)}, {attachment.outlook(total)}"
+        )
         for trained, asked in self._stays_in_force(attachment):
             rank_zero_warn(f"MetaPerturb: the model was trained {trained}, which stays in force instead of {asked}")
 

@@ -294,12 +294,24 @@ def test_a_batch_that_is_not_finite_leaves_the_statistics_alone(bad):
 
 @pytest.mark.parametrize(("total", "expected"), [(10, [0, 0.25, 0.5, 0.75, 1, 1]), (1, [1, 1]), (5, [0, 0.5, 1, 1])])
 def test_ramp_over_the_first_40_percent(total, expected):
-    attachment = attach(conv4(), total_steps=total, strength=1)
+    attachment = attach(conv4(), total_steps=total, strength=1, full_strength_at=1)
     seen = []
     for _ in expected:
         seen.append(float(attachment.coeff))
         attachment.step()
     assert seen == expected
+
+
+@pytest.mark.parametrize(
+    ("total", "follows", "ramp"), [(100, 0.4, 480), (1200, 0.4, 480), (3000, 0.4, 1200), (100, 1, 40)]
+)
+def test_a_strength_that_follows_the_loss_grows_over_480_batches_at_least(total, follows, ramp):
+    attachment = attach(conv4(), total_steps=total, full_strength_at=follows)
+    assert attachment.ramp_steps == ramp
+    attachment.step(1.0)
+    attachment.step(0.0)
+    assert float(attachment.coeff) <= float(attachment.strength) * 2 / ramp * (1 + 1e-6)
+    assert attach(conv4(), ramp_steps=7, full_strength_at=follows).ramp_steps == 7
 
 
 def test_ramp_of_a_given_length():
@@ -407,7 +419,7 @@ def test_strength_may_change_between_forward_and_backward():
 
 def test_phi_is_in_no_optimizer_and_does_not_train():
     model = fresh(conv4)
-    attachment = attach(model, total_steps=4)
+    attachment = attach(model, total_steps=4, full_strength_at=1)
     phi = [value.clone() for value in attachment.perturbation.phi]
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.1)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}

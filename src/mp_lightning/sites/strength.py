@@ -11,6 +11,9 @@ from mp_lightning.perturbation.precision import KeepsPrecision
 from mp_lightning.sites.fitting import OFF, Fitting
 
 RAMP_FRACTION = 0.4  # Section 4 of the paper
+# Where the strength follows the loss: a network of a hundred steps under all of it ends correct and unsure of itself,
+# since its classifier cannot grow as fast as its features are held small. Adaptive augmentation bounds its speed, too.
+_SHORTEST_RAMP = 480
 _HORIZON = 0.1  # of the ramp: the batches that the recent loss looks back over
 _IDLE = 0.1  # of the strength: hardly any of it acts
 
@@ -62,6 +65,15 @@ class GrowingStrength(KeepsPrecision):
         self.ramp_steps = ramp_steps
         self.update_coeff()
 
+    def ramp_over_run(self, total_steps: int) -> None:
+        """Let ``coeff`` grow over the first 40 % of the training batches of a run.
+
+        Where the strength follows the loss, it grows over 480 batches at least, so that a shorter run than one of 1,200
+        ends before all of it acts.
+        """
+        ramp_steps = round(RAMP_FRACTION * total_steps)
+        self.ramp_over(max(ramp_steps, _SHORTEST_RAMP) if self.fitting.follows else ramp_steps)
+
     def count(self, loss: Tensor | float | None, rank: int, world: int) -> None:
         """Count one training batch, and set ``coeff``.
 
@@ -96,6 +108,21 @@ class GrowingStrength(KeepsPrecision):
         grown = self.strength * (self.steps / ramp).clamp(max=1.0) if ramp else self.strength
         self.coeff.copy_(grown * self.fitting.factor())
 
+    def outlook(self, total_steps: int | None) -> str:
+        """How the strength will grow in a run of so many training batches (None: nobody knows), in words."""
+        strength, ramp = float(self.strength), self.ramp_steps or 0
+        to = "" if strength == 1 else f" to {strength:g}"
+        if int(self.steps) >= ramp:
+            words = f"at {'full strength' if strength == 1 else f'strength {strength:g}'} from the first batch"
+        elif total_steps is not None and ramp > total_steps:
+            words = f"strength grows{to} over {ramp} training batches, of which this run has {total_steps}"
+        else:
+            of = "" if total_steps is None else f" of {total_steps}"
+            words = f"strength grows{to} over the first {ramp}{of} training batches"
+        if (full_at := float(self.fitting.full_strength_at)) < OFF:
+            words += f", less while the training loss is above {full_at:.0%} of its first value"
+        return words
+
     def idle(self) -> str | None:
         """Why hardly any of the strength acts after training, and what to do; None where enough of it does."""
         factor = float(self.fitting.factor())
@@ -113,8 +140,3 @@ class GrowingStrength(KeepsPrecision):
             for name, value in Fitting(OFF, True).state_dict().items():  # and none followed the loss
                 state_dict.setdefault(f"{prefix}fitting.{name}", value)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def ramp_length(total_steps: int) -> int:
-    """The first 40 % of the training batches of a run, over which the strength grows."""
-    return round(RAMP_FRACTION * total_steps)

@@ -25,7 +25,6 @@ from mp_lightning.sites.choice import Sites, choose_sites
 from mp_lightning.sites.discovery import find_sites
 from mp_lightning.sites.fitting import OFF
 from mp_lightning.sites.plan import SitePlan
-from mp_lightning.sites.strength import ramp_length
 from mp_lightning.sites.tracing import remembered
 
 
@@ -60,7 +59,8 @@ def attach(
             :func:`~mp_lightning.sites.choose_sites`.
         target: name of the only submodule that is perturbed, such as 'student'.
         perturbation: any other :class:`~mp_lightning.perturbation.Perturbation` in place of phi.
-        total_steps: number of training batches of the run; the strength grows over the first 40 % of them.
+        total_steps: number of training batches of the run; the strength grows over the first 40 % of them, and, where
+            it follows the loss, over 480 at least.
         ramp_steps: number of batches over which it grows, instead. With neither, it is at full strength from the start
             and ``step()`` raises.
         strength: how much of the perturbation acts when it has grown, above 0 and at most 1: a feature map is
@@ -126,10 +126,10 @@ def attach(
     if parameter is not None:
         attachment.to(parameter.device)
     attachment.train(model.training)
-    if ramp_steps is None and total_steps is not None:
-        ramp_steps = ramp_length(total_steps)
     if ramp_steps is not None:
         attachment.ramp_over(ramp_steps)
+    elif total_steps is not None:
+        attachment.ramp_over_run(total_steps)
     model.add_module(NAME, attachment)
     _guard_compiled_code()
     return attachment
