@@ -80,7 +80,7 @@ def test_detach_after_fit_leaves_a_plain_module(tmp_path):
 @pytest.mark.parametrize("inference", ["mean", "mc"])
 def test_evaluation_is_repeatable(tmp_path, inference):
     model = module()
-    run = trainer(tmp_path, [MetaPerturbCallback(inference=inference, samples=3)])
+    run = trainer(tmp_path, [MetaPerturbCallback(inference=inference, samples=3, full_strength_at=1)])
     run.fit(model, loader(4, shuffle=True), loader(2))
     first = run.test(model, loader(2, start=400), verbose=False)
     assert first == run.test(model, loader(2, start=400), verbose=False)
@@ -94,7 +94,7 @@ def test_evaluation_is_repeatable(tmp_path, inference):
 def test_validation_in_fit_and_sanity_check(tmp_path):
     watch = Watch()
     model = module()
-    run = trainer(tmp_path, [MetaPerturbCallback(fit_samples=3), watch], num_sanity_val_steps=1)
+    run = trainer(tmp_path, [MetaPerturbCallback(fit_samples=3, full_strength_at=1), watch], num_sanity_val_steps=1)
     run.fit(model, loader(4), loader(2))
     assert len(watch.inference) == 1 + 2 * 2
     assert {type(i) for i in watch.inference} == {OutputAverage}
@@ -181,7 +181,7 @@ def test_max_steps_gives_endless_data_a_horizon(tmp_path):
 
 def test_phi_is_frozen(tmp_path):
     model = module()
-    run = trainer(tmp_path, [MetaPerturbCallback()])
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)])
     run.fit(model, loader(4))
     attachment = attachment_of(model)
     held = {id(p) for o in run.optimizers for group in o.param_groups for p in group["params"]}
@@ -230,7 +230,7 @@ def test_pytorch_lightning_trainer(tmp_path):
 
     model = module(Other)
     watch = Watch()
-    run = trainer(tmp_path, [MetaPerturbCallback(), watch], cls=pytorch_lightning.Trainer)
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1), watch], cls=pytorch_lightning.Trainer)
     run.fit(model, loader(4), loader(2))
     assert int(attachment_of(model).forwards) == 8 and len(watch.coeff) == 8
     assert attachment_of(model).evaluation_buffers
@@ -274,7 +274,7 @@ class Late(Classifier):
 
 def test_a_model_made_in_configure_model(tmp_path):
     model = Late()
-    run = trainer(tmp_path, [MetaPerturbCallback()])
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)])
     run.fit(model, loader(2), loader(1))
     assert int(attachment_of(model).forwards) == 4
     assert "configure_model" not in vars(model)
@@ -287,7 +287,7 @@ def test_a_model_made_in_configure_model(tmp_path):
 def test_a_model_made_in_sixteen_bits_has_statistics_in_float32(tmp_path, path):
     """They are made while torch's default dtype is another; compiled code reads them as float32."""
     model = Late()
-    trainer(tmp_path, [MetaPerturbCallback(path=path)], precision="bf16-true").fit(model, loader(4))
+    trainer(tmp_path, [MetaPerturbCallback(path=path, full_strength_at=1)], precision="bf16-true").fit(model, loader(4))
     attachment = attachment_of(model)
     assert next(model.net.parameters()).dtype == torch.bfloat16
     assert {value.dtype for value in attachment.buffers() if value.is_floating_point()} == {torch.float32}
@@ -339,7 +339,7 @@ def test_an_interrupted_training_leaves_a_model_that_can_be_evaluated(tmp_path):
             raise KeyboardInterrupt
 
     model = module(Interrupted)
-    run = trainer(tmp_path, [MetaPerturbCallback()])
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)])
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         run.fit(model, loader(4))
     x = digits()[0][:8]
@@ -407,19 +407,33 @@ def test_the_strength_follows_the_training_loss_whatever_lightning_divides_it_by
         assert 0 < float(factor) < 1 and float(attachment.coeff) == pytest.approx(float(factor))
 
 
-@pytest.mark.parametrize(("lr", "phi_acts"), [(0, False), (0.05, True)])
-def test_a_strength_that_stayed_low_says_why(tmp_path, recwarn, lr, phi_acts):
+@pytest.mark.parametrize(("lr", "ramp", "warns"), [(0, 10, True), (0.05, 10, False), (0, 25, False)])
+def test_a_strength_that_stayed_low_says_why(tmp_path, recwarn, lr, ramp, warns):
+    """It says so after the ramp alone: a run that ends on it cannot tell."""
+
     class Learner(Classifier):
         def configure_optimizers(self):
             return torch.optim.SGD(self.parameters(), lr=lr)
 
     model = module(Learner)
-    callback = MetaPerturbCallback(initial_phi(0), full_strength_at=0.5, ramp_steps=10)
+    callback = MetaPerturbCallback(initial_phi(0), full_strength_at=0.5, ramp_steps=ramp)
     trainer(tmp_path, [callback], max_epochs=6).fit(model, loader(4))
     said = [str(one.message) for one in recwarn if "of its first value" in str(one.message)]
-    assert (float(attachment_of(model).fitting.factor()) > 0.1) == phi_acts
-    assert len(said) == (0 if phi_acts else 1)
-    assert phi_acts or "of the strength acts; if the loss started low or cannot fall far, choose" in said[0]
+    assert (float(attachment_of(model).fitting.factor()) > 0.1) == (lr > 0)
+    assert len(said) == warns
+    assert not warns or "where the loss started low, or cannot fall far, choose full_strength_at=1" in said[0]
+
+
+@pytest.mark.parametrize(("accumulated", "ramp"), [(1, 480), (3, 1440)])
+def test_the_shortest_ramp_is_counted_in_steps_of_the_optimizer(tmp_path, caplog, accumulated, ramp):
+    model = module()
+    for expected in (
+        f"over {ramp} training batches, of which this run has 8",
+        f"over {ramp} training batches, 8 of which",
+    ):
+        with caplog.at_level(logging.INFO):
+            trainer(tmp_path, [MetaPerturbCallback()], accumulate_grad_batches=accumulated).fit(model, loader(4))
+        assert attachment_of(model).ramp_steps == ramp and expected in caplog.text
 
 
 def test_a_step_that_tells_no_loss_is_told_how(tmp_path, recwarn):

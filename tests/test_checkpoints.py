@@ -52,7 +52,7 @@ def test_a_checkpoint_holds_everything(tmp_path, weights_only):
 
 def test_model_checkpoint_with_weights_only(tmp_path):
     saver = ModelCheckpoint(tmp_path, save_weights_only=True, filename="w")
-    run = trainer(tmp_path, [MetaPerturbCallback(inference="mc"), saver], enable_checkpointing=True)
+    run = trainer(tmp_path, [MetaPerturbCallback(inference="mc", full_strength_at=1), saver], enable_checkpointing=True)
     model = module()
     run.fit(model, loader(4), loader(2))
     content = torch.load(saver.best_model_path, weights_only=True)
@@ -174,7 +174,7 @@ def test_a_fresh_trainer_gives_identical_metrics(tmp_path, inference):
 
 def test_restoring_a_checkpoint_from_within_fit_says_what_is_missing(tmp_path, recwarn):
     saver = ModelCheckpoint(tmp_path, filename="during")
-    run = trainer(tmp_path, [MetaPerturbCallback(), saver], enable_checkpointing=True)
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1), saver], enable_checkpointing=True)
     run.fit(module(), loader(4), loader(2))
     recwarn.clear()
     MetaPerturbCallback.restore(module(), saver.best_model_path)
@@ -261,7 +261,7 @@ def _epochs(path, shuffled, epochs=4, stop=None, seed=0):
     torch.manual_seed(seed)
     np.random.seed(seed)
     saver = ModelCheckpoint(path, filename="{epoch}", save_top_k=-1)
-    callbacks = [MetaPerturbCallback(), saver]
+    callbacks = [MetaPerturbCallback(full_strength_at=1), saver]
     if shuffled:
         callbacks.insert(0, KeepsRandomStates())
     if stop is not None:
@@ -298,7 +298,7 @@ def test_a_run_that_stops_and_goes_on_ends_bit_identical(tmp_path, uninterrupted
 def test_resuming_with_other_sites_is_refused(tmp_path):
     _, _, path = trained(tmp_path)
     plan = find_sites(module()).without("net.conv_layers.0*")
-    run = trainer(tmp_path, [MetaPerturbCallback(sites=plan)])
+    run = trainer(tmp_path, [MetaPerturbCallback(sites=plan, full_strength_at=1)])
     with pytest.raises(SiteError, match=r"other sites.*conv_layers\.0"):
         run.fit(module(), loader(4), ckpt_path=path, weights_only=True)
 
@@ -326,7 +326,7 @@ class WithOwnState(Classifier):
 
 def test_the_modules_own_hooks_still_run(tmp_path):
     model = module(WithOwnState)
-    run = trainer(tmp_path, [MetaPerturbCallback()])
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)])
     run.fit(model, loader(2))
     run.save_checkpoint(tmp_path / "own.ckpt")
     content = read_checkpoint(tmp_path / "own.ckpt")
@@ -345,7 +345,7 @@ def test_hooks_that_someone_set_on_the_object_still_run(tmp_path):
         seen.append("saved")
 
     model.on_save_checkpoint = save
-    run = trainer(tmp_path, [MetaPerturbCallback()])
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)])
     run.fit(model, loader(2))
     run.save_checkpoint(tmp_path / "a.ckpt")
     assert seen == ["saved"] and KEY in torch.load(tmp_path / "a.ckpt", weights_only=True)

@@ -131,7 +131,7 @@ def test_callbacks_of_the_module_are_kept(tmp_path, cls):
 
 def test_a_callback_in_the_trainer_as_well_acts_once(tmp_path):
     model = module(Declared)
-    run = trainer(tmp_path, [MetaPerturbCallback()], max_epochs=1)
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)], max_epochs=1)
     run.fit(model, loader(2))
     assert int(attachment_of(model).steps) == 2
 

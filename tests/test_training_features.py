@@ -74,7 +74,7 @@ def trainer_with(tmp_path, callbacks, **options):
 
 def fit(tmp_path, module=None, others=(), ours_first=True, **options):
     module = Module() if module is None else module
-    callback = MetaPerturbCallback(sites=1)
+    callback = MetaPerturbCallback(sites=1, full_strength_at=1)
     callbacks = [callback, *others] if ours_first else [*others, callback]
     trainer = trainer_with(tmp_path, callbacks, **options)
     trainer.fit(module)
@@ -202,7 +202,7 @@ def test_compiled_models_train_as_others_and_their_sites_act(tmp_path, how):
     torch._dynamo.reset()
     plain, _ = fit(tmp_path)
     module = compiled_inside() if how == "inside" else Module()
-    callback = MetaPerturbCallback(sites=1)
+    callback = MetaPerturbCallback(sites=1, full_strength_at=1)
     trainer = trainer_with(tmp_path, [callback])
     trainer.fit(torch.compile(module, backend="aot_eager") if how == "whole" else module)
     check_acted(module, 2 * BATCHES)
@@ -215,7 +215,7 @@ def test_a_model_that_was_compiled_and_run_before_is_compiled_again(tmp_path):
     torch._dynamo.reset()
     module = compiled_inside()
     module.train()(torch.rand(8, 3, 16, 16))
-    trainer = trainer_with(tmp_path, [MetaPerturbCallback(sites=1)])
+    trainer = trainer_with(tmp_path, [MetaPerturbCallback(sites=1, full_strength_at=1)])
     trainer.fit(module)
     check_acted(module, 2 * BATCHES)
 
@@ -296,7 +296,7 @@ def test_finders_leave_no_trace_in_what_is_counted(tmp_path, finder, ours_first)
 
 def test_the_tuner_leaves_the_statistics_as_they_were(tmp_path):
     module = Module()
-    trainer = trainer_with(tmp_path, [MetaPerturbCallback(sites=1)])
+    trainer = trainer_with(tmp_path, [MetaPerturbCallback(sites=1, full_strength_at=1)])
     Tuner(trainer).lr_find(module, num_training=5)
     attachment = attachment_of(module)
     assert (int(attachment.steps), int(attachment.forwards)) == (0, 0)
@@ -337,7 +337,7 @@ def test_hydra_makes_the_callback(tmp_path):
 @pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
 def test_strategies_that_cut_a_module_into_pieces_are_refused(tmp_path, name):
     module = Module()
-    trainer = trainer_with(tmp_path, [MetaPerturbCallback(sites=1)])
+    trainer = trainer_with(tmp_path, [MetaPerturbCallback(sites=1, full_strength_at=1)])
     trainer.strategy.__class__ = type(name, (type(trainer.strategy),), {})
     with pytest.raises(ConfigurationError, match=f"does not work with {name}.* use strategy='ddp'"):
         trainer.fit(module)
@@ -360,7 +360,7 @@ class Distillation(Module):
 
 def test_target_leaves_an_ema_teacher_alone(tmp_path):
     module = Distillation()
-    trainer_with(tmp_path, [MetaPerturbCallback(sites=1, target="net")]).fit(module)
+    trainer_with(tmp_path, [MetaPerturbCallback(sites=1, target="net", full_strength_at=1)]).fit(module)
     attachment = check_acted(module, 2 * BATCHES)
     assert {name.split(".")[0] for name in attachment.plan.names} == {"net"}
 
@@ -511,7 +511,9 @@ def test_an_error_in_a_watched_batch_leaves_no_hook(tmp_path):
             raise ValueError("no")
 
     module = Fails()
-    trainer = trainer_with(tmp_path, [MetaPerturbCallback(sites=1, log_every=1)], logger=CSVLogger(tmp_path))
+    trainer = trainer_with(
+        tmp_path, [MetaPerturbCallback(sites=1, log_every=1, full_strength_at=1)], logger=CSVLogger(tmp_path)
+    )
     with pytest.raises(ValueError, match="no"):
         trainer.fit(module)
     assert not any(site._forward_pre_hooks for site in attachment_of(module).sites)

@@ -49,7 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         trainer = L.Trainer(
             max_epochs=1,
             accelerator="cpu",
-            callbacks=[MetaPerturbCallback(inference=mode)],
+            callbacks=[MetaPerturbCallback(inference=mode, full_strength_at=1)],
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

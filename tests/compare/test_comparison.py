@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from mp_lightning.compare.arms import Arm, parse_arm
-from mp_lightning.compare.comparison import RESULTS, carry_out, check_plan
+from mp_lightning.compare.comparison import RESULTS, _key, carry_out, check_plan
 from mp_lightning.compare.results import Row
 from mp_lightning.compare.run import RunError
 from mp_lightning.compare.tuning import Budget
@@ -108,6 +108,17 @@ def test_a_random_phi_that_acts_otherwise_is_made_again(tmp_path: Path, meant_fo
         _, display = made(plan([parse_arm("random_phi", phi)], 1), tmp_path)
         runs.append([arm for arm, _ in display.made if arm == "random_phi"])
     assert runs == [["random_phi"], [], ["random_phi"]]
+
+
+@pytest.mark.parametrize(("steps", "same"), [(1199, False), (1200, True), (None, True)])
+def test_only_where_the_shortest_ramp_acts_it_tells_runs_apart(steps: int | None, same: bool) -> None:
+    """Runs of 1,200 steps and more are those that were made before there was a shortest ramp."""
+    keys = []
+    for ramp in (True, False):
+        what = plan([parse_arm("metaperturb", load_phi())], 1)
+        what = replace(what, experiment=replace(what.experiment, steps=steps, ramp=ramp))
+        keys.append(_key(what, what.arms[0], 0))
+    assert (keys[0] == keys[1]) == same
 
 
 @pytest.mark.slow

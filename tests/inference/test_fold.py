@@ -157,7 +157,7 @@ def test_callback_folds_at_the_end_of_fit_and_checkpoints_bring_it_back(tmp_path
     module = Module()
     trainer = L.Trainer(
         max_epochs=2,
-        callbacks=[MetaPerturbCallback(inference="fold")],
+        callbacks=[MetaPerturbCallback(inference="fold", full_strength_at=1)],
         accelerator="cpu",
         logger=False,
         enable_checkpointing=False,

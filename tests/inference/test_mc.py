@@ -211,7 +211,7 @@ class OwnLayers(pl.LightningModule):
 @pytest.mark.parametrize("cls", [Classifier, CallsNet, OwnLayers])
 def test_in_a_users_module(tmp_path, cls):
     model = module(cls)
-    run = trainer(tmp_path, [MetaPerturbCallback(inference="mc", samples=4, fit_samples=2)])
+    run = trainer(tmp_path, [MetaPerturbCallback(inference="mc", samples=4, fit_samples=2, full_strength_at=1)])
     run.fit(model, loader(4), loader(2) if cls is not OwnLayers else None)
     attachment = attachment_of(model)
     assert int(attachment.forwards) == 8
@@ -241,7 +241,7 @@ class LayerByLayer(CallsNet):
 @pytest.mark.parametrize("inference", ["mc", "mean"])
 def test_a_test_step_that_never_calls_the_model_is_refused(tmp_path, inference):
     model = module(LayerByLayer)
-    run = trainer(tmp_path, [MetaPerturbCallback(inference=inference)])
+    run = trainer(tmp_path, [MetaPerturbCallback(inference=inference, full_strength_at=1)])
     run.fit(model, loader(2), loader(2))
     with pytest.raises(ConfigurationError, match=r"self\.net.*as a whole"):
         run.test(model, loader(2), verbose=False)
@@ -262,7 +262,7 @@ def test_outputs_that_cannot_be_averaged_in_a_users_module(tmp_path, inference):
         test_step = validation_step
 
     model = module(GivesDict)
-    run = trainer(tmp_path, [MetaPerturbCallback(inference=inference)])
+    run = trainer(tmp_path, [MetaPerturbCallback(inference=inference, full_strength_at=1)])
     if inference == "mc":
         with pytest.raises(ConfigurationError, match="GivesDict gives a dict"):
             run.fit(model, loader(2), loader(2))

@@ -314,7 +314,7 @@ def test_several_loaders_are_read_as_in_training(tmp_path, mode):
 
     model = module(Several)
     data = CombinedLoader({"a": loader(2), "b": loader(3, start=100)}, mode)
-    trainer(tmp_path, [MetaPerturbCallback()], max_epochs=1).fit(model, data)
+    trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)], max_epochs=1).fit(model, data)
     assert len(attachment_of(model).evaluation_buffers) == 8
 
 
@@ -326,7 +326,7 @@ def test_a_training_step_without_the_model_does_not_lose_the_training(tmp_path):
                 x = layer(x)
             return F.cross_entropy(self.net.fc(x.flatten(1)), batch[1])
 
-    run = trainer(tmp_path, [MetaPerturbCallback(input_size=16)])
+    run = trainer(tmp_path, [MetaPerturbCallback(input_size=16, full_strength_at=1)])
     model = module(ByLayers)
     with pytest.warns(UserWarning, match=r"did not call the model.*self\.net"):
         run.fit(model, loader(2))
@@ -335,7 +335,7 @@ def test_a_training_step_without_the_model_does_not_lose_the_training(tmp_path):
 
 def test_evaluation_without_training_data_says_so(tmp_path, recwarn):
     model = module()
-    run = trainer(tmp_path, [MetaPerturbCallback()])
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)])
     run.fit(model, loader(2))
     attachment_of(model).evaluation_buffers = None  # as after a checkpoint from within fit
     fresh = trainer(tmp_path, [MetaPerturbCallback()])
@@ -348,7 +348,7 @@ def test_evaluation_without_training_data_says_so(tmp_path, recwarn):
 def test_a_checkpoint_from_within_fit_is_tested_like_the_model_it_holds(tmp_path):
     """The usual trainer.test(ckpt_path='best'): the copies for evaluation were not there when it was saved."""
     saver = ModelCheckpoint(tmp_path, filename="last-epoch")
-    run = trainer(tmp_path, [MetaPerturbCallback(), saver], enable_checkpointing=True)
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1), saver], enable_checkpointing=True)
     model = module()
     run.fit(model, loader(4), loader(2))
     expected = run.test(model, loader(2, start=400), verbose=False)

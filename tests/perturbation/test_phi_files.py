@@ -43,6 +43,13 @@ def test_strength_comes_back_and_that_of_the_paper_leaves_82_numbers(saved, tmp_
     assert sum(value.numel() for value in load_file(tmp_path / "weaker.safetensors").values()) == 83
 
 
+@pytest.mark.parametrize("what", [None, "tiny-imagenet-5", {}])
+def test_only_a_phi_is_written(tmp_path, what):
+    with pytest.raises(ConfigurationError, match=f"a Phi or a NamedPhi, not a {type(what).__name__}"):
+        save_phi(tmp_path / "phi.safetensors", what, {})
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("strength", [0, -0.5, 1.01, math.nan, "0.5", True])
 def test_a_strength_out_of_range_is_not_written(tmp_path, strength):
     with pytest.raises(ConfigurationError, match=f"strength of phi 'x'={strength} cannot be used; give a number above"):

@@ -36,6 +36,14 @@ def test_a_first_loss_far_above_the_others_does_not_count():
     assert float(fitting.first) == 2 and float(fitting.factor()) == pytest.approx(0, abs=1e-3)
 
 
+def test_a_first_loss_far_above_the_others_is_forgotten_at_once():
+    """Looked back over 50 batches it would hold the recent loss above the first one for more than 150."""
+    fitting = fitted(0.4, 60, 2, 2, 2, 2, horizon=50)
+    assert float(fitting.recent) == 2
+    usual = fitted(0.4, 2.5, 2, 2, 2, 2, horizon=50)
+    assert float(usual.recent) == pytest.approx(2 + 0.5 * (1 - 1 / 50) ** 4)
+
+
 def test_the_mean_of_a_loss_for_each_image_counts():
     fitting = Fitting(0.4, persistent=False)
     fitting.note(torch.tensor([1.0, 3.0], dtype=torch.float64), 10, synchronize=False)

@@ -151,7 +151,8 @@ class Context:
         num_classes: of the target; None where it is not known.
         inference: how arms with noise in evaluation classify.
         samples: noisy forwards of 'mc'.
-        ramp: whether the strength of what stands in place of phi grows over the first 40 % of the run.
+        ramp: whether the strength of what stands in place of phi grows over the first 40 % of the run, or longer, as
+            for the callback.
     """
 
     seed: int
@@ -159,6 +160,11 @@ class Context:
     inference: Inference
     samples: int
     ramp: bool = True
+
+
+def follows_the_loss(arm: AnyArm) -> bool:
+    """Whether the strength of something in this arm follows the training loss, by the phi that it stands for."""
+    return isinstance(arm, NamedArm) and any(part.full_strength_at < 1 for part in arm.parts)
 
 
 def parse_arm(text: str, phi: NamedPhi) -> NamedArm:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, Context, NamedArm, Part, callbacks_of
+from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, Context, NamedArm, Part, callbacks_of, follows_the_loss
 from mp_lightning.compare.at_sites import AtSites
 from mp_lightning.compare.calibration import matched_moments, phi_digest
 from mp_lightning.compare.pool import perform_all
@@ -20,6 +21,7 @@ from mp_lightning.compare.store import RunKey, Store
 from mp_lightning.compare.tuning import Budget, Tuned, choose, trials, untuned, with_values
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.sites import find_sites
+from mp_lightning.sites.strength import RAMP_FRACTION, SHORTEST_RAMP
 
 RESULTS = "results.csv"
 TUNING = "tuning.csv"
@@ -183,6 +185,9 @@ def _with_moments(arm: AnyArm, experiment: Experiment, folder: Path) -> AnyArm:
 
 def _key(plan: Plan, arm: AnyArm, seed: int) -> RunKey:
     parts = [] if isinstance(arm, Arm) else [_identity(part) for part in arm.parts]
+    usual_ramp = (plan.experiment.steps or math.inf) * RAMP_FRACTION
+    if plan.experiment.ramp and follows_the_loss(arm) and usual_ramp < SHORTEST_RAMP:
+        parts.append(["ramp", SHORTEST_RAMP])  # before there was a shortest one it was the fraction alone
     text = json.dumps([plan.settings, parts], sort_keys=True, default=str)
     return RunKey(plan.target, plan.model, arm.name, seed, hashlib.sha256(text.encode()).hexdigest()[:12])
 

@@ -62,8 +62,10 @@ def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dic
 
     Raises:
         PhiError: the numbers are not those of a phi, or not finite.
-        ConfigurationError: what phi is meant for is out of range, or there is no such noise.
+        ConfigurationError: it is no phi, or what it is meant for is out of range, or there is no such noise.
     """
+    if not isinstance(phi, Phi | NamedPhi):
+        raise ConfigurationError(f"save_phi writes a Phi or a NamedPhi, not a {type(phi).__name__}; see load_phi")
     path, named = Path(path), load_phi(phi)
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in named.phi._asdict().items()}
     meant_for = {key: float(getattr(named, key)) for key in (STRENGTH, SHARE, FULL_AT)}
@@ -89,12 +91,13 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
     """phi from a file, from the name of a bundled one, or as it is given.
 
     Args:
-        source: path of a ``.safetensors`` file, a name of :func:`list_phi`, a :class:`Phi`, or None for the
-            bundled default.
+        source: path of a ``.safetensors`` file, a name of :func:`list_phi`, a :class:`Phi` or :class:`NamedPhi`, or
+            None for the bundled default.
 
     Raises:
         PhiError: the file is missing, truncated, a pickle, holds other names or shapes, or numbers that are not
             finite, or it is not the file that its card describes.
+        ConfigurationError: what a :class:`NamedPhi` is meant for is out of range.
     """
     if isinstance(source, NamedPhi):
         check_fraction(source.strength, f"strength of phi '{source.name}'")

@@ -56,10 +56,14 @@ class Fitting(nn.Module):
     @property
     def first(self) -> Tensor:
         """The mean of the first losses, a float32 tensor without dimensions; not a number before any is known."""
+        return self._usual_losses().nanmean()
+
+    def _usual_losses(self) -> Tensor:
+        """The first losses (5,), with NaN for those that are not known or far above the others."""
         noted = torch.arange(_FIRST, device=self.losses.device) < self.losses
         first = torch.where(noted, self.first_losses, torch.nan)
         usual = (first <= _OUTLIER * first.nanmedian()) | (first <= 0)
-        return torch.where(usual, first, torch.nan).nanmean()
+        return torch.where(usual, first, torch.nan)
 
     def note(self, loss: Tensor | float | None, horizon: float, synchronize: bool) -> None:
         """Take in the loss of one training batch.
@@ -81,6 +85,8 @@ class Fitting(nn.Module):
         self.losses += known
         weight = torch.where(self.losses == 1, torch.ones_like(value), 1 / max(horizon, _SHORTEST))
         self.recent.copy_(torch.where(known, self.recent + weight * (value - self.recent), self.recent))
+        outlier = (self.losses == _FIRST) & self._usual_losses().isnan().any()
+        self.recent.copy_(torch.where(known & outlier, self.first, self.recent))  # which would take long to forget it
 
     def factor(self) -> Tensor:
         """What the strength is multiplied by, a float32 tensor without dimensions; 1 before any loss is known."""

@@ -13,7 +13,7 @@ from mp_lightning.sites.fitting import OFF, Fitting
 RAMP_FRACTION = 0.4  # Section 4 of the paper
 # Where the strength follows the loss: a network of a hundred steps under all of it ends correct and unsure of itself,
 # since its classifier cannot grow as fast as its features are held small. Adaptive augmentation bounds its speed, too.
-_SHORTEST_RAMP = 480
+SHORTEST_RAMP = 480  # steps of the optimizer
 _HORIZON = 0.1  # of the ramp: the batches that the recent loss looks back over
 _IDLE = 0.1  # of the strength: hardly any of it acts
 
@@ -65,14 +65,18 @@ class GrowingStrength(KeepsPrecision):
         self.ramp_steps = ramp_steps
         self.update_coeff()
 
-    def ramp_over_run(self, total_steps: int) -> None:
+    def ramp_over_run(self, total_steps: int, accumulated: int = 1) -> None:
         """Let ``coeff`` grow over the first 40 % of the training batches of a run.
 
-        Where the strength follows the loss, it grows over 480 batches at least, so that a shorter run than one of 1,200
+        Where the strength follows the loss, it grows over 480 steps of the optimizer at least, so that a shorter run
         ends before all of it acts.
+
+        Args:
+            total_steps: number of training batches of the run.
+            accumulated: number of batches whose gradients make one step of the optimizer.
         """
-        ramp_steps = round(RAMP_FRACTION * total_steps)
-        self.ramp_over(max(ramp_steps, _SHORTEST_RAMP) if self.fitting.follows else ramp_steps)
+        ramp_steps, shortest = round(RAMP_FRACTION * total_steps), SHORTEST_RAMP * accumulated
+        self.ramp_over(max(ramp_steps, shortest) if self.fitting.follows else ramp_steps)
 
     def count(self, loss: Tensor | float | None, rank: int, world: int) -> None:
         """Count one training batch, and set ``coeff``.
@@ -110,10 +114,12 @@ class GrowingStrength(KeepsPrecision):
 
     def outlook(self, total_steps: int | None) -> str:
         """How the strength will grow in a run of so many training batches (None: nobody knows), in words."""
-        strength, ramp = float(self.strength), self.ramp_steps or 0
+        strength, steps, ramp = float(self.strength), int(self.steps), self.ramp_steps or 0
         to = "" if strength == 1 else f" to {strength:g}"
-        if int(self.steps) >= ramp:
+        if steps >= ramp:
             words = f"at {'full strength' if strength == 1 else f'strength {strength:g}'} from the first batch"
+        elif steps > 0:
+            words = f"strength grows{to} over {ramp} training batches, {steps} of which are done"
         elif total_steps is not None and ramp > total_steps:
             words = f"strength grows{to} over {ramp} training batches, of which this run has {total_steps}"
         else:
@@ -124,14 +130,15 @@ class GrowingStrength(KeepsPrecision):
         return words
 
     def idle(self) -> str | None:
-        """Why hardly any of the strength acts after training, and what to do; None where enough of it does."""
+        """Why hardly any of the strength acts when a training with a whole ramp has ended; None where enough does."""
         factor = float(self.fitting.factor())
-        if factor >= _IDLE:
+        if factor >= _IDLE or int(self.steps) < (self.ramp_steps or 0):
             return None
         share = float(self.fitting.recent / self.fitting.first)
         return (
-            f"the training loss ended at {share:.0%} of its first value, so that only {factor:.0%} of the strength "
-            "acts; if the loss started low or cannot fall far, choose full_strength_at=1"
+            f"{factor:.0%} of the strength acts, since the training loss is still at {share:.0%} of its first value. "
+            "That is meant for networks that do not fit their training images; where the loss started low, or cannot "
+            "fall far, choose full_strength_at=1"
         )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
