@@ -9,7 +9,6 @@ from rich.console import Console
 
 from mp_lightning.cli.compare_settings import CompareSettings, read
 from mp_lightning.cli.words import PROGRAM
-from mp_lightning.compare.arms import follows_the_loss
 from mp_lightning.compare.classifier import ClassifierFactory
 from mp_lightning.compare.comparison import Plan
 from mp_lightning.compare.conclusion import conclude
@@ -17,7 +16,6 @@ from mp_lightning.compare.progress import reading_display
 from mp_lightning.compare.run import Experiment
 from mp_lightning.compare.target import Target, TargetFactory, read_target
 from mp_lightning.runs import RunFolder
-from mp_lightning.sites.strength import SHORTEST_RAMP
 
 __all__ = ["read", "run"]
 
@@ -44,14 +42,6 @@ def run(config: DictConfig, path: Path) -> None:
     console.print(f"Target {target}", markup=False)
     if given.weights is not None:
         console.print(_fine_tuning(given), markup=False)
-    steps = given.optimization.steps
-    short = [arm.name for arm in given.arms if given.ramp and follows_the_loss(arm)]
-    if short and steps < SHORTEST_RAMP:
-        console.print(
-            f"{', '.join(short)}: the strength grows over {SHORTEST_RAMP} steps, so that at most "
-            f"{steps / SHORTEST_RAMP:.0%} of it acts in {steps}; steps={SHORTEST_RAMP} reaches all of it.",
-            markup=False,
-        )
     console.print()
     plan = _plan(given, target, contents)
     conclude(plan, folder.path, console, _command(), {**given.relevant, **contents})

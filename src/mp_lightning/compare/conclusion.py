@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from mp_lightning.compare.arms import AnyArm, NamedArm
+from mp_lightning.compare.arms import AnyArm, NamedArm, follows_the_loss
 from mp_lightning.compare.comparison import Plan, carry_out, check_plan
 from mp_lightning.compare.display import Bars
 from mp_lightning.compare.quiet import quiet
@@ -17,6 +17,7 @@ from mp_lightning.compare.results import METRICS, Row
 from mp_lightning.compare.summary import Summary, summarize
 from mp_lightning.compare.table import terminal_table
 from mp_lightning.compare.tuning import Tuned
+from mp_lightning.sites.strength import SHORTEST_RAMP
 
 _LEAST_WIDTH = 110  # of tables, where the output is not a terminal
 
@@ -54,6 +55,7 @@ def conclude(plan: Plan, folder: Path, console: Console, command: str, settings:
     Raises:
         UserError: something that was given cannot be used, or the folder not be written.
     """
+    _say_what_acts(console, plan)
     with quiet():
         check_plan(plan)
         outcome = carry_out(plan, folder, Bars(console, plan.experiment.steps))
@@ -69,6 +71,18 @@ def conclude(plan: Plan, folder: Path, console: Console, command: str, settings:
     comparison = Comparison(folder, outcome.rows, summary, outcome.tuned)
     _say(console, comparison)
     return comparison
+
+
+def _say_what_acts(console: Console, plan: Plan) -> None:
+    """Say where the runs are too short for all of the strength."""
+    steps = plan.experiment.steps
+    arms = [arm.name for arm in plan.arms if follows_the_loss(arm)]
+    if arms and plan.experiment.ramp and steps is not None and steps < SHORTEST_RAMP:
+        console.print(
+            f"{', '.join(arms)}: the strength grows over {SHORTEST_RAMP} steps, so that at most "
+            f"{steps / SHORTEST_RAMP:.0%} of it acts in {steps}; {SHORTEST_RAMP} reach all of it.\n",
+            markup=False,
+        )
 
 
 def _focus(arms: Sequence[AnyArm]) -> list[str]:

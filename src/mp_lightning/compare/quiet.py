@@ -6,8 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 _LOGGERS = ("lightning.pytorch", "lightning.fabric")
-# Advice about loaders and logging, to someone who wrote the training.
-_ADVICE = (r".*does not have many workers.*", r".*isinstance\(treespec, LeafSpec\).*", r".*log_every_n_steps.*")
+# Advice about loaders, logging and settings of the callback, to someone who wrote the training.
+_ADVICE = (
+    *(r".*does not have many workers.*", r".*isinstance\(treespec, LeafSpec\).*", r".*log_every_n_steps.*"),
+    r"MetaPerturb: .* of the strength acts.*",
+)
 
 
 @contextmanager
