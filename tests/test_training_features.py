@@ -371,8 +371,8 @@ def logged(path):
 
 
 def test_what_the_sites_do_goes_to_the_logger_and_the_training_is_the_same(tmp_path):
-    quiet, _ = fit(tmp_path)
-    module = Module()
+    quiet, module = Module(), Module()
+    trainer_with(tmp_path, [MetaPerturbCallback(sites=1)]).fit(quiet)
     callback, factors = MetaPerturbCallback(sites=1, log_every=3), []
 
     class Noting(L.Callback):
