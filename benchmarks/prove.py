@@ -33,6 +33,7 @@ ARMS = (
     *(f"metaperturb:{PUBLISHED}", f"metaperturb:{DEFAULT_PHI}"),
     *("dropout", "manifold_mixup"),
 )
+_RATES = {"conv4": 3e-3}  # learning rates that go without saying in the name of a run folder
 _NAMES = {"scale_kernels": "stat_kernels"}  # in the authors' file
 
 
@@ -51,10 +52,11 @@ class Proof:
 
     @property
     def name(self) -> str:
-        """Of its run folder; it tells trainings of another length or batch size apart."""
+        """Of its run folder; it tells trainings of another length, batch size or learning rate apart."""
         usual = (self.steps, self.batch_size) == (Proof.steps, Proof.batch_size)
         length = "" if usual else f"-{self.steps}x{self.batch_size}"
-        return f"{self.target}-{self.model.replace(':', '-')}{length}{'-finetuned' if self.weights else ''}"
+        rate = "" if self.lr == _RATES.get(self.model, Proof.lr) else f"-lr{self.lr:g}"
+        return f"{self.target}-{self.model.replace(':', '-')}{length}{rate}{'-finetuned' if self.weights else ''}"
 
     def __str__(self) -> str:
         images = "all images" if self.n_per_class is None else f"{self.n_per_class} images a class"
@@ -78,10 +80,18 @@ _LONGER = {"dtd10": 3000, "cub": 6000}
 
 # In the order in which they are made: first small networks, then every target and network. At a learning rate of 1e-3
 # Conv4 does not reach all its training images, and at 3e-3 it needs more than 1,200 steps for those of DTD and CUB.
-# ResNet20 has 3,000 steps, of batches that a processor can afford, and 1,200 of larger ones, which were made on a GPU.
+# ResNet20 has batches that a processor can afford, or larger ones, which were made on a GPU. Its first learning rate,
+# the published 1e-3, is too low for so few steps: on the validation target clothing (50 images a class, 32 pixels, seed
+# 0) no regularizer reaches 53.6 % in 3,000 steps of it, and 60.4 and 59.9 % in 1,500 of 3e-3 and 1e-2.
 PROOFS = [
     *(Proof(target, n_per_class, "conv4", lr=3e-3) for target, n_per_class in _TARGETS.items()),
     *(Proof(target, None, "conv4", steps=steps, lr=3e-3) for target, steps in _LONGER.items()),
+    *(
+        Proof(target, n_per_class, "resnet20", steps=1500, batch_size=32, lr=1e-2)
+        for target, n_per_class in _TARGETS.items()
+    ),
+    Proof("imagenette", 50, "resnet20", steps=1500, batch_size=32, lr=3e-3),
+    *(Proof(target, 50, "conv4", lr=1e-2) for target in ("imagenette", "cifar10")),
     *(Proof(target, n_per_class, "resnet20", steps=3000, batch_size=32) for target, n_per_class in _TARGETS.items()),
     *(Proof(target, n_per_class, "resnet20", batch_size=128) for target, n_per_class in _TARGETS.items()),
     *(Proof(target, count, "resnet20", weights="resnet20.safetensors") for target, count in _TARGETS.items()),

@@ -1,6 +1,8 @@
 """``mp_lightning.compare`` with a user's own LightningModule and DataModule."""
 
 import inspect
+import re
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ from small_runs import PHI, Small, SmallData
 
 import mp_lightning
 from mp_lightning.errors import ConfigurationError
+from mp_lightning.perturbation import load_phi
 from mp_lightning.runs import RunFolderError
 
 ONE_EPOCH = {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 0}
@@ -49,6 +52,15 @@ def test_a_users_module_and_data_are_compared(tmp_path: Path) -> None:
     for name in ("results.csv", "report.html", "summary.md", "summary.json"):
         assert (found.folder / name).stat().st_size > 100
     assert text.rstrip().splitlines()[-1].strip() == str(found)
+
+
+def test_how_much_of_the_strength_acted_is_said_before_the_verdict_and_in_the_report(tmp_path: Path) -> None:
+    phi = replace(load_phi(PHI), full_strength_at=0.4)  # of which a run of one epoch sees the beginning
+    found, text = compare(tmp_path, phi=phi, seeds=1, inference="mean")
+    said = re.findall(r"metaperturb acted at (\d+)% of its strength when training ended", text)
+    assert len(said) == 1 and int(said[0]) < 50
+    assert text.index("metaperturb acted at") < text.index("Verdict in")
+    assert f"metaperturb acted at {said[0]}% of its strength" in (found.folder / "report.html").read_text("utf-8")
 
 
 def test_the_same_call_makes_nothing_again_and_other_settings_are_refused(tmp_path: Path) -> None:

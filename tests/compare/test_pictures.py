@@ -17,6 +17,7 @@ from mp_lightning.compare.panels import draw_curves, draw_multipliers, draw_reli
 from mp_lightning.compare.pictures import pictures, svg, write_png
 from mp_lightning.compare.results import Details, Row, SiteMultiplier
 from mp_lightning.compare.summary import summarize
+from mp_lightning.compare.texts import acted_texts
 
 
 def axes() -> Axes:
@@ -113,6 +114,15 @@ def test_the_multiplier_of_each_site_is_averaged_over_the_seeds() -> None:
     assert list(both.get_ydata()) == pytest.approx([0.3, 0.8])
     assert [round(x) for x in both.get_xdata()] == [1, 2]
     assert [round(x) for x in last.get_xdata()] == [2], "an arm at the last sites only stands at the first"
+
+
+def test_an_arm_that_acted_at_a_part_of_its_strength_is_named_with_the_mean_over_its_seeds() -> None:
+    details = {("none", 0): Details(), ("whole", 0): Details(acted=1.0), ("one", 0): Details(acted=0.5)}
+    details |= {("phi", seed): Details(acted=share) for seed, share in enumerate((0.2, 0.4))}
+    assert acted_texts(details) == [
+        "one acted at 50% of its strength when training ended.",
+        "phi acted at 30% of its strength when training ended (mean of 2 seeds).",
+    ]
 
 
 def test_pictures_without_content_are_left_out() -> None:

@@ -23,7 +23,7 @@ ROW = Row(
     **{"train_nll": 1e-300, "mean_accuracy": 0.3, "mean_nll": math.inf, "mean_brier": 0.5, "mean_ece": 0.25},
     **{"step_ms": 1.5, "memory_mb": 2.0, "seconds": 3.0, "device": "cpu"},
 )
-DETAILS = Details([(1, 0.5)], [(2, 0.25, 0.5)], [SiteMultiplier("net.0", 0.4, 0.1)])
+DETAILS = Details([(1, 0.5)], [(2, 0.25, 0.5)], [SiteMultiplier("net.0", 0.4, 0.1)], acted=0.25)
 
 
 def same(row: Row, other: Row) -> bool:

@@ -16,6 +16,7 @@ from mp_lightning.compare.report import Repeat, write_report
 from mp_lightning.compare.results import METRICS, Row
 from mp_lightning.compare.summary import Summary, summarize
 from mp_lightning.compare.table import terminal_table
+from mp_lightning.compare.texts import acted_texts
 from mp_lightning.compare.tuning import Tuned
 from mp_lightning.sites.strength import SHORTEST_RAMP
 
@@ -69,7 +70,7 @@ def conclude(plan: Plan, folder: Path, console: Console, command: str, settings:
     how = Repeat(command, shown, plan.budget, outcome.tuned)
     write_report(folder, summary, outcome.rows, outcome.details, how)
     comparison = Comparison(folder, outcome.rows, summary, outcome.tuned)
-    _say(console, comparison)
+    _say(console, comparison, acted_texts(outcome.details))
     return comparison
 
 
@@ -95,9 +96,11 @@ def _is_learned(arm: NamedArm) -> bool:
     return any(part.kind.role == "learned" for part in arm.parts)
 
 
-def _say(console: Console, comparison: Comparison) -> None:
+def _say(console: Console, comparison: Comparison, acted: Sequence[str]) -> None:
     wide = console if console.is_terminal else Console(file=console.file, highlight=False, width=_LEAST_WIDTH)
     wide.print(terminal_table(comparison.summary))
+    for sentence in acted:
+        console.print(sentence, markup=False)
     place = escape(str(comparison.folder))
     console.print(f"\nWritten to [bold]{place}[/bold]: report.html, results.csv, summary.md, summary.json, pictures")
     summary, target = comparison.summary, escape(comparison.rows[0].target)

@@ -35,7 +35,10 @@ class Predictions(NamedTuple):
 
 
 class Examined(NamedTuple):
-    """What the test found; ``mean`` is equal to ``test`` for a network without noise in evaluation."""
+    """What the test found; ``mean`` is equal to ``test`` for a network without noise in evaluation.
+
+    ``acted`` is the share of its strength that a perturbation acted at when training ended; None without one.
+    """
 
     test: Scores
     train: Scores
@@ -43,6 +46,7 @@ class Examined(NamedTuple):
     reliability: list[tuple[int, float, float]]
     multiplier: list[SiteMoments]
     inference: str
+    acted: float | None
 
 
 def predict_pair(module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]:
@@ -113,15 +117,17 @@ class Examination(L.Callback):
             own = scores(*test)
             mean = own
             multiplier: list[SiteMoments] = []
+            acted = None
             if perturbation is not None:
                 multiplier = self._multiplier(trainer, module, plain())
+                acted = _acted(module)
                 if inference != "mean":
                     trainer.state.stage = training  # batch norm is re-estimated on batches as in training
                     perturbation.switch_inference(trainer, module, "mean")
                     module.eval()
                     trainer.testing = True
                     mean = scores(*self._predictions(trainer, module, data.test_dataloader(), "test_dataloader"))
-            return Examined(own, scores(*train), mean, reliability(*test), multiplier, inference)
+            return Examined(own, scores(*train), mean, reliability(*test), multiplier, inference, acted)
         finally:
             trainer.state.stage = training
             module.train()
@@ -173,6 +179,12 @@ class Examination(L.Callback):
             for norm, momentum in zip(norms, momenta, strict=True):
                 norm.momentum = momentum
                 norm.eval()
+
+
+def _acted(module: L.LightningModule) -> float:
+    attachment = attachment_of(module)
+    assert attachment is not None
+    return float(attachment.coeff / attachment.strength)
 
 
 @torch.no_grad()

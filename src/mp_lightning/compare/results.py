@@ -96,8 +96,10 @@ class Details:
         curve: (training batch, training loss averaged since the point before) over the run.
         reliability: for 15 bins of confidence of equal width: (images, mean confidence, accuracy); zeros if empty.
         multiplier: by site, in order of depth; empty for an arm without multiplier.
+        acted: share of its strength that a multiplier acted at when training ended; None for an arm without.
     """
 
     curve: list[tuple[int, float]] = field(default_factory=list)
     reliability: list[tuple[int, float, float]] = field(default_factory=list)
     multiplier: list[SiteMultiplier] = field(default_factory=list)
+    acted: float | None = None

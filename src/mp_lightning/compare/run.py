@@ -111,7 +111,7 @@ def perform(experiment: Experiment, job: Job, on_step: OnStep | None = None) -> 
         assert found is not None
         row = _row(job, found, cost, trainer, time.perf_counter() - start)
     multiplier = [SiteMultiplier(site.site, site.mean, site.var**0.5) for site in found.multiplier]
-    return row, Details(cost.curve, found.reliability, multiplier)
+    return row, Details(cost.curve, found.reliability, multiplier, found.acted)
 
 
 def fresh_module(experiment: Experiment, seed: int) -> L.LightningModule:

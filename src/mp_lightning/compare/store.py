@@ -82,6 +82,7 @@ class Store:
                 curve=[(int(step), float(loss)) for step, loss in content["curve"]],
                 reliability=[(int(n), float(c), float(a)) for n, c, a in content["reliability"]],
                 multiplier=[SiteMultiplier(**site) for site in content["multiplier"]],
+                acted=None if content.get("acted") is None else float(content["acted"]),  # older runs say nothing
             )
         except (OSError, ValueError, KeyError, TypeError):
             return Details()

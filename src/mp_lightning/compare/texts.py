@@ -1,7 +1,11 @@
 """Numbers of a comparison as text."""
 
-from mp_lightning.compare.results import METRICS
+from collections.abc import Mapping
+
+from mp_lightning.compare.results import METRICS, Details
 from mp_lightning.compare.statistics import is_finite
+
+_ALL = 0.995  # of the strength, which is shown as 100 %
 
 
 def number_text(metric: str, value: float, sign: str = "") -> str:
@@ -20,3 +24,18 @@ def p_text(p: float | None) -> str:
     if p < 0.001:
         return "p < 0.001"
     return f"p = {p:.3f}" if p < 0.1 else f"p = {p:.2f}"
+
+
+def acted_texts(details: Mapping[tuple[str, int], Details]) -> list[str]:
+    """For each arm of which not all of the strength acted when training ended, a sentence; ``details`` by arm, seed."""
+    shares: dict[str, list[float]] = {}
+    for (arm, _), one in details.items():
+        if one.acted is not None:
+            shares.setdefault(arm, []).append(one.acted)
+    means = {arm: sum(own) / len(own) for arm, own in shares.items()}
+    return [
+        f"{arm} acted at {mean:.0%} of its strength when training ended"
+        f"{f' (mean of {len(shares[arm])} seeds)' if len(shares[arm]) > 1 else ''}."
+        for arm, mean in means.items()
+        if mean < _ALL
+    ]
