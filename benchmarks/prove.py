@@ -87,10 +87,10 @@ PROOFS = [
     *(Proof(target, n_per_class, "conv4", lr=3e-3) for target, n_per_class in _TARGETS.items()),
     *(Proof(target, None, "conv4", steps=steps, lr=3e-3) for target, steps in _LONGER.items()),
     *(
-        Proof(target, n_per_class, "resnet20", steps=1500, batch_size=32, lr=1e-2)
+        Proof(target, n_per_class, "resnet20", steps=1500, batch_size=32, lr=3e-3)
         for target, n_per_class in _TARGETS.items()
     ),
-    Proof("imagenette", 50, "resnet20", steps=1500, batch_size=32, lr=3e-3),
+    Proof("imagenette", 50, "resnet20", steps=1500, batch_size=32, lr=1e-2),
     *(Proof(target, 50, "conv4", lr=1e-2) for target in ("imagenette", "cifar10")),
     *(Proof(target, n_per_class, "resnet20", steps=3000, batch_size=32) for target, n_per_class in _TARGETS.items()),
     *(Proof(target, n_per_class, "resnet20", batch_size=128) for target, n_per_class in _TARGETS.items()),
