@@ -26,6 +26,7 @@ FLOORS = {
     "schedule": 3,
     "neighbours": 3,
     "reestimation_steps": 3,
+    "evaluation_epochs": 3,
     "site_metrics": 3,
     "checkpoints": 3,
     "inference": 3,
@@ -57,6 +58,7 @@ MORE_LIBRARIES = {
     "callback": {"lightning", "pytorch_lightning"},
     "neighbours": {"lightning"},
     "reestimation_steps": {"lightning"},
+    "evaluation_epochs": {"lightning"},
     "inference": {"onnxruntime"},
 }
 

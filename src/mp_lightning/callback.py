@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, CheckpointHooks, attach_state, read_checkpoint
 from mp_lightning.errors import ConfigurationError
+from mp_lightning.evaluation_epochs import begin_evaluation, end_evaluation
 from mp_lightning.inference import INFERENCE_MODES, Fold, Mean, MonteCarlo, Output, OutputAverage
 from mp_lightning.neighbours import (
     AfterConfigureModel,
@@ -294,13 +295,13 @@ class MetaPerturbCallback(Callback):
         self._begin_evaluation(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_evaluation(pl_module)
+        end_evaluation(pl_module, self.inference)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_evaluation(pl_module)
+        end_evaluation(pl_module, self.inference)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._end_evaluation(pl_module)
+        end_evaluation(pl_module, self.inference)
 
     @staticmethod
     def restore(model: pl.LightningModule, checkpoint: str | Path) -> pl.LightningModule:
@@ -390,48 +391,13 @@ class MetaPerturbCallback(Callback):
         return attachment
 
     def _begin_evaluation(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        attachment = attachment_of(module)
-        if attachment is None:
-            rank_zero_warn(
-                f"{type(module).__name__} was never trained with MetaPerturb; it is evaluated without perturbation"
-            )
-            return
-        attachment.settle()
-        attachment.evaluations.zero_()
-        attachment.bound_hits.zero_()
-        if trainer.state.fn == "fit":
-            kind = OutputAverage if self.inference != "mc" and self.output is None else MonteCarlo
-            attachment.inference = kind(self.fit_samples, self.output)
-        else:
-            folded = attachment.constants is not None  # then batch norm was estimated under constants
-            ready = attachment.evaluation_buffers is not None and folded == (self.inference == "fold")
-            if self.inference != "mc" and not ready:
-                reestimate(trainer, module, attachment, self.inference)
-            attachment.inference = self.make_inference()
-        attachment.strays = 0
-        attachment.sampling = self.inference == "mc"  # where the module calls blocks one by one, see _end_evaluation
+        begin_evaluation(trainer, module, self.inference, self._inference_of_epoch(trainer))
 
-    def _end_evaluation(self, module: pl.LightningModule) -> None:
-        attachment = attachment_of(module)
-        if attachment is None:
-            return
-        attachment.sampling = True
-        inference = attachment.inference
-        averaged_nothing = type(inference) is MonteCarlo and inference.calls == 0
-        if averaged_nothing or (isinstance(inference, Mean) and attachment.strays):
-            names = " or ".join(
-                f"{type(module).__name__}.forward" if name == "" else f"self.{name}"
-                for name in attachment.entry_modules()
-            )
-            what = "averaged nothing" if averaged_nothing else "did not act"
-            raise ConfigurationError(
-                f"inference='{self.inference}' {what}: no step of this epoch called {names} as a whole; do so"
-            )
-        if int(attachment.bound_hits) > 0:
-            rank_zero_warn(
-                f"MetaPerturb: {int(attachment.bound_hits)} feature values reached the bound clip={attachment.clip} in "
-                "evaluation; the network's activations are unusually large"
-            )
+    def _inference_of_epoch(self, trainer: pl.Trainer) -> Mean | MonteCarlo:
+        if trainer.state.fn != "fit":
+            return self.make_inference()
+        kind = OutputAverage if self.inference != "mc" and self.output is None else MonteCarlo
+        return kind(self.fit_samples, self.output)
 
 
 def _loss(trainer: pl.Trainer, outputs: Any) -> Tensor | None:

@@ -20,7 +20,7 @@ from mp_lightning.errors import ConfigurationError, DataError
 from mp_lightning.inference import Output
 from mp_lightning.inference.mc import output_kind
 from mp_lightning.inference.reestimation import BATCHES
-from mp_lightning.sites import attachment_of
+from mp_lightning.sites import Attachment, attachment_of
 
 # From a module and a batch to the scores (B, K) and the labels (B,).
 Predict = Callable[[L.LightningModule, Any], tuple[Tensor, Tensor]]
@@ -119,8 +119,10 @@ class Examination(L.Callback):
             multiplier: list[SiteMoments] = []
             acted = None
             if perturbation is not None:
-                multiplier = self._multiplier(trainer, module, plain())
-                acted = _acted(module)
+                attachment = attachment_of(module)
+                assert attachment is not None
+                multiplier = _multiplier(attachment, self._forwards(trainer, module, plain()))
+                acted = float(attachment.coeff / attachment.strength)
                 if inference != "mean":
                     trainer.state.stage = training  # batch norm is re-estimated on batches as in training
                     perturbation.switch_inference(trainer, module, "mean")
@@ -134,18 +136,6 @@ class Examination(L.Callback):
 
     def _predictions(self, trainer: L.Trainer, module: L.LightningModule, loader: Any, name: str) -> Predictions:
         return predictions(trainer, module, loader, self._predict, self._output, name)
-
-    def _multiplier(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> list[SiteMoments]:
-        attachment = attachment_of(module)
-        assert attachment is not None
-        inference, attachment.inference = attachment.inference, None
-        try:
-            with torch.no_grad():
-                found = site_moments(attachment, self._forwards(trainer, module, loader))
-            strength = float(attachment.coeff)
-            return [SiteMoments(site, 1 + strength * (mean - 1), strength**2 * var) for site, mean, var in found]
-        finally:
-            attachment.inference = inference
 
     def _forwards(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> Iterator[Callable[[], Any]]:
         for batch in islice(_batches(loader, "train_dataloader"), _BATCHES):
@@ -181,10 +171,16 @@ class Examination(L.Callback):
                 norm.eval()
 
 
-def _acted(module: L.LightningModule) -> float:
-    attachment = attachment_of(module)
-    assert attachment is not None
-    return float(attachment.coeff / attachment.strength)
+def _multiplier(attachment: Attachment, forwards: Iterator[Callable[[], Any]]) -> list[SiteMoments]:
+    """What acts at each site, as its strength leaves it."""
+    inference, attachment.inference = attachment.inference, None
+    try:
+        with torch.no_grad():
+            found = site_moments(attachment, forwards)
+        strength = float(attachment.coeff)
+        return [SiteMoments(site, 1 + strength * (mean - 1), strength**2 * var) for site, mean, var in found]
+    finally:
+        attachment.inference = inference
 
 
 @torch.no_grad()

@@ -1,0 +1,61 @@
+"""Evaluation epochs of a trainer: what an attached model needs before one, and what must hold after it."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.inference import Mean, MonteCarlo
+from mp_lightning.reestimation_steps import reestimate
+from mp_lightning.sites import attachment_of
+
+
+def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str, inference: Mean | MonteCarlo) -> None:
+    """Evaluate a module so; what it was never attached to stays plain, with a warning.
+
+    Args:
+        trainer: that evaluates; outside of ``fit`` it re-estimates batch norm where ``mode`` needs it.
+        module: that is evaluated.
+        mode: one of :data:`~mp_lightning.inference.INFERENCE_MODES`.
+        inference: of this epoch.
+    """
+    attachment = attachment_of(module)
+    if attachment is None:
+        rank_zero_warn(
+            f"{type(module).__name__} was never trained with MetaPerturb; it is evaluated without perturbation"
+        )
+        return
+    attachment.settle()
+    attachment.evaluations.zero_()
+    attachment.bound_hits.zero_()
+    if trainer.state.fn != "fit" and mode != "mc":
+        folded = attachment.constants is not None  # then batch norm was estimated under constants
+        if attachment.evaluation_buffers is None or folded != (mode == "fold"):
+            reestimate(trainer, module, attachment, mode)
+    attachment.inference = inference
+    attachment.strays = 0
+    attachment.sampling = mode == "mc"  # where the module calls blocks one by one, see end_evaluation
+
+
+def end_evaluation(module: pl.LightningModule, mode: str) -> None:
+    """Look back at an epoch.
+
+    Raises:
+        ConfigurationError: no step of it called the model as a whole, so that ``mode`` was not what acted.
+    """
+    attachment = attachment_of(module)
+    if attachment is None:
+        return
+    attachment.sampling = True
+    inference = attachment.inference
+    averaged_nothing = type(inference) is MonteCarlo and inference.calls == 0
+    if averaged_nothing or (isinstance(inference, Mean) and attachment.strays):
+        names = " or ".join(
+            f"{type(module).__name__}.forward" if name == "" else f"self.{name}" for name in attachment.entry_modules()
+        )
+        what = "averaged nothing" if averaged_nothing else "did not act"
+        raise ConfigurationError(f"inference='{mode}' {what}: no step of this epoch called {names} as a whole; do so")
+    if int(attachment.bound_hits) > 0:
+        rank_zero_warn(
+            f"MetaPerturb: {int(attachment.bound_hits)} feature values reached the bound clip={attachment.clip} in "
+            "evaluation; the network's activations are unusually large"
+        )
