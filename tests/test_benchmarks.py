@@ -6,9 +6,10 @@ import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from benchmarks import prove
+from benchmarks import prove, variants
 from benchmarks.measure import interleaved
 from benchmarks.table import Table
 
@@ -198,3 +199,57 @@ def test_rows_survive_a_comparison_that_is_interrupted(tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         prove.main()
     assert path.read_text().count("\n") == 21
+
+
+def images(path, train, test):
+    """A file of images, each of one value, so that it is known which is which."""
+    labels, test_labels = np.repeat([0, 1], train), np.repeat([0, 1], test)
+    x = np.arange(len(labels) + len(test_labels), dtype=np.uint8)[:, None, None, None] * np.ones(
+        (1, 32, 32, 3), np.uint8
+    )
+    np.savez(path, x_train=x[: len(labels)], y_train=labels, x_test=x[len(labels) :], y_test=test_labels)
+
+
+def test_no_training_image_of_the_validation_target_is_a_test_image(tmp_path):
+    images(tmp_path / "clothing.npz", [7, 90], [1, 2])
+    variants.write_clothing(tmp_path)
+    with np.load(tmp_path / "clothing50.npz") as content:
+        parts = {key: content[key] for key in content.files}
+    assert np.bincount(parts["y_train"]).tolist() == [3, 45] and np.bincount(parts["y_test"]).tolist() == [5, 47]
+    seen = [parts[f"x_{part}"][:, 0, 0, 0].tolist() for part in ("train", "test")]
+    assert sorted(seen[0] + seen[1]) == list(range(100)) and seen[1][:3] == [97, 98, 99]
+
+
+def test_variants_of_a_phi_are_files_that_differ_in_what_was_asked_for(tmp_path):
+    phi = load_phi("tiny-imagenet-5")
+    varied = {"strength": [phi.strength, 0.5], "full_strength_at": [phi.full_strength_at, 1.0]}
+    arms = variants.write_arms(phi, "tiny-imagenet-5", varied, tmp_path)
+    assert arms[:2] == ["none", "metaperturb:tiny-imagenet-5"] and len(arms) == 5
+    found = [load_phi(tmp_path / arm.removeprefix("metaperturb:")) for arm in arms[2:]]
+    assert [(one.strength, one.full_strength_at) for one in found] == [
+        (pytest.approx(strength), at) for strength, at in [(phi.strength, 1.0), (0.5, phi.full_strength_at), (0.5, 1.0)]
+    ]
+    assert all(
+        (one.noise_per, one.share_of_sites) == (phi.noise_per, pytest.approx(phi.share_of_sites)) for one in found
+    )
+    assert all(torch.equal(mine, its) for one in found for mine, its in zip(one.phi, phi.phi, strict=True))
+
+
+def test_variants_are_compared_and_kept(tmp_path):
+    images(tmp_path / "tiny.npz", [20, 20], [10, 10])
+    out = tmp_path / "selection.csv"
+    small = ["--target=tiny", "--n-per-class=8", "--model=conv4-4", "--steps=3", "--batch-size=4", "--jobs=1"]
+    where = ["--data", str(tmp_path), "--runs", str(tmp_path / "runs"), "--out", str(out)]
+    run("benchmarks.variants", *where, *small, "--strength=0.5")
+    with out.open(newline="") as file:
+        kept = list(csv.DictReader(file))
+    assert [one["arm"] for one in kept] == ["none", "metaperturb:tiny-imagenet-5_strength-0.5.safetensors"]
+    assert kept[0]["comparison"].startswith("tiny, 8 images a class of 32 pixels, conv4-4, 3 steps of 4, Adam 0.003")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "named"), [(("--strength", "2"), "strength"), (("--phi", "nope"), "nope"), ((), "clothing.npz")]
+)
+def test_what_cannot_be_compared_is_named(tmp_path, wrong, named):
+    printed = run("benchmarks.variants", "--data", str(tmp_path), "--runs", str(tmp_path / "runs"), *wrong, expect=2)
+    assert named in printed.splitlines()[-1] and "Traceback" not in printed

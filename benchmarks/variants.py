@@ -1,0 +1,122 @@
+"""Variants of one phi beside each other on a validation target, as one was chosen to come with the package.
+
+    python -m benchmarks.variants --data FOLDER --phi tiny-imagenet-5 --full-strength-at 0.4,0.1 --strength 0.95,0.8
+
+FOLDER holds clothing.npz with x_train, y_train, x_test and y_test, from which clothing50.npz is made: its few test
+images are too few to choose by, so that of the training images the first half of each class, at most 80, are there to
+train on, and the others are test images, too. --target names another file of FOLDER that is taken as it is. Each
+combination of what is given is an arm, what is not given is as phi comes with. Runs are kept as those of
+benchmarks.prove are, in benchmarks/results/selection.csv.
+"""
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.prove import Proof, bring_back, keep, make
+from mp_lightning import UserError, load_phi, save_phi
+from mp_lightning.perturbation import NamedPhi
+from mp_lightning.perturbation.files import DEFAULT_PHI
+
+RESULTS = Path(__file__).parent / "results" / "selection.csv"
+CLOTHING = "clothing50"
+_LARGEST_POOL = 80  # training images of a class
+
+
+def numbers(text: str) -> list[float]:
+    return [float(word) for word in text.split(",")]
+
+
+def words(text: str) -> list[str]:
+    return text.split(",")
+
+
+# Fields of NamedPhi that can be varied, and how they are read.
+VARIED = {"strength": numbers, "noise_per": words, "share_of_sites": numbers, "full_strength_at": numbers}
+
+
+def write_clothing(folder: Path) -> None:
+    """Make clothing50.npz of clothing.npz, once."""
+    source, target = folder / "clothing.npz", folder / f"{CLOTHING}.npz"
+    if target.exists():
+        return
+    with np.load(source) as content:
+        x, y, x_test, y_test = (content[key] for key in ("x_train", "y_train", "x_test", "y_test"))
+    pool = np.zeros(len(y), dtype=bool)
+    for label in np.unique(y):
+        own = np.flatnonzero(y == label)
+        pool[own[: min(_LARGEST_POOL, len(own) // 2)]] = True
+    np.savez(
+        target,
+        x_train=x[pool],
+        y_train=y[pool],
+        x_test=np.concatenate([x_test, x[~pool]]),
+        y_test=np.concatenate([y_test, y[~pool]]),
+    )
+
+
+def variants(phi: NamedPhi, varied: dict[str, list[float] | list[str]]) -> Iterator[NamedPhi]:
+    """phi in each combination of the values, named after those that are not its own."""
+    for values in product(*varied.values()):
+        chosen = dict(zip(varied, values, strict=True))
+        changed = [f"{key}-{value}" for key, value in chosen.items() if value != getattr(phi, key)]
+        yield replace(phi, **chosen, name="_".join([phi.name, *changed]))
+
+
+def write_arms(phi: NamedPhi, source: str, varied: dict[str, list[float] | list[str]], folder: Path) -> list[str]:
+    """Write the variants into a folder, and name the arms that are compared; phi as it is stays where it comes from."""
+    arms = ["none"]
+    for variant in variants(phi, varied):
+        file = f"{variant.name}.safetensors"
+        if variant.name == phi.name:
+            arms.append(f"metaperturb:{Path(source).resolve() if Path(source).exists() else source}")
+            continue
+        save_phi(folder / file, variant, {"kind": f"a variant of {phi.name}"})
+        arms.append(f"metaperturb:{file}")
+    return arms
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, required=True, help="folder with the npz file of the target")
+    parser.add_argument("--target", default=CLOTHING, help="name of the npz file")
+    parser.add_argument("--phi", default=DEFAULT_PHI, help="name of a bundled one, or a file")
+    for key, kind in VARIED.items():
+        parser.add_argument(f"--{key.replace('_', '-')}", type=kind, help="with commas")
+    parser.add_argument("--n-per-class", type=int, default=50)
+    parser.add_argument("--model", default="conv4")
+    parser.add_argument("--steps", type=int, default=Proof.steps)
+    parser.add_argument("--batch-size", type=int, default=Proof.batch_size)
+    parser.add_argument("--lr", type=float, default=3e-3)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/variants"))
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    given.runs.mkdir(parents=True, exist_ok=True)
+    try:
+        phi = load_phi(given.phi)
+        varied = {key: getattr(given, key) or [getattr(phi, key)] for key in VARIED}
+        arms = write_arms(phi, given.phi, varied, given.runs)
+        if given.target == CLOTHING:
+            write_clothing(given.data)
+    except (OSError, UserError) as error:
+        parser.error(str(error))
+    proof = Proof(
+        given.target, given.n_per_class, given.model, steps=given.steps, batch_size=given.batch_size, lr=given.lr
+    )
+    print(proof, flush=True)
+    keep(proof, given.runs, given.out)
+    bring_back(proof, given.runs, given.out)
+    try:
+        make(proof, given, arms)
+    finally:
+        keep(proof, given.runs, given.out)
+
+
+if __name__ == "__main__":
+    main()
