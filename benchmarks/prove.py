@@ -157,6 +157,16 @@ def keep(proof: Proof, runs: Path, results: Path) -> None:
     partial.replace(results)
 
 
+def make_and_keep(proof: Proof, given: argparse.Namespace, arms: list[str]) -> None:
+    """Make one comparison, or go on with it, and keep what is finished however that ends."""
+    keep(proof, given.runs, given.out)  # what was made before this command was killed
+    bring_back(proof, given.runs, given.out)
+    try:
+        make(proof, given, arms)
+    finally:
+        keep(proof, given.runs, given.out)
+
+
 def _rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
@@ -186,12 +196,7 @@ def main() -> None:
     for proof in PROOFS:
         if proof.name in chosen:
             print(f"\n{proof}", flush=True)
-            keep(proof, given.runs, given.out)  # what was made before this command was killed
-            bring_back(proof, given.runs, given.out)
-            try:
-                make(proof, given, arms)
-            finally:
-                keep(proof, given.runs, given.out)
+            make_and_keep(proof, given, arms)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.prove import Proof, bring_back, keep, make
+from benchmarks.prove import Proof, make_and_keep
 from mp_lightning import UserError, load_phi, save_phi
 from mp_lightning.perturbation import NamedPhi
 from mp_lightning.perturbation.files import DEFAULT_PHI
@@ -110,12 +110,7 @@ def main() -> None:
         given.target, given.n_per_class, given.model, steps=given.steps, batch_size=given.batch_size, lr=given.lr
     )
     print(proof, flush=True)
-    keep(proof, given.runs, given.out)
-    bring_back(proof, given.runs, given.out)
-    try:
-        make(proof, given, arms)
-    finally:
-        keep(proof, given.runs, given.out)
+    make_and_keep(proof, given, arms)
 
 
 if __name__ == "__main__":
