@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import prove, variants
+from benchmarks import prove, results_page, results_picture, variants
 from benchmarks.measure import interleaved
 from benchmarks.table import Table
 
@@ -107,6 +107,7 @@ def kept(tmp_path, **arms):
     return path, proof
 
 
+FIVE = [(0, 1.0), (1, 1.1), (2, float("nan")), (3, 1.2), (4, 1.3)]
 ARMS_KEPT = {
     "none": 0.5,
     "fixed_noise_with_new": 0.55,
@@ -163,6 +164,20 @@ def test_the_page_of_results_judges_the_bundled_phi_and_knows_its_controls(tmp_p
     assert "not better than the best control" in headline and "fixed_noise:new" in headline
     assert "**metaperturb:published" not in text
     assert "| `metaperturb:published.safetensors` | -" in text and " | harms | " in text
+
+
+@pytest.mark.parametrize(("phi", "drawn"), [(prove.DEFAULT_PHI, True), ("tiny-imagenet-1", False)])
+def test_the_page_has_a_picture_where_there_is_a_verdict_on_the_default_phi(tmp_path, phi, drawn):
+    path, _ = kept(tmp_path, none=0.5, **{f"metaperturb_with_{phi}": 0.6})
+    run("benchmarks.results_page", "--rows", str(path), "--out", str(tmp_path / "results.md"))
+    assert ("(results.png)" in (tmp_path / "results.md").read_text()) == drawn
+    assert (tmp_path / "results.png").exists() == drawn
+
+
+def test_a_run_that_diverged_does_not_spoil_the_picture(tmp_path):
+    made = [row(arm, seed, 0.5, nll) for arm in ("none", f"metaperturb:{prove.DEFAULT_PHI}") for seed, nll in FIVE]
+    summary = results_page.judged(made)
+    assert results_picture.write({"target, 5 images a class of 32 pixels, conv4, 1 step": summary}, tmp_path / "a.png")
 
 
 def test_results_that_are_not_there_are_named(tmp_path):
