@@ -11,9 +11,9 @@ from matplotlib.figure import Figure
 from benchmarks.prove import PUBLISHED
 from mp_lightning.compare.results import METRICS
 from mp_lightning.compare.summary import VERDICT_METRICS, Summary
+from mp_lightning.compare.verdict import SEEDS_NEEDED
 from mp_lightning.perturbation.files import DEFAULT_PHI
 
-_FEWEST_SEEDS = 5  # of the default phi; fewer give no verdict
 # Arms, what they are called, and how they look: the colours of Okabe and Ito.
 _ARMS = {
     f"metaperturb:{DEFAULT_PHI}": (DEFAULT_PHI, "#0072b2", "o"),
@@ -34,7 +34,7 @@ def shown(summaries: Mapping[str, Summary]) -> dict[str, Summary]:
     return {
         name: summary
         for name, summary in summaries.items()
-        if ours in summary.arms and len(summary.arms[ours].seeds) >= _FEWEST_SEEDS
+        if ours in summary.arms and len(summary.arms[ours].seeds) >= SEEDS_NEEDED
     }
 
 
@@ -42,12 +42,13 @@ def write(summaries: Mapping[str, Summary], path: Path) -> bool:
     """Draw the comparisons into a PNG file; False, and no file, where there is nothing to show."""
     found = shown(summaries)
     if not found:
+        path.unlink(missing_ok=True)
         return False
     heights: dict[tuple[str, str], float] = {}
     ticks: dict[str, float] = {}
     top = 0.0
     for name, summary in found.items():
-        own = [arm for arm in _ARMS if arm in summary.arms and len(summary.arms[arm].seeds) >= _FEWEST_SEEDS]
+        own = [arm for arm in _ARMS if arm in summary.arms and len(summary.arms[arm].seeds) >= SEEDS_NEEDED]
         heights |= {(name, arm): top + number for number, arm in enumerate(own)}
         ticks[name] = top + (len(own) - 1) / 2
         top += len(own) + _BETWEEN

@@ -1,4 +1,11 @@
-"""Compare regularizers on a LightningModule and a DataModule of one's own, in some two minutes on two CPU cores."""
+"""Compare regularizers on a LightningModule and a DataModule of one's own, in some two minutes on two CPU cores.
+
+    python examples/compare_own_module.py [EPOCHS]
+
+Digits are easy: a plain network gets 93 % of the new ones right from eight labels a class, and there is little to gain.
+"""
+
+import sys
 
 import lightning as L
 import torch
@@ -7,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
 import mp_lightning
+from mp_lightning import Arm, MetaPerturbCallback
 from mp_lightning.data import load_digits, normalize
 
 
@@ -55,12 +63,20 @@ class FewDigits(L.LightningDataModule):
         return self._loader(self.test)
 
 
+def weaker(seed: int) -> list[L.Callback]:
+    return [MetaPerturbCallback(strength=0.5)]
+
+
 if __name__ == "__main__":  # needed for jobs=2, whose processes import this file
     comparison = mp_lightning.compare(
         Classifier,
         FewDigits,
-        trainer={"max_epochs": 40, "accelerator": "cpu", "limit_val_batches": 0},
-        arms=["none", "dropout", "fixed_noise", "metaperturb"],
+        trainer={
+            "max_epochs": int(sys.argv[1]) if len(sys.argv) > 1 else 120,
+            "accelerator": "cpu",
+            "limit_val_batches": 0,
+        },
+        arms=["none", "dropout", "fixed_noise", "metaperturb", Arm("strength 0.5", weaker)],
         seeds=5,
         jobs=2,
     )

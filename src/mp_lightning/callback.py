@@ -59,7 +59,8 @@ class MetaPerturbCallback(Callback):
         target: name of the only part of the module that is perturbed, such as 'student'; None perturbs every network in
             it that is trained.
         ramp_steps: number of training batches over which the strength grows; None takes the first 40 % of the run, and,
-            where the strength follows the loss, so many that the optimizer makes 480 steps, if that is more.
+            where the strength follows the loss, lets a training of fewer than 1,200 steps of the optimizer reach a part
+            of it, in proportion to its length; with a number all of it is reached.
         strength: how much of the perturbation acts once it has grown, above 0 and at most 1; None takes the one that
             phi comes with, and 1 for any other perturbation.
         full_strength_at: share of the loss of the first batches at or below which the whole strength acts; above, it
@@ -211,7 +212,8 @@ class MetaPerturbCallback(Callback):
         if total is None:
             attachment.ramp_over(self.ramp_steps or 0)
         else:
-            attachment.ramp_over_run(total, trainer.accumulate_grad_batches)
+            before = int(attachment.steps) if trainer.global_step == 0 else 0
+            attachment.ramp_over_run(total, trainer.accumulate_grad_batches, before)
         attachment.inference = None
         self._metrics, self._batches = SiteMetrics(attachment), int(attachment.steps)
         self._log_every = self._sparsely(trainer, total) if trainer.loggers else 0

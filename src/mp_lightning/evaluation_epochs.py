@@ -10,7 +10,7 @@ from mp_lightning.sites import attachment_of
 
 
 def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str, inference: Mean | MonteCarlo) -> None:
-    """Evaluate a module so; what it was never attached to stays plain, with a warning.
+    """Prepare an attached module for an epoch of evaluation; warn where it was never attached.
 
     Args:
         trainer: that evaluates; outside of ``fit`` it re-estimates batch norm where ``mode`` needs it.
@@ -37,10 +37,14 @@ def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str,
 
 
 def end_evaluation(module: pl.LightningModule, mode: str) -> None:
-    """Look back at an epoch.
+    """Check after an epoch of evaluation that its mode acted, and warn of feature values that were clipped.
+
+    Args:
+        module: that was evaluated.
+        mode: as for :func:`begin_evaluation`.
 
     Raises:
-        ConfigurationError: no step of it called the model as a whole, so that ``mode`` was not what acted.
+        ConfigurationError: no step of the epoch called the model as a whole, so that ``mode`` did not act.
     """
     attachment = attachment_of(module)
     if attachment is None:

@@ -110,9 +110,9 @@ def test_a_random_phi_that_acts_otherwise_is_made_again(tmp_path: Path, meant_fo
     assert runs == [["random_phi"], [], ["random_phi"]]
 
 
-@pytest.mark.parametrize(("steps", "same"), [(1199, False), (1200, True), (None, True)])
-def test_only_where_the_shortest_ramp_acts_it_tells_runs_apart(steps: int | None, same: bool) -> None:
-    """Runs of 1,200 steps and more are those that were made before there was a shortest ramp."""
+@pytest.mark.parametrize(("steps", "same"), [(1199, False), (1200, True), (None, False)])
+def test_runs_that_may_reach_less_of_the_strength_are_told_apart_from_older_ones(steps: int | None, same: bool) -> None:
+    """Runs of 1,200 steps and more are those that were made before short ones were treated otherwise."""
     keys = []
     for ramp in (True, False):
         what = plan([parse_arm("metaperturb", load_phi())], 1)

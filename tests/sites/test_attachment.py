@@ -303,15 +303,53 @@ def test_ramp_over_the_first_40_percent(total, expected):
 
 
 @pytest.mark.parametrize(
-    ("total", "follows", "ramp"), [(100, 0.4, 480), (1200, 0.4, 480), (3000, 0.4, 1200), (100, 1, 40)]
+    ("total", "follows", "reached"), [(10, 0.4, 1 / 120), (300, 0.4, 0.25), (1200, 0.4, 1), (3000, 0.4, 1), (10, 1, 1)]
 )
-def test_a_strength_that_follows_the_loss_grows_over_480_batches_at_least(total, follows, ramp):
-    attachment = attach(conv4(), total_steps=total, full_strength_at=follows)
-    assert attachment.ramp_steps == ramp
-    for _ in range(5):
-        attachment.step(1.0)
-    assert float(attachment.coeff) == pytest.approx(0 if follows < 1 else float(attachment.strength) * 5 / ramp)
-    assert attach(conv4(), ramp_steps=7, full_strength_at=follows).ramp_steps == 7
+def test_a_short_run_reaches_a_part_of_a_strength_that_follows_the_loss(total, follows, reached):
+    attachment = attach(conv4(), total_steps=total, strength=0.8, full_strength_at=follows)
+    assert attachment.ramp_steps == 0.4 * total and attachment.reached == pytest.approx(reached)
+    for step in range(total):
+        attachment.step(0.0 if step else 1.0)
+        if step == 1:
+            assert float(attachment.coeff) < 0.8 * reached, "the ramp is there as well"
+    assert float(attachment.coeff) == pytest.approx(0.8 * reached)
+
+
+def test_a_length_that_was_given_reaches_all_of_the_strength():
+    attachment = attach(conv4(), total_steps=10, strength=0.8, full_strength_at=0.4)
+    attachment.ramp_over(2)
+    for loss in (1.0, 0.0, 0.0, 0.0):
+        attachment.step(loss)
+    assert float(attachment.coeff) == pytest.approx(0.8 * attachment.fitting.factor())
+
+
+def test_a_training_that_goes_on_is_as_long_as_all_of_it():
+    attachment = attach(conv4(), total_steps=1200)
+    attachment.steps.fill_(900)
+    attachment.ramp_over_run(100, before=900)
+    assert attachment.reached == 1000 / 1200
+    attachment.ramp_over_run(600)  # resumed, with an end that is over already
+    assert attachment.reached == 0.75
+
+
+def test_a_short_run_is_told_in_words():
+    attachment = attach(conv4(), total_steps=300, strength=0.8, full_strength_at=0.4)
+    assert "grows to 0.2 (25% of 0.8, as the run is short) over the first 120 of 300 tr" in attachment.outlook(300)
+    attachment.steps.fill_(150)
+    assert "at strength 0.2 (25% of 0.8, as the run is short) from the first batch" in attachment.outlook(300)
+    attachment.ramp_over_run(3000)
+    assert "short" not in attachment.outlook(3000)
+
+
+def test_what_a_short_run_reached_is_kept():
+    short, other = attach(conv4(), total_steps=300), attach(conv4(), total_steps=3000)
+    for loss in (1.0, *[0.0] * 200):
+        short.step(loss)
+    other.load_state(short.state())
+    assert other.reached == 0.25 and torch.equal(other.coeff, short.coeff) and 0 < float(short.coeff) < 0.25
+    older = {key: value for key, value in short.state().items() if key != "reached"}
+    other.load_state(older)
+    assert other.reached == 1
 
 
 def test_ramp_of_a_given_length():

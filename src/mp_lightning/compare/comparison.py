@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from mp_lightning.compare.store import RunKey, Store
 from mp_lightning.compare.tuning import Budget, Tuned, choose, trials, untuned, with_values
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.sites import find_sites
-from mp_lightning.sites.strength import RAMP_FRACTION, SHORTEST_RAMP
+from mp_lightning.sites.strength import SHORTEST_RUN
 
 RESULTS = "results.csv"
 TUNING = "tuning.csv"
@@ -185,9 +184,9 @@ def _with_moments(arm: AnyArm, experiment: Experiment, folder: Path) -> AnyArm:
 
 def _key(plan: Plan, arm: AnyArm, seed: int) -> RunKey:
     parts = [] if isinstance(arm, Arm) else [_identity(part) for part in arm.parts]
-    usual_ramp = (plan.experiment.steps or math.inf) * RAMP_FRACTION
-    if plan.experiment.ramp and follows_the_loss(arm) and usual_ramp < SHORTEST_RAMP:
-        parts.append(["ramp", SHORTEST_RAMP])  # before there was a shortest one it was the fraction alone
+    steps = plan.experiment.steps  # not known of a run that is measured in epochs
+    if plan.experiment.ramp and follows_the_loss(arm) and (steps is None or steps < SHORTEST_RUN):
+        parts.append(["all of the strength from", SHORTEST_RUN])  # steps on; before, short runs had other ramps
     text = json.dumps([plan.settings, parts], sort_keys=True, default=str)
     return RunKey(plan.target, plan.model, arm.name, seed, hashlib.sha256(text.encode()).hexdigest()[:12])
 

@@ -18,7 +18,7 @@ from mp_lightning.compare.summary import Summary, summarize
 from mp_lightning.compare.table import terminal_table
 from mp_lightning.compare.texts import acted_texts
 from mp_lightning.compare.tuning import Tuned
-from mp_lightning.sites.strength import SHORTEST_RAMP
+from mp_lightning.sites.strength import SHORTEST_RUN
 
 _LEAST_WIDTH = 110  # of tables, where the output is not a terminal
 
@@ -78,10 +78,10 @@ def _say_what_acts(console: Console, plan: Plan) -> None:
     """Say where the runs are too short for all of the strength."""
     steps = plan.experiment.steps
     arms = [arm.name for arm in plan.arms if follows_the_loss(arm)]
-    if arms and plan.experiment.ramp and steps is not None and steps < SHORTEST_RAMP:
+    if arms and plan.experiment.ramp and steps is not None and steps < SHORTEST_RUN:
         console.print(
-            f"{', '.join(arms)}: the strength grows over {SHORTEST_RAMP} steps, so that at most "
-            f"{steps / SHORTEST_RAMP:.0%} of it acts in {steps}; {SHORTEST_RAMP} reach all of it.\n",
+            f"{', '.join(arms)}: in {steps} steps at most {steps / SHORTEST_RUN:.0%} of the strength acts; "
+            f"{SHORTEST_RUN} reach all of it.\n",
             markup=False,
         )
 

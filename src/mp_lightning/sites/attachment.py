@@ -126,10 +126,11 @@ class Attachment(GrowingStrength):
         return x
 
     def step(self, loss: Tensor | float | None = None) -> None:
-        """Count one training batch and move the ramp along: ``coeff = strength * min(1, batches / ramp_steps)``.
+        """Count one training batch and move the ramp along.
 
-        Where the strength follows the loss, ``coeff`` is that times :meth:`Fitting.factor`. Several processes that hold
-        parts of one global batch must all call it; the mean of their losses counts.
+        Then ``coeff = strength * reached * min(1, batches / ramp_steps)``, where ``reached`` is 1 but in a short run
+        with a strength that follows the loss; and there ``coeff`` is that times :meth:`Fitting.factor`. Several
+        processes that hold parts of one global batch must all call it; the mean of their losses counts.
 
         Args:
             loss: of the batch, a number, or a tensor whose mean counts.
@@ -254,6 +255,7 @@ class Attachment(GrowingStrength):
             "clip": self.clip,
             "strength": float(self.strength),
             "ramp_steps": self.ramp_steps,
+            "reached": self.reached,
             "fitting": self.fitting.state(),
             "input_size": float(self.input_size),
             "sites": {
@@ -304,6 +306,7 @@ class Attachment(GrowingStrength):
         self._set_size_source(_FINAL if state["input_size"] > 0 else 0)
         self.phi_name, self.channel_norm = state["phi_name"], state["channel_norm"]
         self.seed, self.clip, self.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
+        self.reached = state.get("reached", 1.0)  # before there was one, a short run had a longer ramp
         self.evaluation_buffers, self.constants = state["evaluation_buffers"], state.get("constants")
         self.update_coeff()
 

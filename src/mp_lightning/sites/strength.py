@@ -11,11 +11,12 @@ from mp_lightning.perturbation.precision import KeepsPrecision
 from mp_lightning.sites.fitting import OFF, Fitting
 
 RAMP_FRACTION = 0.4  # Section 4 of the paper
-# Where the strength follows the loss: a network of a hundred steps under all of it ends correct and unsure of itself,
-# since its classifier cannot grow as fast as its features are held small. Adaptive augmentation bounds its speed, too.
-SHORTEST_RAMP = 480  # steps of the optimizer
+# Where the strength follows the loss: a network that is trained briefly under all of it ends correct and unsure of
+# itself, since its classifier cannot grow as fast as its features are held small.
+SHORTEST_RUN = 1200  # steps of the optimizer, from which on all of the strength is reached
 _HORIZON = 0.1  # of the ramp: the batches that the recent loss looks back over
 _IDLE = 0.1  # of the strength: hardly any of it acts
+_LONG_ENOUGH = 0.4  # of the shortest run, for a loss that has not fallen to mean anything
 
 
 class GrowingStrength(KeepsPrecision):
@@ -31,6 +32,7 @@ class GrowingStrength(KeepsPrecision):
         coeff: the strength now, another one.
         steps: training batches so far, an int64 tensor without dimensions.
         ramp_steps: number of batches over which the strength grows; None if that is not known.
+        reached: share of the strength that acts when the ramp has ended; less than 1 in a short run.
         fitting: how far the network fits its training images, which the strength may follow.
     """
 
@@ -48,6 +50,7 @@ class GrowingStrength(KeepsPrecision):
             self.register_buffer(name, value, persistent=persistent)
         self.fitting = Fitting(full_strength_at, persistent)
         self.ramp_steps: int | None = None
+        self.reached = 1.0
         self._warned = False
 
     def ramp_over(self, ramp_steps: int) -> None:
@@ -62,21 +65,25 @@ class GrowingStrength(KeepsPrecision):
             raise ConfigurationError(
                 f"ramp_steps={ramp_steps} is negative; give the number of batches, or 0 for no ramp"
             )
-        self.ramp_steps = ramp_steps
+        self.ramp_steps, self.reached = ramp_steps, 1.0
         self.update_coeff()
 
-    def ramp_over_run(self, total_steps: int, accumulated: int = 1) -> None:
+    def ramp_over_run(self, total_steps: int, accumulated: int = 1, before: int = 0) -> None:
         """Let ``coeff`` grow over the first 40 % of the training batches of a run.
 
-        Where the strength follows the loss, it grows over 480 steps of the optimizer at least, so that a shorter run
-        ends before all of it acts.
+        Where the strength follows the loss, a training of fewer than 1,200 steps of the optimizer reaches a part of it,
+        in proportion to its length.
 
         Args:
             total_steps: number of training batches of the run.
             accumulated: number of batches whose gradients make one step of the optimizer.
+            before: number of training batches of earlier runs, which this one continues.
         """
-        ramp_steps, shortest = round(RAMP_FRACTION * total_steps), SHORTEST_RAMP * accumulated
-        self.ramp_over(max(ramp_steps, shortest) if self.fitting.follows else ramp_steps)
+        self.ramp_over(round(RAMP_FRACTION * total_steps))
+        if self.fitting.follows:
+            length = max(before + total_steps, int(self.steps))
+            self.reached = min(1.0, length / (SHORTEST_RUN * accumulated))
+            self.update_coeff()
 
     def count(self, loss: Tensor | float | None, rank: int, world: int) -> None:
         """Count one training batch, and set ``coeff``.
@@ -109,19 +116,21 @@ class GrowingStrength(KeepsPrecision):
     def update_coeff(self) -> None:
         """Set the strength that follows from the batches counted, and the losses noted, so far."""
         ramp = max(self.ramp_steps or 0, 0)
-        grown = self.strength * (self.steps / ramp).clamp(max=1.0) if ramp else self.strength
+        whole = self.strength * self.reached
+        grown = whole * (self.steps / ramp).clamp(max=1.0) if ramp else whole
         self.coeff.copy_(grown * self.fitting.factor())
 
     def outlook(self, total_steps: int | None) -> str:
         """How the strength will grow in a run of so many training batches (None: nobody knows), in words."""
-        strength, steps, ramp = float(self.strength), int(self.steps), self.ramp_steps or 0
-        to = "" if strength == 1 else f" to {strength:g}"
+        strength, steps, ramp = float(self.strength) * self.reached, int(self.steps), self.ramp_steps or 0
+        short = (
+            f" ({_percent(self.reached)} of {float(self.strength):g}, as the run is short)" if self.reached < 1 else ""
+        )
+        to = "" if strength == 1 else f" to {strength:.3g}{short}"
         if steps >= ramp:
-            words = f"at {'full strength' if strength == 1 else f'strength {strength:g}'} from the first batch"
+            words = f"at {'full strength' if strength == 1 else f'strength {strength:.3g}{short}'} from the first batch"
         elif steps > 0:
             words = f"strength grows{to} over {ramp} training batches, {steps} of which are done"
-        elif total_steps is not None and ramp > total_steps:
-            words = f"strength grows{to} over {ramp} training batches, of which this run has {total_steps}"
         else:
             of = "" if total_steps is None else f" of {total_steps}"
             words = f"strength grows{to} over the first {ramp}{of} training batches"
@@ -130,9 +139,9 @@ class GrowingStrength(KeepsPrecision):
         return words
 
     def idle(self) -> str | None:
-        """Why hardly any of the strength acts when a training with a whole ramp has ended; None where enough does."""
+        """Why hardly any of the strength acts when a training of some length has ended; None where enough does."""
         factor = float(self.fitting.factor())
-        if factor >= _IDLE or int(self.steps) < (self.ramp_steps or 0):
+        if factor >= _IDLE or int(self.steps) < (self.ramp_steps or 0) or self.reached < _LONG_ENOUGH:
             return None
         share = float(self.fitting.recent / self.fitting.first)
         return (
@@ -147,3 +156,7 @@ class GrowingStrength(KeepsPrecision):
             for name, value in Fitting(OFF, True).state_dict().items():  # and none followed the loss
                 state_dict.setdefault(f"{prefix}fitting.{name}", value)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def _percent(share: float) -> str:
+    return "less than 1%" if share < 0.01 else f"{share:.0%}"

@@ -52,17 +52,18 @@ def attach(
     Adds one submodule, ``_metaperturb``, and hooks. Attached twice is attached once: the first attachment is returned.
 
     Args:
-        model: any module; what its forward computes changes, its parameters and its ``state_dict`` keys do not.
+        model: any module; what its forward computes changes, its parameters do not, and its ``state_dict`` keys only
+            where ``persistent`` asks for it.
         phi: a phi file, the name of a bundled one, or None for the bundled default. Never trained.
         sites: where to perturb; None finds the sites and takes the share of them that phi comes with. A plan, a YAML
             file with one, a share such as 0.5 (the deeper half), names, patterns, classes of modules, functions: see
             :func:`~mp_lightning.sites.choose_sites`.
         target: name of the only submodule that is perturbed, such as 'student'.
         perturbation: any other :class:`~mp_lightning.perturbation.Perturbation` in place of phi.
-        total_steps: number of training batches of the run; the strength grows over the first 40 % of them, and, where
-            it follows the loss, over 480 at least.
-        ramp_steps: number of batches over which it grows, instead. With neither, it is at full strength from the start
-            and ``step()`` raises.
+        total_steps: number of training batches of the run; the strength grows over the first 40 % of them. Where it
+            follows the loss, a run of fewer than 1,200 reaches ``total_steps / 1200`` of it.
+        ramp_steps: number of batches over which all of it grows, instead. With neither, it is at full strength from the
+            start and ``step()`` raises.
         strength: how much of the perturbation acts when it has grown, above 0 and at most 1: a feature map is
             multiplied by ``1 + strength * (multiplier - 1)``. None takes the one that phi comes with; of any other
             perturbation 1.
@@ -74,7 +75,8 @@ def attach(
         seed: seed of the noise.
         clip: upper bound of a perturbed feature map, in training and in evaluation; None for no bound.
         synchronize: batch statistics over all processes instead of each on its own.
-        persistent: keep phi and the statistics in the model's ``state_dict``.
+        persistent: keep phi and the statistics in the model's ``state_dict``. Batch norm that was re-estimated for an
+            inference is not among them; ``Attachment.state`` has all.
         path: 'auto' computes the perturbation by the fast path wherever this machine has one, 'reference' by the
             readable one; the function is the same.
         distributed: several processes hold parts of one global batch, and draw the noise of their own part; False where
