@@ -24,6 +24,7 @@ _ARMS = {
     "dropout": ("Dropout, tuned", "#56b4e9", "P"),
     "manifold_mixup": ("Manifold Mixup, tuned", "#222222", "X"),
 }
+_WIDEST = {"accuracy": 20.0, "nll": 2.0}  # wider intervals are cut at the edge, or nothing else could be told apart
 _LINE, _BETWEEN = 0.115, 1.2  # inches an arm; arms between two comparisons
 _LOOK = {"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -71,6 +72,7 @@ def write(summaries: Mapping[str, Summary], path: Path) -> bool:
 
 def _draw(axes: Axes, metric: str, summaries: Mapping[str, Summary], heights: Mapping[tuple[str, str], float]) -> None:
     kind = METRICS[metric]
+    ends: list[float] = []
     axes.axvline(0, color="#808080", linewidth=1, zorder=0)
     for (name, arm), height in heights.items():
         label, colour, mark = _ARMS[arm]
@@ -80,6 +82,9 @@ def _draw(axes: Axes, metric: str, summaries: Mapping[str, Summary], heights: Ma
         mean, low, high = (kind.scale * value for value in (found.mean, found.low, found.high))
         axes.plot([low, high], [height, height], color=colour, linewidth=1.2)
         axes.plot(mean, height, mark, color=colour, markersize=4, label=label)
+        ends += [mean] if high - low > _WIDEST[metric] else [mean, low, high]
+    margin = 0.05 * (max(ends, default=1.0) - min(ends, default=0.0))
+    axes.set_xlim(min(ends, default=0.0) - margin, max(ends, default=1.0) + margin)
     unit = "points" if metric == "accuracy" else kind.unit
     better = "right" if kind.higher_is_better else "left"
     axes.set_xlabel(f"{kind.label} minus that of no regularizer ({unit})\nbetter to the {better}")
