@@ -40,7 +40,7 @@ VARIED = {"strength": numbers, "noise_per": words, "share_of_sites": numbers, "f
 
 
 def write_clothing(folder: Path) -> None:
-    """Make clothing50.npz of clothing.npz, once."""
+    """Make clothing50.npz of clothing.npz, once; it appears whole or not at all."""
     source, target = folder / "clothing.npz", folder / f"{CLOTHING}.npz"
     if target.exists():
         return
@@ -50,13 +50,15 @@ def write_clothing(folder: Path) -> None:
     for label in np.unique(y):
         own = np.flatnonzero(y == label)
         pool[own[: min(_LARGEST_POOL, len(own) // 2)]] = True
+    partial = folder / f"{CLOTHING}.partial.npz"
     np.savez(
-        target,
+        partial,
         x_train=x[pool],
         y_train=y[pool],
         x_test=np.concatenate([x_test, x[~pool]]),
         y_test=np.concatenate([y_test, y[~pool]]),
     )
+    partial.replace(target)
 
 
 def variants(phi: NamedPhi, varied: dict[str, list[float] | list[str]]) -> Iterator[NamedPhi]:
@@ -106,6 +108,10 @@ def main() -> None:
             write_clothing(given.data)
     except (OSError, UserError) as error:
         parser.error(str(error))
+    except (KeyError, ValueError) as error:
+        parser.error(
+            f"'{given.data / 'clothing.npz'}' is no npz file with x_train, y_train, x_test and y_test: {error}"
+        )
     proof = Proof(
         given.target, given.n_per_class, given.model, steps=given.steps, batch_size=given.batch_size, lr=given.lr
     )

@@ -262,6 +262,13 @@ def test_variants_are_compared_and_kept(tmp_path):
     assert kept[0]["comparison"].startswith("tiny, 8 images a class of 32 pixels, conv4-4, 3 steps of 4, Adam 0.003")
 
 
+def test_a_file_that_is_no_target_is_named(tmp_path):
+    np.savez(tmp_path / "clothing.npz", x=np.zeros(3))
+    printed = run("benchmarks.variants", "--data", str(tmp_path), "--runs", str(tmp_path / "runs"), expect=2)
+    assert "clothing.npz' is no npz file with x_train" in printed and "Traceback" not in printed
+    assert not (tmp_path / "clothing50.npz").exists()
+
+
 @pytest.mark.parametrize(
     ("wrong", "named"), [(("--strength", "2"), "strength"), (("--phi", "nope"), "nope"), ((), "clothing.npz")]
 )

@@ -35,7 +35,8 @@ def test_what_it_says_and_leaves(mp: CommandLine, tmp_path: Path) -> None:
     done = succeed(mp, tmp_path)
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert lines[0].startswith("Target images: 4 classes, all of 40 training images, 40 test images of 16 pixels")
-    assert lines[2].startswith("fixed_noise, metaperturb: in ") and "of the strength acts" in lines[2]
+    assert lines[2].startswith("fixed_noise, metaperturb: in ")
+    assert lines[2].endswith("of the strength acts; 1200 reach all of it.")
     run = tmp_path / "run"
     verdicts = json.loads((run / "summary.json").read_text())["headline"]
     assert verdicts and lines[-len(verdicts) :] == verdicts, "the verdict is the last that is said"

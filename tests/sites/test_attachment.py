@@ -335,6 +335,8 @@ def test_a_training_that_goes_on_is_as_long_as_all_of_it():
 def test_a_short_run_is_told_in_words():
     attachment = attach(conv4(), total_steps=300, strength=0.8, full_strength_at=0.4)
     assert "grows to 0.2 (25% of 0.8, as the run is short) over the first 120 of 300 tr" in attachment.outlook(300)
+    attachment.steps.fill_(50)
+    assert "as the run is short) over 120 training batches, 50 of which are done" in attachment.outlook(300)
     attachment.steps.fill_(150)
     assert "at strength 0.2 (25% of 0.8, as the run is short) from the first batch" in attachment.outlook(300)
     attachment.ramp_over_run(3000)
