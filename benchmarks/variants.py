@@ -109,9 +109,7 @@ def main() -> None:
     except (OSError, UserError) as error:
         parser.error(str(error))
     except (KeyError, ValueError) as error:
-        parser.error(
-            f"'{given.data / 'clothing.npz'}' is no npz file with x_train, y_train, x_test, y_test: {error}"
-        )
+        parser.error(f"'{given.data / 'clothing.npz'}' is no npz file with x_train, y_train, x_test, y_test: {error}")
     proof = Proof(
         given.target, given.n_per_class, given.model, steps=given.steps, batch_size=given.batch_size, lr=given.lr
     )
