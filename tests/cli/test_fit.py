@@ -203,6 +203,22 @@ def test_ctrl_c_ends_with_one_line_and_130(mp: CommandLine, tmp_path: Path) -> N
     assert done.stderr == "mp_lightning: interrupted; the same command continues this run\n"
 
 
+def test_ctrl_c_of_which_a_library_makes_another_error_ends_alike(mp: CommandLine, tmp_path: Path) -> None:
+    stopped = """
+import os, signal
+from lightning.pytorch.loggers import TensorBoardLogger
+def log_metrics(*args, **kwargs):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt as error:
+        raise ValueError("not supported") from error
+TensorBoardLogger.log_metrics = log_metrics
+"""
+    (done,) = mp.together(tmp_path, "fit", *TINY, first={0: stopped})
+    assert done.code == 130
+    assert done.stderr == "mp_lightning: interrupted; the same command continues this run\n"
+
+
 def test_termination_ends_with_one_line_and_143(mp: CommandLine, tmp_path: Path) -> None:
     def training() -> bool:
         return bool(list(tmp_path.glob("runs/*/metrics.csv")))

@@ -4,11 +4,14 @@ import importlib
 import logging
 import os
 import shlex
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -33,6 +36,8 @@ _ONCE = {"select", "sites", "export"}  # verbs of which a sweep makes no sense
 USER_ERROR = 2
 INTERRUPTED = 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_USUAL = signal.default_int_handler
+_CTRL_C: list[int] = []  # one for each time that it came; a library that it stops may make another error of it
 # Advice of Lightning and torch about what the commands here do on purpose.
 _NO_CONCERN_OF_THE_USER = (
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -60,6 +65,9 @@ def main(arguments: list[str]) -> None:
         sys.exit(0)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
     what = "run"
+    # Someone who handles it otherwise, or calls from a thread, is left alone.
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _USUAL:
+        signal.signal(signal.SIGINT, _on_ctrl_c)
     try:
         options, overrides = split_words(arguments[1:])
         # Hydra reads overrides only where they stand in one row.
@@ -72,13 +80,17 @@ def main(arguments: list[str]) -> None:
         else:
             what = "sweep"
             _sweep(verb, overrides, start)
-    except UserError as error:
-        fail(str(error))
     except KeyboardInterrupt:
         _interrupted(what)
+    except Exception as error:
+        if _CTRL_C:
+            _interrupted(what)
+        if not isinstance(error, UserError):
+            raise
+        fail(str(error))
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Leave the process with one line on standard error."""
     print(error_line(message), file=sys.stderr)
     sys.exit(USER_ERROR)
@@ -116,7 +128,7 @@ def _sweep(verb: str, overrides: list[str], start: Callable[[], Any]) -> None:
     except UserError:
         raise
     except Exception as error:
-        if wanted == "1":
+        if wanted == "1" or _CTRL_C:
             raise
         fail(f"the sweep stopped: {first_lines(error) or type(error).__name__}; {_FULL_ERROR}=1 shows where")
     if verb == "fit":
@@ -135,17 +147,26 @@ def _guarded(function: Any) -> Any:
     """The function's result; what the user can mend ends the process with one line."""
     try:
         return function()
-    except UserError as error:
+    except KeyboardInterrupt:
+        _interrupted("run")
+    except Exception as error:
+        if _CTRL_C:
+            _interrupted("run")
+        if isinstance(error, OmegaConfBaseException):
+            fail(f"the configuration cannot be read: {str(error).partition(chr(10))[0]}; '--cfg job' shows it")
+        if not isinstance(error, UserError):
+            raise
         if error.on_every_rank and _rank() > 0:
             sys.exit(USER_ERROR)
         fail(str(error))
-    except OmegaConfBaseException as error:
-        fail(f"the configuration cannot be read: {str(error).partition(chr(10))[0]}; '--cfg job' shows it")
-    except KeyboardInterrupt:
-        _interrupted("run")
 
 
-def _interrupted(what: str) -> None:
+def _on_ctrl_c(number: int, frame: FrameType | None) -> None:
+    _CTRL_C.append(number)
+    _USUAL(number, frame)
+
+
+def _interrupted(what: str) -> NoReturn:
     if _rank() == 0:
         print(error_line(f"interrupted; the same command continues this {what}"), file=sys.stderr)
     sys.exit(INTERRUPTED)
