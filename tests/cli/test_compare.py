@@ -45,7 +45,7 @@ def test_what_it_says_and_leaves(mp: CommandLine, tmp_path: Path) -> None:
     assert runs(run) == [(arm, 0) for arm in ARMS]
     rows = table(run / "results.csv")
     assert {(row["target"], row["model"], row["device"]) for row in rows} == {("images", "conv4-2", "cpu")}
-    assert [row["inference"] for row in rows] == ["plain", "plain", "mc", "mc"]
+    assert [row["inference"] for row in rows] == ["plain", "plain", "mean", "mean"]
     tried = [(row["arm"], row["seed"]) for row in table(run / "tuning.csv")]
     assert [seed for _, seed in tried] == ["1000000000", "1000000000"] and all(
         arm.startswith("dropout:") for arm, _ in tried

@@ -48,6 +48,8 @@ def test_a_users_module_and_data_are_compared(tmp_path: Path) -> None:
         *(("metaperturb", 0), ("metaperturb", 1)),
     ]
     assert {(row.target, row.model) for row in found.rows} == {("SmallData", "Validated")}
+    inference = inspect.signature(mp_lightning.MetaPerturbCallback).parameters["inference"].default
+    assert [row.inference for row in found.rows] == ["plain", "plain", inference, inference], "what users get is tested"
     assert str(found).startswith("underfitted")
     for name in ("results.csv", "report.html", "summary.md", "summary.json"):
         assert (found.folder / name).stat().st_size > 100
@@ -56,7 +58,7 @@ def test_a_users_module_and_data_are_compared(tmp_path: Path) -> None:
 
 def test_how_much_of_the_strength_acted_is_said_before_the_verdict_and_in_the_report(tmp_path: Path) -> None:
     phi = replace(load_phi(PHI), full_strength_at=0.4)  # of which a run of one epoch sees the beginning
-    found, text = compare(tmp_path, phi=phi, seeds=1, inference="mean")
+    found, text = compare(tmp_path, phi=phi, seeds=1)
     said = re.findall(r"metaperturb acted at (\d+)% of its strength when training ended", text)
     assert len(said) == 1 and int(said[0]) < 50
     assert text.index("metaperturb acted at") < text.index("Verdict in")

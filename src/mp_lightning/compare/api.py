@@ -37,7 +37,7 @@ def compare(
     seeds: int = 5,
     phi: "str | Path | Phi | NamedPhi | None" = None,
     metric: Literal["accuracy", "nll"] = "accuracy",
-    inference: Literal["mc", "mean"] = "mc",
+    inference: Literal["mc", "mean"] = "mean",
     samples: int = 20,
     tuning_values: int = 3,
     tuning_seeds: int = 1,
@@ -80,7 +80,8 @@ def compare(
         seeds: how many; fewer than five never give a verdict.
         phi: for the arms that take one, as for :class:`~mp_lightning.MetaPerturbCallback`.
         metric: what the verdict is about and what is tuned for.
-        inference: how arms with noise in evaluation classify; 'mean' is always reported as well.
+        inference: how arms with noise in evaluation classify: 'mean', as is the default of the callback, which is always
+            reported, or 'mc'.
         samples: noisy forwards of 'mc'.
         tuning_values: so many values of the hyperparameter of each arm are tried (1 to 4).
         tuning_seeds: runs for each of them.

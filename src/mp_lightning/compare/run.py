@@ -62,7 +62,7 @@ class Experiment:
     trainer: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
     num_classes: int | None = None
-    inference: Inference = "mc"
+    inference: Inference = "mean"
     samples: int = 20
     ramp: bool = True
     predict: Predict = predict_pair
