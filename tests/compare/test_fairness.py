@@ -11,13 +11,15 @@ from lightning.pytorch.callbacks import Callback, EarlyStopping
 from small_runs import CLASSES, PHI, Augmented, Small, SmallData, experiment, made, plan
 from torch.nn.functional import cross_entropy
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.data import DataLoader, IterableDataset, random_split
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_split
 
 import mp_lightning
+from mp_lightning import MetaPerturbCallback, MonteCarlo
 from mp_lightning.compare.arms import Arm
 from mp_lightning.compare.run import RunError
 from mp_lightning.compare.user_data import UserData
 from mp_lightning.runs import RunFolderError
+from mp_lightning.sites import attachment_of
 
 
 @pytest.mark.parametrize("arm", ["none", "dropout:0.5", "gaussian:1", "information_dropout", "mixup", "metaperturb"])
@@ -55,6 +57,43 @@ def test_batch_norm_of_every_arm_is_that_of_the_mode_it_is_tested_in(tmp_path: P
     made(plan(["none", arm] if arm != "none" else ["none"], 1, experiment=what), tmp_path)
     # The images are augmented anew each time, by shifts of up to 0.1.
     assert seen and max(distance for distance, _ in seen) < 0.15, seen
+
+
+@pytest.mark.parametrize("arm", ["metaperturb", "fixed_noise", "mine"])
+def test_expected_noise_is_what_a_network_is_tested_by(tmp_path: Path, arm: str) -> None:
+    """A callback that acts when training ends must have done so before, in whatever order the callbacks come."""
+    trained: list[Small] = []
+    x, y = torch.randn(6, 3, 6, 6, generator=torch.Generator().manual_seed(2)), torch.arange(6) % CLASSES
+
+    class Fixed(SmallData):
+        def test_dataloader(self) -> Any:
+            return DataLoader(TensorDataset(x, y), batch_size=6)
+
+    def factory() -> Small:
+        trained.append(Small())
+        return trained[-1]
+
+    mine = Arm("mine", lambda seed: [MetaPerturbCallback(PHI, seed=seed)])
+    arms = [mine if arm == "mine" else arm]
+    what = experiment(module_factory=factory, inference="mean", data=UserData(Fixed()))
+    outcome, _ = made(plan(["none", *arms], 1, experiment=what), tmp_path)
+    module = trained[-1].eval()
+    with torch.no_grad():
+        assert outcome.rows[-1].nll == pytest.approx(float(cross_entropy(module(x), y)), rel=1e-5)
+        assert torch.equal(module(x), module(x)), "no noise is drawn"
+
+
+def test_samples_are_averaged_where_a_network_is_tested_by_them(tmp_path: Path) -> None:
+    seen: list[Any] = []
+
+    def predict(module: Small, batch: Any) -> Any:
+        attachment = attachment_of(module)
+        if attachment is not None and module.trainer.testing:
+            seen.append(attachment.inference)
+        return module(batch[0]), batch[1]
+
+    made(plan(["none", "metaperturb"], 1, experiment=experiment(predict=predict, samples=7)), tmp_path)
+    assert isinstance(seen[0], MonteCarlo) and seen[0].samples == 7
 
 
 def test_frozen_batch_norm_is_left_alone(tmp_path: Path) -> None:

@@ -187,6 +187,8 @@ def _key(plan: Plan, arm: AnyArm, seed: int) -> RunKey:
     steps = plan.experiment.steps  # not known of a run that is measured in epochs
     if plan.experiment.ramp and follows_the_loss(arm) and (steps is None or steps < SHORTEST_RUN):
         parts.append(["all of the strength from", SHORTEST_RUN])  # steps on; before, short runs had other ramps
+    if isinstance(arm, Arm) or any(part.kind.multiplies for part in arm.parts):
+        parts.append(["tested when training has ended"])  # before, runs were tested by one noisy forward
     text = json.dumps([plan.settings, parts], sort_keys=True, default=str)
     return RunKey(plan.target, plan.model, arm.name, seed, hashlib.sha256(text.encode()).hexdigest()[:12])
 

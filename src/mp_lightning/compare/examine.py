@@ -20,6 +20,7 @@ from mp_lightning.errors import ConfigurationError, DataError
 from mp_lightning.inference import Output
 from mp_lightning.inference.mc import output_kind
 from mp_lightning.inference.reestimation import BATCHES
+from mp_lightning.neighbours import act_last
 from mp_lightning.sites import Attachment, attachment_of
 
 # From a module and a batch to the scores (B, K) and the labels (B,).
@@ -60,7 +61,7 @@ def predict_pair(module: L.LightningModule, batch: Any) -> tuple[Tensor, Tensor]
 
 
 class Examination(L.Callback):
-    """Classifies the training and the test images when training ends. It must be the last callback.
+    """Classifies the training and the test images when training ends, after all that other callbacks do then.
 
     Before that, batch norm is re-estimated on training batches in the mode in which the network is tested, for every
     arm alike: statistics of noisy training would be wrong for a layer that is off in evaluation, such as dropout.
@@ -92,6 +93,9 @@ class Examination(L.Callback):
         self._setup_seed = setup_seed
         self.found: Examined | None = None
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        act_last(trainer, self)  # that of the perturbation has done so, too, and must end its training before
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         with isolate_rng():
             seed_all(self._seed)
@@ -102,6 +106,8 @@ class Examination(L.Callback):
         assert data is not None
         training = trainer.state.stage
         perturbation = self._perturbation
+        attachment = attachment_of(module)
+        assert attachment is None or attachment.inference is not None, "the perturbation is still training"
         inference = "plain" if perturbation is None else perturbation.inference
         if inference in ("plain", "mc"):
             self._settle_batch_norm(trainer, module, data.train_dataloader())
@@ -119,7 +125,6 @@ class Examination(L.Callback):
             multiplier: list[SiteMoments] = []
             acted = None
             if perturbation is not None:
-                attachment = attachment_of(module)
                 assert attachment is not None
                 multiplier = _multiplier(attachment, self._forwards(trainer, module, plain()))
                 acted = float(attachment.coeff / attachment.strength)
