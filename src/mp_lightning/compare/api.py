@@ -80,7 +80,7 @@ def compare(
         seeds: how many; fewer than five never give a verdict.
         phi: for the arms that take one, as for :class:`~mp_lightning.MetaPerturbCallback`.
         metric: what the verdict is about and what is tuned for.
-        inference: how arms with noise in evaluation classify: 'mean', as is the default of the callback, which is always
+        inference: how arms with noise in evaluation classify: 'mean', as by default in the callback, which is always
             reported, or 'mc'.
         samples: noisy forwards of 'mc'.
         tuning_values: so many values of the hyperparameter of each arm are tried (1 to 4).
