@@ -2,9 +2,7 @@
 
     python -m benchmarks.variants --data FOLDER --phi tiny-imagenet-5 --full-strength-at 0.4,0.1 --strength 0.95,0.8
 
-FOLDER holds clothing.npz with x_train, y_train, x_test and y_test, from which clothing50.npz is made: its few test
-images are too few to choose by, so that of the training images the first half of each class, at most 80, are there to
-train on, and the others are test images, too. --target names another file of FOLDER that is taken as it is. Each
+--target is one of benchmarks.validation_targets, which is made of files in FOLDER, or another npz file there. Each
 combination of what is given is an arm, what is not given is as phi comes with. Runs are kept as those of
 benchmarks.prove are, in benchmarks/results/selection.csv.
 """
@@ -15,16 +13,13 @@ from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
-import numpy as np
-
 from benchmarks.prove import Proof, make_and_keep
+from benchmarks.validation_targets import CLOTHING, write_target
 from mp_lightning import UserError, load_phi, save_phi
 from mp_lightning.perturbation import NamedPhi
 from mp_lightning.perturbation.files import DEFAULT_PHI
 
 RESULTS = Path(__file__).parent / "results" / "selection.csv"
-CLOTHING = "clothing50"
-_LARGEST_POOL = 80  # training images of a class
 
 
 def numbers(text: str) -> list[float]:
@@ -37,28 +32,6 @@ def words(text: str) -> list[str]:
 
 # Fields of NamedPhi that can be varied, and how they are read.
 VARIED = {"strength": numbers, "noise_per": words, "share_of_sites": numbers, "full_strength_at": numbers}
-
-
-def write_clothing(folder: Path) -> None:
-    """Make clothing50.npz of clothing.npz, once; it appears whole or not at all."""
-    source, target = folder / "clothing.npz", folder / f"{CLOTHING}.npz"
-    if target.exists():
-        return
-    with np.load(source) as content:
-        x, y, x_test, y_test = (content[key] for key in ("x_train", "y_train", "x_test", "y_test"))
-    pool = np.zeros(len(y), dtype=bool)
-    for label in np.unique(y):
-        own = np.flatnonzero(y == label)
-        pool[own[: min(_LARGEST_POOL, len(own) // 2)]] = True
-    partial = folder / f"{CLOTHING}.partial.npz"
-    np.savez(
-        partial,
-        x_train=x[pool],
-        y_train=y[pool],
-        x_test=np.concatenate([x_test, x[~pool]]),
-        y_test=np.concatenate([y_test, y[~pool]]),
-    )
-    partial.replace(target)
 
 
 def variants(phi: NamedPhi, varied: dict[str, list[float] | list[str]]) -> Iterator[NamedPhi]:
@@ -84,8 +57,10 @@ def write_arms(phi: NamedPhi, source: str, varied: dict[str, list[float] | list[
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, required=True, help="folder with the npz file of the target")
-    parser.add_argument("--target", default=CLOTHING, help="name of the npz file")
+    parser.add_argument("--data", type=Path, required=True, help="folder with npz files")
+    parser.add_argument(
+        "--target", default=CLOTHING, help="clothing50, tiny10_0 to tiny10_14, or the name of an npz file"
+    )
     parser.add_argument("--phi", default=DEFAULT_PHI, help="name of a bundled one, or a file")
     for key, kind in VARIED.items():
         parser.add_argument(f"--{key.replace('_', '-')}", type=kind, help="with commas")
@@ -104,12 +79,9 @@ def main() -> None:
         phi = load_phi(given.phi)
         varied = {key: getattr(given, key) or [getattr(phi, key)] for key in VARIED}
         arms = write_arms(phi, given.phi, varied, given.runs)
-        if given.target == CLOTHING:
-            write_clothing(given.data)
-    except (OSError, UserError) as error:
+        write_target(given.target, given.data)
+    except (OSError, UserError, ValueError) as error:
         parser.error(str(error))
-    except (KeyError, ValueError) as error:
-        parser.error(f"'{given.data / 'clothing.npz'}' is no npz file with x_train, y_train, x_test, y_test: {error}")
     proof = Proof(
         given.target, given.n_per_class, given.model, steps=given.steps, batch_size=given.batch_size, lr=given.lr
     )

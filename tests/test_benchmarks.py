@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import prove, results_page, results_picture, variants
+from benchmarks import prove, results_page, results_picture, validation_targets, variants
 from benchmarks.measure import interleaved
 from benchmarks.table import Table
 
@@ -227,12 +227,30 @@ def images(path, train, test):
 
 def test_no_training_image_of_the_validation_target_is_a_test_image(tmp_path):
     images(tmp_path / "clothing.npz", [7, 90], [1, 2])
-    variants.write_clothing(tmp_path)
+    validation_targets.write_target("clothing50", tmp_path)
     with np.load(tmp_path / "clothing50.npz") as content:
         parts = {key: content[key] for key in content.files}
     assert np.bincount(parts["y_train"]).tolist() == [3, 45] and np.bincount(parts["y_test"]).tolist() == [5, 47]
     seen = [parts[f"x_{part}"][:, 0, 0, 0].tolist() for part in ("train", "test")]
     assert sorted(seen[0] + seen[1]) == list(range(100)) and seen[1][:3] == [97, 98, 99]
+
+
+def test_the_ten_classes_of_tiny_imagenet_are_none_of_a_source(tmp_path):
+    """Images of one value, their class, of which the first ten of each file are learned from."""
+    for first in range(0, 200, 40):
+        labels = np.repeat(np.arange(first, first + 40), 4)
+        x = labels[:, None, None, None].astype(np.uint8) * np.ones((1, 2, 2, 3), np.uint8)
+        path = tmp_path / f"tiny_imagenet_{first:03}_{first + 39:03}.npz"
+        np.savez(path, x_train=x[labels % 2 == 0], y_train=labels[labels % 2 == 0], x_test=x, y_test=labels)
+    seen: list[int] = []
+    for number in range(15):
+        validation_targets.write_target(f"tiny10_{number}", tmp_path)
+        with np.load(tmp_path / f"tiny10_{number}.npz") as content:
+            x, y, test = content["x_train"][:, 0, 0, 0], content["y_train"], content["y_test"]
+        assert sorted(set(y.tolist())) == sorted(set(test.tolist())) == list(range(10))
+        assert all(len(set(x[y == label].tolist())) == 1 for label in range(10))
+        seen += sorted(set(x.tolist()))
+    assert sorted(seen) == [label for label in range(200) if label % 40 >= 10]
 
 
 def test_variants_of_a_phi_are_files_that_differ_in_what_was_asked_for(tmp_path):
@@ -258,7 +276,7 @@ def test_variants_are_compared_and_kept(tmp_path):
     run("benchmarks.variants", *where, *small, "--strength=0.5")
     with out.open(newline="") as file:
         kept = list(csv.DictReader(file))
-    assert [one["arm"] for one in kept] == ["none", "metaperturb:tiny-imagenet-5_strength-0.5.safetensors"]
+    assert [one["arm"] for one in kept] == ["none", f"metaperturb:{prove.DEFAULT_PHI}_strength-0.5.safetensors"]
     assert kept[0]["comparison"].startswith("tiny, 8 images a class of 32 pixels, conv4-4, 3 steps of 4, Adam 0.003")
 
 
