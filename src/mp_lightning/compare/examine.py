@@ -107,7 +107,8 @@ class Examination(L.Callback):
         training = trainer.state.stage
         perturbation = self._perturbation
         attachment = attachment_of(module)
-        assert attachment is None or attachment.inference is not None, "the perturbation is still training"
+        if perturbation is not None:
+            assert attachment is not None and attachment.inference is not None, "the perturbation is still training"
         inference = "plain" if perturbation is None else perturbation.inference
         if inference in ("plain", "mc"):
             self._settle_batch_norm(trainer, module, data.train_dataloader())
