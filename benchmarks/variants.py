@@ -59,7 +59,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with npz files")
     parser.add_argument(
-        "--target", default=CLOTHING, help="clothing50, tiny10_0 to tiny10_14, or the name of an npz file"
+        "--target", default=CLOTHING, help="clothing50, tiny10_0 to tiny10_14, tiny100, or the name of an npz file"
     )
     parser.add_argument("--phi", default=DEFAULT_PHI, help="name of a bundled one, or a file")
     for key, kind in VARIED.items():

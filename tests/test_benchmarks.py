@@ -251,6 +251,11 @@ def test_the_ten_classes_of_tiny_imagenet_are_none_of_a_source(tmp_path):
         assert all(len(set(x[y == label].tolist())) == 1 for label in range(10))
         seen += sorted(set(x.tolist()))
     assert sorted(seen) == [label for label in range(200) if label % 40 >= 10]
+    validation_targets.write_target("tiny100", tmp_path)
+    with np.load(tmp_path / "tiny100.npz") as content:
+        assert (content["x_train"][:, 0, 0, 0] == 2 * content["y_train"]).all() and set(content["y_test"]) == {
+            *range(100)
+        }
 
 
 def test_variants_of_a_phi_are_files_that_differ_in_what_was_asked_for(tmp_path):
