@@ -13,7 +13,7 @@ from mp_lightning.compare.calibration import matched_moments, phi_digest
 from mp_lightning.compare.user_data import UserData
 from mp_lightning.perturbation import initial_phi, load_phi
 from mp_lightning.runs import RunFolderError
-from mp_lightning.sites import find_sites
+from mp_lightning.sites import attachment_of, find_sites
 
 
 def test_moments_are_those_of_a_multiplier_of_phi_at_every_site(tmp_path: Path) -> None:
@@ -46,24 +46,35 @@ def test_they_are_measured_once_for_each_phi_and_again_if_the_file_is_damaged(tm
         assert matched_moments(what, PHI, tmp_path) == first
 
 
-def test_the_pilot_run_is_short_and_leaves_the_global_generator_alone(tmp_path: Path) -> None:
-    batches: list[int] = []
+def test_the_pilot_run_is_that_of_the_arm_and_leaves_the_global_generator_alone(tmp_path: Path) -> None:
+    """As long, and with the strength of that batch: a phi may do something else when a network has learned."""
+    strengths: list[float] = []
 
     class Long(SmallData):
         def train_dataloader(self):
-            return DataLoader(self.train, batch_size=1, sampler=range(12), num_workers=0)
+            return DataLoader(self.train, batch_size=1, sampler=[0] * 70, num_workers=0)
 
-    class Counting(Small):
+    class Noting(Small):
         def training_step(self, batch, batch_idx):
-            batches.append(batch_idx)
+            strengths.append(float(attachment_of(self).coeff))
             return super().training_step(batch, batch_idx)
 
+    told: list[int] = []
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    matched_moments(experiment(module_factory=Counting, data=UserData(Long())), PHI, tmp_path)
+    matched_moments(experiment(module_factory=Noting, data=UserData(Long())), PHI, tmp_path, told.append)
     assert torch.equal(torch.rand(3), expected)
-    assert len(batches) == 24, "two epochs, which are less than a hundred batches"
+    assert len(strengths) == sum(told) == 140, "both epochs"
+    assert strengths[28] == pytest.approx(0.5) and strengths[56:] == [1.0] * 84, "a ramp over 40 % of them"
+
+
+def test_moments_that_were_measured_after_a_hundred_steps_are_measured_again(tmp_path: Path) -> None:
+    """As they were before; a multiplier that shrinks later on was matched by one that does not."""
+    first = matched_moments(experiment(), PHI, tmp_path)
+    path = tmp_path / f"moments-{phi_digest(PHI)}.json"
+    path.write_text(json.dumps({"phi": "given phi", "steps": 100, "sites": [["conv", 9.0, 9.0]]}))
+    assert matched_moments(experiment(), PHI, tmp_path) == first
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

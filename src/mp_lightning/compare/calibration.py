@@ -14,19 +14,19 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from mp_lightning.callback import MetaPerturbCallback
-from mp_lightning.compare.arms import NamedArm, Part
+from mp_lightning.compare.arms import Context, callbacks_of, parse_arm
+from mp_lightning.compare.cost import Cost
 from mp_lightning.compare.examine import Predict, forward
 from mp_lightning.compare.moments import SiteMoments, site_moments
 from mp_lightning.compare.pairing import PairedSteps, seed_all
-from mp_lightning.compare.run import Experiment, Job, RunError, fresh_module, train
+from mp_lightning.compare.run import Experiment, Job, OnStep, RunError, fresh_module, train
 from mp_lightning.compare.store import RunKey
 from mp_lightning.perturbation import NamedPhi
 from mp_lightning.randomness import derived_seed
 from mp_lightning.runs import unusable, write_whole
 from mp_lightning.sites import attachment_of
 
-STEPS = 100  # of the pilot run
+_WHEN = "at the end of a run"  # before, it was after 100 steps
 _BATCHES = 10
 _SEED = 2 * 10**9  # none of the comparison's, nor of tuning
 
@@ -47,11 +47,20 @@ def phi_digest(phi: NamedPhi) -> str:
     return digest.hexdigest()[:12]
 
 
-def matched_moments(experiment: Experiment, phi: NamedPhi, folder: Path) -> list[SiteMoments]:
-    """Mean and variance of phi's multiplier at each site, in training, after a pilot run of at most 100 batches.
+def matched_moments(
+    experiment: Experiment, phi: NamedPhi, folder: Path, on_step: OnStep | None = None
+) -> list[SiteMoments]:
+    """Mean and variance of phi's multiplier at each site, in training, when a run with phi has ended.
 
-    phi acts at its strength from the first batch of the pilot run, whose seed is none of the comparison's; the network
-    is thrown away. What was measured is kept in ``folder``.
+    They move with the feature maps through all of a training, so that the pilot run is as long as those of the
+    comparison, and phi acts in it as in its arm. Its seed is none of theirs, and the network is thrown away. What was
+    measured is kept in ``folder``.
+
+    Args:
+        experiment: what all runs share.
+        phi: with what it is meant for.
+        folder: of the comparison.
+        on_step: called after each training batch of the pilot run.
 
     Raises:
         RunError: the pilot run diverged.
@@ -60,51 +69,38 @@ def matched_moments(experiment: Experiment, phi: NamedPhi, folder: Path) -> list
     path = folder / f"moments-{phi_digest(phi)}.json"
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        return [SiteMoments(str(name), float(mean), float(var)) for name, mean, var in content["sites"]]
+        if content["measured"] == _WHEN:
+            return [SiteMoments(str(name), float(mean), float(var)) for name, mean, var in content["sites"]]
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    found = _measure(experiment, phi)
+    found = _measure(experiment, phi, on_step)
     if not all(math.isfinite(site.mean) and math.isfinite(site.var) for site in found):
         raise RunError(
             f"the pilot run of the controls, with phi '{phi.name}', diverged; lower the learning rate, or leave out "
             "the arms whose moments are matched to phi's (fixed_noise, shrink_only, mean_one)"
         )
     try:
-        write_whole(path, {"phi": phi.name, "steps": STEPS, "sites": found})
+        write_whole(path, {"phi": phi.name, "measured": _WHEN, "sites": found})
     except OSError as error:
         raise unusable(folder, error) from error
     return found
 
 
-def _measure(experiment: Experiment, phi: NamedPhi) -> list[SiteMoments]:
+def _measure(experiment: Experiment, phi: NamedPhi, on_step: OnStep | None) -> list[SiteMoments]:
+    arm = parse_arm("metaperturb", phi)
     with isolate_rng():
-        callback = MetaPerturbCallback(
-            phi,
-            ramp_steps=0,
-            full_strength_at=1,
-            inference="mc",
-            samples=1,
-            seed=derived_seed(_SEED, "noise"),
-            marker=False,
-        )
+        context = Context(derived_seed(_SEED, "noise"), experiment.num_classes, "mc", samples=1, ramp=experiment.ramp)
+        callbacks, _ = callbacks_of(arm, context)
         measuring = _Measuring(experiment.predict)
-        pilot = Experiment(
-            experiment.module_factory,
-            experiment.data,
-            {**experiment.trainer, "max_steps": STEPS, **_short_epochs(experiment.trainer)},
+        module = fresh_module(experiment, _SEED)
+        job = Job(RunKey("", "", "pilot of the controls", _SEED, ""), arm)
+        train(
+            experiment,
+            module,
+            job,
+            [PairedSteps(derived_seed(_SEED, "steps")), *callbacks, Cost(on_step), measuring],
         )
-        module = fresh_module(pilot, _SEED)
-        job = Job(
-            RunKey("", "", "pilot of the controls", _SEED, ""), NamedArm("pilot", (Part("metaperturb", phi=phi),))
-        )
-        train(pilot, module, job, [PairedSteps(derived_seed(_SEED, "steps")), callback, measuring])
     return measuring.found
-
-
-def _short_epochs(trainer: dict[str, Any]) -> dict[str, Any]:
-    """Epochs end within the pilot run, with the validation that callbacks and schedulers may ask for."""
-    limit = trainer.get("limit_train_batches")
-    return {} if isinstance(limit, float) else {"limit_train_batches": min(limit or STEPS, STEPS)}
 
 
 class _Measuring(Callback):

@@ -134,7 +134,7 @@ def carry_out(plan: Plan, folder: Path, display: Display) -> Outcome:
     arms = list(plan.arms)
     if BASELINE not in [arm.name for arm in arms]:
         arms.insert(0, NamedArm(BASELINE, (Part(BASELINE),)))
-    arms = [_with_moments(arm, experiment, folder) for arm in arms]
+    arms = [_with_moments(arm, experiment, folder, display) for arm in arms]
     tuned = _tune(plan, arms, tuning_store, display)
     arms = [with_values(arm, tuned) for arm in arms]
     # Seed by seed, so that whatever is there when it ends early can be compared.
@@ -170,14 +170,15 @@ def _make(plan: Plan, jobs: Sequence[Job], store: Store, what: str, display: Dis
             shown.finished(row)
 
 
-def _with_moments(arm: AnyArm, experiment: Experiment, folder: Path) -> AnyArm:
+def _with_moments(arm: AnyArm, experiment: Experiment, folder: Path, display: Display) -> AnyArm:
     if isinstance(arm, Arm):
         return arm
 
     def measured(part: Part) -> Part:
         if not part.kind.needs_moments or part.phi is None:
             return part
-        return replace(part, moments=matched_moments(experiment, part.phi, folder))
+        with display("measuring phi for its controls", 1, 0) as shown:
+            return replace(part, moments=matched_moments(experiment, part.phi, folder, shown.step))
 
     return replace(arm, parts=tuple(measured(part) for part in arm.parts))
 
@@ -187,6 +188,8 @@ def _key(plan: Plan, arm: AnyArm, seed: int) -> RunKey:
     steps = plan.experiment.steps  # not known of a run that is measured in epochs
     if plan.experiment.ramp and follows_the_loss(arm) and (steps is None or steps < SHORTEST_RUN):
         parts.append(["all of the strength from", SHORTEST_RUN])  # steps on; before, short runs had other ramps
+    if not isinstance(arm, Arm) and any(part.kind.needs_moments for part in arm.parts):
+        parts.append(["moments at the end of a run"])  # before, they were measured after 100 steps
     if isinstance(arm, Arm) or any(part.kind.multiplies for part in arm.parts):
         parts.append(["tested when training has ended"])  # before, runs were tested by one noisy forward
     text = json.dumps([plan.settings, parts], sort_keys=True, default=str)
