@@ -79,8 +79,8 @@ _TARGETS = {"imagenette": 50, "cifar10": 50, "cub": None, "dtd10": None, "fashio
 _LONGER = {"dtd10": 3000, "cub": 6000}
 
 # In the order in which they are made: small networks first, then larger ones. At a learning rate of 1e-3 Conv4 does not
-# reach all its training images, and at 3e-3 it needs more than 1,200 steps for those of DTD and CUB. Nor is 1e-3 the best
-# for ResNet20 without a regularizer on the validation target, clothing.
+# reach all its training images, and at 3e-3 it needs more than 1,200 steps for those of DTD and CUB. Nor is 1e-3 the
+# best for ResNet20 without a regularizer on the validation target, clothing.
 PROOFS = [
     *(Proof(target, n_per_class, "conv4", lr=3e-3) for target, n_per_class in _TARGETS.items()),
     *(Proof(target, None, "conv4", steps=steps, lr=3e-3) for target, steps in _LONGER.items()),
