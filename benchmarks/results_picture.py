@@ -83,8 +83,9 @@ def _draw(axes: Axes, metric: str, summaries: Mapping[str, Summary], heights: Ma
         axes.plot([low, high], [height, height], color=colour, linewidth=1.2)
         axes.plot(mean, height, mark, color=colour, markersize=4, label=label)
         ends += [mean] if high - low > _WIDEST[metric] else [mean, low, high]
-    margin = 0.05 * (max(ends, default=1.0) - min(ends, default=0.0))
-    axes.set_xlim(min(ends, default=0.0) - margin, max(ends, default=1.0) + margin)
+    left, right = min(ends, default=0.0), max(ends, default=1.0)
+    margin = 0.05 * (right - left) or 1.0  # all at one place
+    axes.set_xlim(left - margin, right + margin)
     unit = "points" if metric == "accuracy" else kind.unit
     better = "right" if kind.higher_is_better else "left"
     axes.set_xlabel(f"{kind.label} minus that of no regularizer ({unit})\nbetter to the {better}")
