@@ -1,6 +1,6 @@
 """Variants of one phi beside each other on a validation target, as one was chosen to come with the package.
 
-    python -m benchmarks.variants --data FOLDER --phi tiny-imagenet-5 --full-strength-at 0.4,0.1 --strength 0.95,0.8
+    python -m benchmarks.variants --data FOLDER --phi tiny-imagenet-6 --full-strength-at 0.4,0.1 --strength 0.95,0.8
 
 --target is one of benchmarks.validation_targets, which is made of files in FOLDER, or another npz file there. Each
 combination of what is given is an arm, what is not given is as phi comes with. Runs are kept as those of

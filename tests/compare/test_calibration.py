@@ -69,6 +69,17 @@ def test_the_pilot_run_is_that_of_the_arm_and_leaves_the_global_generator_alone(
     assert strengths[28] == pytest.approx(0.5) and strengths[56:] == [1.0] * 84, "a ramp over 40 % of them"
 
 
+def test_moments_are_those_of_a_network_that_has_learned(tmp_path: Path) -> None:
+    found = []
+    for epochs in (1, 6):
+        (tmp_path / str(epochs)).mkdir()
+        what = experiment()
+        what = replace(what, trainer={**what.trainer, "max_epochs": epochs})
+        found.append(matched_moments(what, load_phi("tiny-imagenet-5"), tmp_path / str(epochs)))
+    (short,), (longer,) = found
+    assert short.site == longer.site and short.mean != pytest.approx(longer.mean, rel=1e-3)
+
+
 def test_moments_that_were_measured_after_a_hundred_steps_are_measured_again(tmp_path: Path) -> None:
     """As they were before; a multiplier that shrinks later on was matched by one that does not."""
     first = matched_moments(experiment(), PHI, tmp_path)

@@ -11,7 +11,7 @@ from small_runs import Counting, Small, SmallData, experiment, made, plan
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mp_lightning.compare.arms import Arm, parse_arm
+from mp_lightning.compare.arms import KINDS, Arm, parse_arm
 from mp_lightning.compare.comparison import RESULTS, _key, carry_out, check_plan
 from mp_lightning.compare.results import Row
 from mp_lightning.compare.run import RunError
@@ -119,6 +119,22 @@ def test_runs_that_may_reach_less_of_the_strength_are_told_apart_from_older_ones
         what = replace(what, experiment=replace(what.experiment, steps=steps, ramp=ramp))
         keys.append(_key(what, what.arms[0], 0))
     assert (keys[0] == keys[1]) == same
+
+
+@pytest.mark.parametrize("arm", ["fixed_noise", "shrink_only", "mean_one", "metaperturb"])
+def test_controls_that_were_matched_after_a_hundred_steps_are_told_apart(
+    arm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    what = plan([parse_arm(arm, load_phi())], 1)
+    now = _key(what, what.arms[0], 0)
+    monkeypatch.setitem(KINDS, arm, replace(KINDS[arm], needs_moments=False))
+    assert (_key(what, what.arms[0], 0) == now) == (arm == "metaperturb")
+
+
+def test_phi_is_measured_once_for_its_controls_and_shown(tmp_path: Path) -> None:
+    outcome, display = made(plan(["none", "fixed_noise", "shrink_only"], 1), tmp_path)
+    assert display.steps == (len(outcome.rows) + 1) * 6
+    assert made(plan(["none", "fixed_noise", "shrink_only"], 1), tmp_path)[1].steps == 0
 
 
 @pytest.mark.slow

@@ -53,8 +53,8 @@ def matched_moments(
     """Mean and variance of phi's multiplier at each site, in training, when a run with phi has ended.
 
     They move with the feature maps through all of a training, so that the pilot run is as long as those of the
-    comparison, and phi acts in it as in its arm. Its seed is none of theirs, and the network is thrown away. What was
-    measured is kept in ``folder``.
+    comparison, and phi acts in its training as in that of its arm. Its seed is none of theirs, and the network is
+    thrown away. What was measured is kept in ``folder``.
 
     Args:
         experiment: what all runs share.
@@ -66,13 +66,9 @@ def matched_moments(
         RunError: the pilot run diverged.
         UserError: as a run does.
     """
-    path = folder / f"moments-{phi_digest(phi)}.json"
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if content["measured"] == _WHEN:
-            return [SiteMoments(str(name), float(mean), float(var)) for name, mean, var in content["sites"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
+    kept = kept_moments(phi, folder)
+    if kept is not None:
+        return kept
     found = _measure(experiment, phi, on_step)
     if not all(math.isfinite(site.mean) and math.isfinite(site.var) for site in found):
         raise RunError(
@@ -80,10 +76,25 @@ def matched_moments(
             "the arms whose moments are matched to phi's (fixed_noise, shrink_only, mean_one)"
         )
     try:
-        write_whole(path, {"phi": phi.name, "measured": _WHEN, "sites": found})
+        write_whole(_path(phi, folder), {"phi": phi.name, "measured": _WHEN, "sites": found})
     except OSError as error:
         raise unusable(folder, error) from error
     return found
+
+
+def kept_moments(phi: NamedPhi, folder: Path) -> list[SiteMoments] | None:
+    """What :func:`matched_moments` measured before; None if nothing that can be used is there."""
+    try:
+        content = json.loads(_path(phi, folder).read_text(encoding="utf-8"))
+        if content["measured"] == _WHEN:
+            return [SiteMoments(str(name), float(mean), float(var)) for name, mean, var in content["sites"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    return None
+
+
+def _path(phi: NamedPhi, folder: Path) -> Path:
+    return folder / f"moments-{phi_digest(phi)}.json"
 
 
 def _measure(experiment: Experiment, phi: NamedPhi, on_step: OnStep | None) -> list[SiteMoments]:

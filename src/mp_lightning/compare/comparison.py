@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, Context, NamedArm, Part, callbacks_of, follows_the_loss
 from mp_lightning.compare.at_sites import AtSites
-from mp_lightning.compare.calibration import matched_moments, phi_digest
+from mp_lightning.compare.calibration import kept_moments, matched_moments, phi_digest
 from mp_lightning.compare.pool import perform_all
 from mp_lightning.compare.results import Details, Row
 from mp_lightning.compare.run import Experiment, Job, fresh_module
@@ -177,8 +177,11 @@ def _with_moments(arm: AnyArm, experiment: Experiment, folder: Path, display: Di
     def measured(part: Part) -> Part:
         if not part.kind.needs_moments or part.phi is None:
             return part
-        with display("measuring phi for its controls", 1, 0) as shown:
-            return replace(part, moments=matched_moments(experiment, part.phi, folder, shown.step))
+        moments = kept_moments(part.phi, folder)
+        if moments is None:
+            with display("measuring phi for its controls", 1, 0) as shown:
+                moments = matched_moments(experiment, part.phi, folder, shown.step)
+        return replace(part, moments=moments)
 
     return replace(arm, parts=tuple(measured(part) for part in arm.parts))
 
