@@ -7,6 +7,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks.prove import PUBLISHED
 from mp_lightning.compare.results import METRICS
@@ -26,6 +27,7 @@ _ARMS = {
 }
 _WIDEST = {"accuracy": 20.0, "nll": 2.0}  # wider intervals are cut at the edge, or nothing else could be told apart
 _LINE, _BETWEEN = 0.115, 1.2  # inches an arm; arms between two comparisons
+_TICKS = 7  # at most, or their labels touch
 _LOOK = {"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
 
 
@@ -89,6 +91,7 @@ def _draw(axes: Axes, metric: str, summaries: Mapping[str, Summary], heights: Ma
     unit = "points" if metric == "accuracy" else kind.unit
     better = "right" if kind.higher_is_better else "left"
     axes.set_xlabel(f"{kind.label} minus that of no regularizer ({unit})\nbetter to the {better}")
+    axes.xaxis.set_major_locator(MaxNLocator(_TICKS))
     axes.grid(axis="x", linewidth=0.4, alpha=0.5)
 
 
