@@ -26,7 +26,7 @@ phi has at each site at the end of one more run, and its strength, noise and sit
 compared with as well. Where the strength of a phi follows the training loss, that of its controls does too, each by
 the loss of its own run. Scores are of one forward by expected noise, with batch norm re-estimated for it. Intervals
 are 95 % t intervals over seeds; p values of paired t tests are corrected by Holm's method over the arms and over
-accuracy and NLL. The table of rows says what each ran on; times were taken beside other work, and are not to be
+accuracy and NLL. The csv file says what each run was made on; times were taken beside other work, and are not to be
 compared.
 """
 _CAPTION = (
