@@ -27,6 +27,7 @@ FLOORS = {
     "neighbours": 3,
     "reestimation_steps": 3,
     "evaluation_epochs": 3,
+    "announcements": 3,
     "site_metrics": 3,
     "checkpoints": 3,
     "inference": 3,

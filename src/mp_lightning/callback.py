@@ -1,8 +1,7 @@
 """The Lightning callback: a learned regularizer in one line."""
 
-import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
+from mp_lightning.announcements import opening, stays_in_force
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, CheckpointHooks, attach_state, read_checkpoint
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.evaluation_epochs import begin_evaluation, end_evaluation
@@ -26,7 +26,7 @@ from mp_lightning.neighbours import (
 from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_fraction, load_phi
 from mp_lightning.reestimation_steps import reestimate, training_data
 from mp_lightning.schedule import total_training_batches
-from mp_lightning.site_metrics import PREFIX, SiteMetrics
+from mp_lightning.site_metrics import SiteLog, batches_between_looks
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, PathName, check_path
 from mp_lightning.sites.choice import is_file, is_share
@@ -146,8 +146,7 @@ class MetaPerturbCallback(Callback):
             if value is not None and (not isinstance(value, int) or value < 0):
                 raise ConfigurationError(f"{name}={value}: give a whole number of batches, or 0 for {off}")
         self.log_every = log_every
-        self._log_every = self._batches = 0
-        self._metrics: SiteMetrics | None = None
+        self._site_log: SiteLog | None = None
         for number in (samples, fit_samples):
             MonteCarlo(number, output)  # the same checks, early
 
@@ -215,53 +214,25 @@ class MetaPerturbCallback(Callback):
             before = int(attachment.steps) if trainer.global_step == 0 else 0
             attachment.ramp_over_run(total, trainer.accumulate_grad_batches, before)
         attachment.inference = None
-        self._metrics, self._batches = SiteMetrics(attachment), int(attachment.steps)
-        self._log_every = self._sparsely(trainer, total) if trainer.loggers else 0
-        rank_zero_info(
-            f"MetaPerturb: {len(attachment.plan)} sites, {self._what(attachment)}, {attachment.outlook(total)}"
-        )
-        for trained, asked in self._stays_in_force(attachment):
-            rank_zero_warn(f"MetaPerturb: the model was trained {trained}, which stays in force instead of {asked}")
-
-    def _stays_in_force(self, attachment: Attachment) -> Iterator[tuple[str, str]]:
-        """What a model that was trained before keeps, and what this callback was told instead."""
-        strength = float(attachment.strength)
-        if self.strength is not None and not math.isclose(self.strength, strength, rel_tol=1e-6):
-            yield f"at strength {strength:g}", f"{self.strength:g}"
-        follows = float(attachment.fitting.full_strength_at)
-        if self.full_strength_at is not None and not math.isclose(self.full_strength_at, follows, rel_tol=1e-6):
-            yield f"with full_strength_at={follows:g}", f"{self.full_strength_at:g}"
-        if self._phi_given and attachment.phi_name != self.phi.name:
-            yield f"with phi '{attachment.phi_name}'", f"'{self.phi.name}'"
-        drawn = getattr(attachment.perturbation, "noise_per", "element")
-        if self._phi_given and drawn != self.phi.noise_per:
-            yield f"with noise per {drawn}", f"noise per {self.phi.noise_per}"
-
-    def _sparsely(self, trainer: pl.Trainer, total: int | None) -> int:
-        """Number of batches between two looks at the sites."""
-        if self.log_every is not None:
-            return self.log_every
-        usual = 10 * max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
-        return usual if total is None else min(usual, max(1, total // 10))
-
-    def _is_logged(self) -> bool:
-        """Whether this batch is one of those whose sites are looked at."""
-        return self._log_every > 0 and self._batches % self._log_every == 0
+        every = batches_between_looks(trainer, total) if self.log_every is None else self.log_every
+        self._site_log = SiteLog(attachment, every if trainer.loggers else 0)
+        phi = self.phi if self.perturbation is None else None
+        rank_zero_info(f"MetaPerturb: {opening(attachment, phi, total)}")
+        asked = self.phi if self._phi_given else None
+        for kept in stays_in_force(attachment, asked, self.strength, self.full_strength_at):
+            rank_zero_warn(f"MetaPerturb: {kept}")
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        self._batches += 1
-        if self._is_logged() and self._metrics and self._metrics.can_watch:
-            self._metrics.watch()
+        if self._site_log is not None:
+            self._site_log.begin_batch()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         attachment = self._attached(pl_module)
-        metrics = self._metrics.measure() if self._metrics else {}
-        if self._is_logged():
-            metrics[f"{PREFIX}/strength"] = float(attachment.coeff)
+        metrics = self._site_log.end_batch() if self._site_log is not None else {}
         attachment.step(_loss(trainer, outputs))
         if metrics and trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -284,8 +255,8 @@ class MetaPerturbCallback(Callback):
         if attachment is not None:
             attachment.settle()
             attachment.inference = self.make_inference()
-        if self._metrics is not None:
-            self._metrics.stop()
+        if self._site_log is not None:
+            self._site_log.stop()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)
@@ -378,11 +349,6 @@ class MetaPerturbCallback(Callback):
             "marker": self.marker,
         }
         return CheckpointHooks.install(module, declared, self.marker)
-
-    def _what(self, attachment: Attachment) -> str:
-        if self.perturbation is not None:
-            return f"perturbation {attachment.phi_name}"
-        return f"phi {self.phi if attachment.phi_name == self.phi.name else attachment.phi_name}"
 
     def _attached(self, module: nn.Module) -> Attachment:
         attachment = attachment_of(module)

@@ -1,5 +1,7 @@
 """What the perturbation does at each site, now and then, for a logger: read beside the step and never part of it."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
@@ -10,6 +12,50 @@ from mp_lightning.sites.site import Site
 
 _IMAGES = 4  # of a batch that are looked at
 PREFIX = "metaperturb"
+
+
+def batches_between_looks(trainer: Any, total: int | None) -> int:
+    """Ten times as many as Lightning has between two logs, or a tenth of a run of so many training batches."""
+    usual = 10 * max(1, trainer.log_every_n_steps)
+    return usual if total is None else min(usual, max(1, total // 10))
+
+
+class SiteLog:
+    """The strength that acts, and what happens at the sites, every so many training batches.
+
+    Args:
+        attachment: of the model; its batches so far count.
+        every: number of batches between two looks; 0 for none.
+    """
+
+    def __init__(self, attachment: Attachment, every: int) -> None:
+        self._attachment = attachment
+        self._metrics = SiteMetrics(attachment)
+        self._every = every
+        self._batches = int(attachment.steps)
+
+    def begin_batch(self) -> None:
+        """Count a batch, and watch its forward when its turn has come."""
+        self._batches += 1
+        if self._is_due() and self._metrics.can_watch:
+            self._metrics.watch()
+
+    def end_batch(self) -> dict[str, float]:
+        """``metaperturb/strength`` and what :meth:`SiteMetrics.measure` gives; empty when it is not its turn.
+
+        Before the attachment counts the batch.
+        """
+        metrics = self._metrics.measure()
+        if self._is_due():
+            metrics[f"{PREFIX}/strength"] = float(self._attachment.coeff)
+        return metrics
+
+    def stop(self) -> None:
+        """End a watch that an exception left."""
+        self._metrics.stop()
+
+    def _is_due(self) -> bool:
+        return self._every > 0 and self._batches % self._every == 0
 
 
 class SiteMetrics:

@@ -1,6 +1,7 @@
 """Moments of phi's multiplier, which controls are matched to."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -63,7 +64,8 @@ def test_the_pilot_run_is_that_of_the_arm_and_leaves_the_global_generator_alone(
     torch.manual_seed(1)
     expected = torch.rand(3)
     torch.manual_seed(1)
-    matched_moments(experiment(module_factory=Noting, data=UserData(Long())), PHI, tmp_path, told.append)
+    what = experiment(module_factory=Noting, data=UserData(Long()))
+    matched_moments(what, PHI, tmp_path, lambda: nullcontext(told.append))
     assert torch.equal(torch.rand(3), expected)
     assert len(strengths) == sum(told) == 140, "both epochs"
     assert strengths[28] == pytest.approx(0.5) and strengths[56:] == [1.0] * 84, "a ramp over 40 % of them"

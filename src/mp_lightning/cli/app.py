@@ -8,7 +8,8 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -64,11 +65,10 @@ def main(arguments: list[str]) -> None:
         print(help_page(verb, VERBS[verb]))
         sys.exit(0)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
-    what = "run"
     # Someone who handles it otherwise, or calls from a thread, is left alone.
     if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _USUAL:
         signal.signal(signal.SIGINT, _on_ctrl_c)
-    try:
+    with _told_in_a_line("run" if SWEEP.isdisjoint(arguments) else "sweep"):
         options, overrides = split_words(arguments[1:])
         # Hydra reads overrides only where they stand in one row.
         sys.argv = [sys.argv[0], *options, f"command={verb}", *overrides]
@@ -78,16 +78,7 @@ def main(arguments: list[str]) -> None:
                 _try_out(verb, overrides)
             start()
         else:
-            what = "sweep"
             _sweep(verb, overrides, start)
-    except KeyboardInterrupt:
-        _interrupted(what)
-    except Exception as error:
-        if _CTRL_C:
-            _interrupted(what)
-        if not isinstance(error, UserError):
-            raise
-        fail(str(error))
 
 
 def fail(message: str) -> NoReturn:
@@ -99,7 +90,8 @@ def fail(message: str) -> NoReturn:
 def _try_out(verb: str, overrides: list[str]) -> None:
     """Read the configuration once beforehand, so that what is wrong ends in one line and leaves no folder behind."""
     config = compose(verb, overrides)
-    _guarded(lambda: _module(verb).read(config))
+    with _told_in_a_line("run"):
+        _module(verb).read(config)
     folder = run_folder(config)
     if folder is not None:
         try:
@@ -140,18 +132,23 @@ def _job(config: DictConfig) -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NO_CONCERN_OF_THE_USER:
         warnings.filterwarnings("ignore", message=message)
-    return _guarded(lambda: _module(config.command).run(config, Path(HydraConfig.get().runtime.output_dir)))
+    with _told_in_a_line("run"):
+        return _module(config.command).run(config, Path(HydraConfig.get().runtime.output_dir))
 
 
-def _guarded(function: Any) -> Any:
-    """The function's result; what the user can mend ends the process with one line."""
+@contextmanager
+def _told_in_a_line(what: str) -> Iterator[None]:
+    """What the user can mend, or stopped, ends the process with one line.
+
+    Within Hydra's job too, since Hydra would print a traceback.
+    """
     try:
-        return function()
+        yield
     except KeyboardInterrupt:
-        _interrupted("run")
+        _interrupted(what)
     except Exception as error:
         if _CTRL_C:
-            _interrupted("run")
+            _interrupted(what)
         if isinstance(error, OmegaConfBaseException):
             fail(f"the configuration cannot be read: {str(error).partition(chr(10))[0]}; '--cfg job' shows it")
         if not isinstance(error, UserError):

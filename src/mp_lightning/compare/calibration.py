@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -48,7 +49,10 @@ def phi_digest(phi: NamedPhi) -> str:
 
 
 def matched_moments(
-    experiment: Experiment, phi: NamedPhi, folder: Path, on_step: OnStep | None = None
+    experiment: Experiment,
+    phi: NamedPhi,
+    folder: Path,
+    display: Callable[[], AbstractContextManager[OnStep | None]] = nullcontext,
 ) -> list[SiteMoments]:
     """Mean and variance of phi's multiplier at each site, in training, when a run with phi has ended.
 
@@ -60,16 +64,17 @@ def matched_moments(
         experiment: what all runs share.
         phi: with what it is meant for.
         folder: of the comparison.
-        on_step: called after each training batch of the pilot run.
+        display: entered only for a pilot run; gives what is called after each of its training batches.
 
     Raises:
         RunError: the pilot run diverged.
         UserError: as a run does.
     """
-    kept = kept_moments(phi, folder)
+    kept = _kept(phi, folder)
     if kept is not None:
         return kept
-    found = _measure(experiment, phi, on_step)
+    with display() as on_step:
+        found = _measure(experiment, phi, on_step)
     if not all(math.isfinite(site.mean) and math.isfinite(site.var) for site in found):
         raise RunError(
             f"the pilot run of the controls, with phi '{phi.name}', diverged; lower the learning rate, or leave out "
@@ -82,8 +87,8 @@ def matched_moments(
     return found
 
 
-def kept_moments(phi: NamedPhi, folder: Path) -> list[SiteMoments] | None:
-    """What :func:`matched_moments` measured before; None if nothing that can be used is there."""
+def _kept(phi: NamedPhi, folder: Path) -> list[SiteMoments] | None:
+    """What was measured before; None if nothing that can be used is there."""
     try:
         content = json.loads(_path(phi, folder).read_text(encoding="utf-8"))
         if content["measured"] == _WHEN:

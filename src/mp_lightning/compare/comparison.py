@@ -2,8 +2,8 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, Context, NamedArm, Part, callbacks_of, follows_the_loss
 from mp_lightning.compare.at_sites import AtSites
-from mp_lightning.compare.calibration import kept_moments, matched_moments, phi_digest
+from mp_lightning.compare.calibration import matched_moments, phi_digest
 from mp_lightning.compare.pool import perform_all
 from mp_lightning.compare.results import Details, Row
-from mp_lightning.compare.run import Experiment, Job, fresh_module
+from mp_lightning.compare.run import Experiment, Job, OnStep, fresh_module
 from mp_lightning.compare.store import RunKey, Store
 from mp_lightning.compare.tuning import Budget, Tuned, choose, trials, untuned, with_values
 from mp_lightning.errors import ConfigurationError
@@ -174,14 +174,15 @@ def _with_moments(arm: AnyArm, experiment: Experiment, folder: Path, display: Di
     if isinstance(arm, Arm):
         return arm
 
+    @contextmanager
+    def shown() -> Iterator[OnStep]:
+        with display("measuring phi for its controls", 1, 0) as stage:
+            yield stage.step
+
     def measured(part: Part) -> Part:
         if not part.kind.needs_moments or part.phi is None:
             return part
-        moments = kept_moments(part.phi, folder)
-        if moments is None:
-            with display("measuring phi for its controls", 1, 0) as shown:
-                moments = matched_moments(experiment, part.phi, folder, shown.step)
-        return replace(part, moments=moments)
+        return replace(part, moments=matched_moments(experiment, part.phi, folder, shown))
 
     return replace(arm, parts=tuple(measured(part) for part in arm.parts))
 

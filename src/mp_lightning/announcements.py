@@ -1,0 +1,44 @@
+"""What a training is told about the perturbation when it starts."""
+
+import math
+from collections.abc import Iterator
+
+from mp_lightning.perturbation import NamedPhi
+from mp_lightning.sites import Attachment
+
+
+def opening(attachment: Attachment, phi: NamedPhi | None, total: int | None) -> str:
+    """What is attached, where, and how its strength will grow.
+
+    Args:
+        attachment: of the model.
+        phi: that was asked for; None where another perturbation was.
+        total: number of training batches of the run; None if nobody knows it.
+    """
+    what = "perturbation" if phi is None else "phi"
+    name = phi if phi is not None and phi.name == attachment.phi_name else attachment.phi_name
+    return f"{len(attachment.plan)} sites, {what} {name}, {attachment.outlook(total)}"
+
+
+def stays_in_force(
+    attachment: Attachment, phi: NamedPhi | None, strength: float | None, full_strength_at: float | None
+) -> Iterator[str]:
+    """What a model that was trained before keeps, where something else is asked for (None: nothing is)."""
+    trained, follows = float(attachment.strength), float(attachment.fitting.full_strength_at)
+    kept: list[tuple[str, str]] = []
+    if _differ(strength, trained):
+        kept.append((f"at strength {trained:g}", f"{strength:g}"))
+    if _differ(full_strength_at, follows):
+        kept.append((f"with full_strength_at={follows:g}", f"{full_strength_at:g}"))
+    if phi is not None:
+        drawn = getattr(attachment.perturbation, "noise_per", "element")
+        if attachment.phi_name != phi.name:
+            kept.append((f"with phi '{attachment.phi_name}'", f"'{phi.name}'"))
+        if drawn != phi.noise_per:
+            kept.append((f"with noise per {drawn}", f"noise per {phi.noise_per}"))
+    for was, asked in kept:
+        yield f"the model was trained {was}, which stays in force instead of {asked}"
+
+
+def _differ(asked: float | None, trained: float) -> bool:
+    return asked is not None and not math.isclose(asked, trained, rel_tol=1e-6)
