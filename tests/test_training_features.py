@@ -31,6 +31,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_modules import digits
 from mp_lightning import ConfigurationError, MetaPerturbCallback, attach, attachment_of, reestimate_batch_norm
 from mp_lightning.backbones import build_backbone
+from mp_lightning.perturbation import NoiseKey
 
 BATCHES = 4
 
@@ -415,7 +416,9 @@ def test_the_logged_numbers_are_those_of_the_multiplier():
     found = metrics.measure()
     for site, x in seen.items():
         maps, norms = site.maps_and_norms(x)
-        multiplier = attachment.perturbation.multiplier(maps, None, site.statistics, norms)
+        key = NoiseKey(attachment.seed, site.index * 4096, attachment.forwards)
+        noise = key.draw(maps, attachment.perturbation.noise_per)
+        multiplier = attachment.perturbation.multiplier(maps, noise, site.statistics, norms).expand_as(maps)
         assert found[f"metaperturb/{site.spec.name}/multiplier_mean"] == pytest.approx(float(multiplier.mean()))
         assert found[f"metaperturb/{site.spec.name}/multiplier_std"] == pytest.approx(float(multiplier.std()))
     assert len(found) == 3 * len(seen) == 12

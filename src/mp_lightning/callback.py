@@ -4,6 +4,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -25,11 +26,14 @@ from mp_lightning.neighbours import (
 )
 from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_fraction, load_phi
 from mp_lightning.reestimation_steps import reestimate, training_data
-from mp_lightning.schedule import total_training_batches
+from mp_lightning.schedule import batches_per_step, total_training_batches
 from mp_lightning.site_metrics import SiteLog, batches_between_looks
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, PathName, check_path
 from mp_lightning.sites.choice import is_file, is_share
+
+# Of modules that were restored, which fit is to find as they were before they were put into evaluation mode.
+_MODES_OF_TRAINING: "WeakKeyDictionary[nn.Module, dict[str, bool]]" = WeakKeyDictionary()
 
 
 class MetaPerturbCallback(Callback):
@@ -134,6 +138,7 @@ class MetaPerturbCallback(Callback):
         check_path(path)
         self.path: PathName = path
         self.persistent = False
+        self._attached_here = False  # by setup, and not before by the user or a checkpoint
         shares = {
             "strength": strength,
             "full_strength_at": full_strength_at,
@@ -165,11 +170,29 @@ class MetaPerturbCallback(Callback):
             AfterConfigureModel(self.attach, pl_module).install()
         else:
             with unfrozen(trainer, self, pl_module):
+                self._attached_here = attachment_of(pl_module) is None
                 self.attach(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         act_last(trainer, self)
         leave_averages_plain(trainer)
+        for name, training in _MODES_OF_TRAINING.pop(pl_module, {}).items():
+            pl_module.get_submodule(name).training = training
+        if not pl_module.training:
+            rank_zero_warn(
+                f"MetaPerturb: {type(pl_module).__name__} is in evaluation mode, in which nothing is regularized; call "
+                "train() before fit"
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A fit without any training (a finished run that is resumed, no epochs) changes nothing."""
+        attachment = attachment_of(pl_module)
+        if attachment is None:
+            return
+        if self._attached_here and int(attachment.steps) == 0:
+            attachment.detach()
+        elif attachment.inference is None:
+            attachment.inference = self.make_inference()
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         hooks = CheckpointHooks.of(pl_module)
@@ -212,7 +235,7 @@ class MetaPerturbCallback(Callback):
             attachment.ramp_over(self.ramp_steps or 0)
         else:
             before = int(attachment.steps) if trainer.global_step == 0 else 0
-            attachment.ramp_over_run(total, trainer.accumulate_grad_batches, before)
+            attachment.ramp_over_run(total, batches_per_step(trainer, total), before)
         attachment.inference = None
         every = batches_between_looks(trainer, total) if self.log_every is None else self.log_every
         self._site_log = SiteLog(attachment, every if trainer.loggers else 0)
@@ -247,6 +270,11 @@ class MetaPerturbCallback(Callback):
                 reestimate(trainer, pl_module, attachment, self.inference)
             except ConfigurationError as error:  # the training is done and must not be lost
                 rank_zero_warn(f"MetaPerturb: {error}")
+            except Exception as error:  # a training step that cannot be run without gradients, or once more
+                rank_zero_warn(
+                    f"MetaPerturb: batch norm was not re-estimated for inference='{self.inference}', as a training "
+                    f"step ended with {type(error).__name__}: {error}; use inference='mc'"
+                )
         attachment.inference = self.make_inference()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -294,6 +322,8 @@ class MetaPerturbCallback(Callback):
         content = read_checkpoint(checkpoint)
         state = content[KEY]
         weights = {name: value for name, value in content["state_dict"].items() if name != MARKER}
+        if makes_layers_late(model):
+            model.configure_model()
         model.on_load_checkpoint(content)
         try:
             model.load_state_dict(weights)
@@ -312,6 +342,7 @@ class MetaPerturbCallback(Callback):
                 f"for inference='{callback.inference}'; until mp_lightning.reestimate_batch_norm is called, "
                 f"{callback.samples} noisy forwards are averaged instead"
             )
+        _MODES_OF_TRAINING[model] = {name: module.training for name, module in model.named_modules()}
         model.eval()
         return model
 

@@ -1,11 +1,14 @@
 """Batch norm re-estimated by a trainer's own training steps, on the data that it trains or has trained with."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
@@ -15,8 +18,17 @@ from mp_lightning.inference import reestimate_batch_norm
 from mp_lightning.inference.undisturbed import undisturbed
 from mp_lightning.sites import Attachment
 
+
+@dataclass(frozen=True)
+class _TrainingData:
+    """Batches, and whose hooks make of them what the training step gets: the datamodule's of ``fit``, if it had one."""
+
+    loader: CombinedLoader
+    hooks: Any
+
+
 # A trainer forgets its training data when it goes on to test, which is when re-estimation may need it.
-_TRAINING_DATA: "WeakKeyDictionary[pl.Trainer, CombinedLoader]" = WeakKeyDictionary()
+_TRAINING_DATA: "WeakKeyDictionary[pl.Trainer, _TrainingData]" = WeakKeyDictionary()
 
 
 def reestimate(trainer: pl.Trainer, module: pl.LightningModule, attachment: Attachment, inference: str) -> None:
@@ -30,21 +42,35 @@ def reestimate(trainer: pl.Trainer, module: pl.LightningModule, attachment: Atta
         return
     with (
         isolate_rng(),
-        undisturbed(module, data.flattened),
+        undisturbed(module, data.loader.flattened),
+        _as_in_training(trainer, data.hooks),
         torch.no_grad(),
         trainer.precision_plugin.train_step_context(),
     ):
-        forwards = _TrainingForwards(trainer, module, data)
+        forwards = _TrainingForwards(trainer, module, data.loader)
         reestimate_batch_norm(attachment, forwards, fold=inference == "fold")
 
 
-def training_data(trainer: pl.Trainer) -> CombinedLoader | None:
+def training_data(trainer: pl.Trainer) -> _TrainingData | None:
     """The data that this trainer trains or has trained with."""
     current = trainer.fit_loop._combined_loader
     if current is not None:
         # A fresh one, for iterators of its own; the mode says how the batches of several loaders are put together.
-        _TRAINING_DATA[trainer] = CombinedLoader(current.iterables, current._mode)
+        loader = CombinedLoader(current.iterables, current._mode)
+        _TRAINING_DATA[trainer] = _TrainingData(loader, trainer._data_connector._datahook_selector)
     return _TRAINING_DATA.get(trainer)
+
+
+@contextmanager
+def _as_in_training(trainer: pl.Trainer, hooks: Any) -> Iterator[None]:
+    """``trainer.training`` holds, and batches go through the hooks of ``fit``, whatever the trainer is doing."""
+    connector, state = trainer._data_connector, trainer.state
+    before = connector._datahook_selector, state.stage
+    connector._datahook_selector, state.stage = hooks, RunningStage.TRAINING
+    try:
+        yield
+    finally:
+        connector._datahook_selector, state.stage = before
 
 
 class _TrainingForwards:
@@ -62,7 +88,9 @@ class _TrainingForwards:
         for batch, index, _ in iter(self._combined):
             if index >= limit:
                 return
-            moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            # As Lightning's training loop does it.
+            converted = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+            moved = trainer.strategy.batch_to_device(converted, dataloader_idx=0)
 
             def forward(batch: Any = moved, index: int = index) -> Any:
                 return module.training_step(*((batch, index) if takes_index else (batch,)))

@@ -59,7 +59,7 @@ class SiteLog:
 
 
 class SiteMetrics:
-    """The expected multiplier at each site on a few images of one training batch.
+    """The multiplier at each site, with noise, on a few images of one training batch.
 
     Args:
         attachment: of the model; compiled models are not watched, since a hook would compile them again.
@@ -114,7 +114,8 @@ class SiteMetrics:
         perturbation = self._attachment.perturbation
         maps, norms = site.maps_and_norms(x)
         with torch.autocast(x.device.type, enabled=False):
-            multiplier = perturbation.multiplier(maps, None, site.statistics, norms).expand_as(maps)
+            eps = site.first_noise(maps)
+            multiplier = perturbation.multiplier(maps, eps, site.statistics, norms).expand_as(maps)
             found = {"multiplier_mean": multiplier.mean(), "multiplier_std": multiplier.std()}
             if isinstance(perturbation, MetaPerturb):
                 found["scale"] = perturbation.scale(maps, perturbation.phi, site.statistics, norms).mean()

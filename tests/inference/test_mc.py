@@ -33,10 +33,11 @@ class Net(nn.Module):
 
 def attached(head, *, samples=5, output=None):
     model = Net(head)
-    attachment = attach(model)
+    attachment = attach(model, ramp_steps=0)
     with torch.no_grad():
         for _ in range(3):
             model(digits()[0][:32])
+            attachment.step(1.0)
     model.eval()
     attachment.inference = MonteCarlo(samples, output)
     return model, attachment

@@ -30,6 +30,8 @@ class MonteCarlo:
         calls: how many forwards of the model were averaged since this object was made.
     """
 
+    expects = False
+
     def __init__(self, samples: int, output: Output | None = None) -> None:
         if not isinstance(samples, int) or samples < 1:
             raise ConfigurationError(f"samples={samples}: give a whole number of noisy forwards, at least one")
@@ -71,8 +73,9 @@ class MonteCarlo:
         self.calls += 1
         self._busy = True
         try:
-            kind = output_kind(output, type(module).__name__, self.output)
-            if output.numel() >= _EVIDENCE:
+            trained = int(attachment.steps) > 0
+            kind = output_kind(output, type(module).__name__, self.output, trained)
+            if trained and output.numel() >= _EVIDENCE:
                 self.output = kind
             mean = _probabilities(output, kind)
             for _ in range(1, self.samples):
@@ -121,8 +124,14 @@ class OutputAverage(MonteCarlo):
         return (total / self.samples).to(output.dtype)
 
 
-def output_kind(output: Any, model: str, declared: Output | None = None) -> Output:
+def output_kind(output: Any, model: str, declared: Output | None = None, trained: bool = True) -> Output:
     """What a model's output holds: as declared, else judged by the numbers.
+
+    Args:
+        output: of the model.
+        model: its name.
+        declared: by the user.
+        trained: whether it was; the first logits of a model may happen to lie between 0 and 1.
 
     Raises:
         ConfigurationError: it is not a (B, K) floating-point tensor with K > 1, or looks like one probability per
@@ -145,7 +154,7 @@ def output_kind(output: Any, model: str, declared: Output | None = None) -> Outp
         return "log_probabilities"
     if not values.any():
         return "logits"  # of a head that starts with zeros
-    if values.numel() >= _EVIDENCE and bool(((values >= 0) & (values <= 1)).all()):
+    if trained and values.numel() >= _EVIDENCE and bool(((values >= 0) & (values <= 1)).all()):
         raise ConfigurationError(
             f"{model} gives numbers from 0 to 1 that do not add up to 1 in each row, such as one probability per label;"
             " Monte Carlo inference averages class probabilities; use inference='mean', or set output="

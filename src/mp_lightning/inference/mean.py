@@ -19,6 +19,7 @@ class Mean:
     would be far off; then the outputs of ``samples`` noisy forwards are averaged instead, with a warning.
     """
 
+    expects = True
     _folds = False
     _remedy = "mp_lightning.reestimate_batch_norm"
 

@@ -30,6 +30,8 @@ class _ForwardDone(BaseException):
 class _StopAfterForward:
     """Expected noise or constants, and the end of the step as soon as the model, or each of its parts, has run."""
 
+    expects = False
+
     def __init__(self, attachment: "Attachment", folding: bool = False) -> None:
         self._folding = folding
         entries = attachment.entry_modules()

@@ -1,5 +1,6 @@
 """A perturbation at the sites of one model: what the sites share, and its state."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
@@ -86,6 +87,7 @@ class Attachment(GrowingStrength):
         self.perturbing = False
         self.depth = 0
         self.strays = 0
+        self._told_of_strays = False
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
         for name, value in {
@@ -97,6 +99,8 @@ class Attachment(GrowingStrength):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
         self._set_size_source(_FINAL if input_size is not None else 0)
         self.register_load_state_dict_post_hook(_note_input_size)
+        self._weights_follow = False  # those that the buffers for evaluation belong to are not loaded yet
+        self.register_load_state_dict_post_hook(_forget_other_weights)
         self.sites = nn.ModuleList(Site(spec, index, self, persistent) for index, spec in enumerate(plan))
         self.__dict__["_model"] = model
         self._blocks = _make_blocks(self, model)
@@ -148,6 +152,7 @@ class Attachment(GrowingStrength):
         self.training_forward = training
         if training:
             self.evaluation_buffers = self.constants = None  # they belong to the weights before this step
+            self._weights_follow = False
         self.shard = self._shard()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:
@@ -179,6 +184,33 @@ class Attachment(GrowingStrength):
         if self.depth == 0 and not self.frozen and not in_backward():
             self.strays += not training
             self.begin_forward(training, None)
+            if (
+                not training
+                and self._expects_alone()
+                and not self._told_of_strays
+                and not torch.compiler.is_compiling()
+            ):
+                self._told_of_strays = True
+                warnings.warn(
+                    "MetaPerturb: blocks of the model were called one by one, in evaluation mode; they take the "
+                    "expected noise, but batch norm as it was in training. Call the model as a whole",
+                    stacklevel=2,
+                )
+
+    @property
+    def draws(self) -> bool:
+        """Whether noise is drawn in evaluation mode, by the block that runs now."""
+        return self.sampling and not self._expects_alone()
+
+    def _expects_alone(self) -> bool:
+        """Whether no forward of the model is in progress, and inference takes the expected noise."""
+        return self.depth == 0 and self.inference is not None and self.inference.expects
+
+    def train(self, mode: bool = True) -> "Attachment":
+        """As any module; a model changes its mode between its forwards, so none is in progress."""
+        self.settle()
+        super().train(mode)
+        return self
 
     def settle(self) -> None:
         """Forget forwards that never ended, as after a keyboard interrupt. None may be in progress."""
@@ -308,6 +340,7 @@ class Attachment(GrowingStrength):
         self.seed, self.clip, self.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
         self.reached = state.get("reached", 1.0)  # before there was one, a short run had a longer ramp
         self.evaluation_buffers, self.constants = state["evaluation_buffers"], state.get("constants")
+        self._weights_follow = True
         self.update_coeff()
 
     def _shard(self) -> tuple[int, int]:
@@ -360,6 +393,14 @@ def _make_blocks(attachment: Attachment, model: nn.Module) -> list[Block]:
 def _note_input_size(module: nn.Module, incompatible: Any) -> None:
     assert isinstance(module, Attachment)
     module._set_size_source(_FINAL if bool(module.input_size > 0) else 0)
+
+
+def _forget_other_weights(module: nn.Module, incompatible: Any) -> None:
+    """What was estimated for the weights before is of no use with those that were loaded now."""
+    assert isinstance(module, Attachment)
+    if not module._weights_follow:
+        module.evaluation_buffers = module.constants = None
+    module._weights_follow = False
 
 
 def _rank_and_world() -> tuple[int, int]:

@@ -16,7 +16,13 @@ _DETOUR = "_ForwardRedirection"  # of Lightning's strategies
 
 
 class Inference(Protocol):
-    """What happens around one forward of the model in evaluation mode."""
+    """What happens around one forward of the model in evaluation mode.
+
+    Attributes:
+        expects: take the expected noise, also in blocks that run outside of any forward of the model.
+    """
+
+    expects: bool
 
     def begin(self, attachment: "Attachment") -> None:
         """Called before the forward."""

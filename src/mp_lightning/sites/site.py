@@ -99,7 +99,7 @@ class Site(KeepsPrecision):
         if shared.folding and not training:
             return self._folded(x)
         replay = in_backward()
-        key = self._noise_key(x, call, training, replay) if training or shared.sampling else None
+        key = self._noise_key(x, call, training, replay) if training or shared.draws else None
         fused = shared.fused_for(x)
         with torch.autocast(x.device.type, enabled=False):
             height = shared.input_height()
@@ -174,6 +174,12 @@ class Site(KeepsPrecision):
         for name, value in measured.items():
             buffer = getattr(self, name)
             buffer.copy_(torch.where(finite, buffer.lerp(value.to(buffer.dtype), MOMENTUM), buffer))
+
+    def first_noise(self, maps: Tensor) -> Tensor:
+        """The noise of this site's first call in the latest training forward, for the first images (B, C, H, W)."""
+        shared = self.attachment
+        key = NoiseKey(shared.seed, self.index * _CALLS, shared.forwards, *shared.shard)
+        return key.draw(maps, getattr(shared.perturbation, "noise_per", "element"))
 
     def _noise_key(self, x: Tensor, call: int, training: bool, replay: bool) -> NoiseKey:
         shared = self.attachment

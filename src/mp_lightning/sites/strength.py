@@ -68,18 +68,20 @@ class GrowingStrength(KeepsPrecision):
         self.ramp_steps, self.reached = ramp_steps, 1.0
         self.update_coeff()
 
-    def ramp_over_run(self, total_steps: int, accumulated: int = 1, before: int = 0) -> None:
-        """Let ``coeff`` grow over the first 40 % of the training batches of a run.
+    def ramp_over_run(self, total_steps: int, accumulated: float = 1, before: int = 0) -> None:
+        """Let ``coeff`` grow over the first 40 % of the training batches of a run; a ramp that has ended stays so.
 
         Where the strength follows the loss, a training of fewer than 1,200 steps of the optimizer reaches a part of it,
         in proportion to its length.
 
         Args:
             total_steps: number of training batches of the run.
-            accumulated: number of batches whose gradients make one step of the optimizer.
+            accumulated: number of batches whose gradients make one step of the optimizer, on average.
             before: number of training batches of earlier runs, which this one continues.
         """
-        self.ramp_over(round(RAMP_FRACTION * total_steps))
+        done = self.ramp_steps is not None and 0 < self.ramp_steps <= int(self.steps)
+        if not done:
+            self.ramp_over(round(RAMP_FRACTION * total_steps))
         if self.fitting.follows:
             length = max(before + total_steps, int(self.steps))
             self.reached = min(1.0, length / (SHORTEST_RUN * accumulated))
