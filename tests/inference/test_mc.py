@@ -33,7 +33,7 @@ class Net(nn.Module):
 
 def attached(head, *, samples=5, output=None):
     model = Net(head)
-    attachment = attach(model, ramp_steps=0)
+    attachment = attach(model, ramp_steps=0, full_strength_at=1)
     with torch.no_grad():
         for _ in range(3):
             model(digits()[0][:32])
