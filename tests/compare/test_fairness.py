@@ -14,12 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset, random_split
 
 import mp_lightning
-from mp_lightning import MetaPerturbCallback, MonteCarlo
+from mp_lightning import MetaPerturbCallback, MetaPerturbMixin, MonteCarlo
 from mp_lightning.compare.arms import Arm
+from mp_lightning.compare.comparison import check_plan
 from mp_lightning.compare.run import RunError
 from mp_lightning.compare.user_data import UserData
+from mp_lightning.errors import ConfigurationError
 from mp_lightning.runs import RunFolderError
-from mp_lightning.sites import attachment_of
+from mp_lightning.sites import attach, attachment_of
 
 
 @pytest.mark.parametrize("arm", ["none", "dropout:0.5", "gaussian:1", "information_dropout", "mixup", "metaperturb"])
@@ -233,3 +235,43 @@ def test_an_endless_training_set_is_tested_on_as_much_as_was_trained_on(tmp_path
     trainer = {"max_steps": 5, "accelerator": "cpu", "limit_val_batches": 0}
     found = compare(tmp_path, Stream(), trainer=trainer, arms=["none", "metaperturb"])
     assert len(found.rows) == 2
+
+
+class Declared(MetaPerturbMixin, Small):
+    def __init__(self) -> None:
+        super().__init__()
+        self.perturb(PHI)
+
+
+class Undeclared(MetaPerturbMixin, Small):
+    pass
+
+
+class Inside(Small):
+    def __init__(self) -> None:
+        super().__init__()
+        attach(self.net, PHI)
+
+
+class ByCallback(Small):
+    def configure_callbacks(self) -> Any:
+        return MetaPerturbCallback(PHI)
+
+
+@pytest.mark.parametrize("factory", [Declared, Undeclared, Inside, ByCallback])
+def test_a_module_that_perturbs_itself_is_refused_as_none_would_train_with_phi(tmp_path: Path, factory: Any) -> None:
+    message = f"{factory.__name__} perturbs itself, .*'none' too.*; let module_factory make one without MetaPerturb"
+    with pytest.raises(ConfigurationError, match=message):
+        compare(tmp_path, factory=factory)
+    assert not (tmp_path / "found").exists()
+    with pytest.raises(ConfigurationError, match=message):
+        check_plan(plan(["none"], 1, experiment=experiment(module_factory=factory)))
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_a_perturbation_in_the_trainers_callbacks_is_refused(tmp_path: Path, several: bool) -> None:
+    callback = MetaPerturbCallback(PHI)
+    trainer = {"max_epochs": 1, "accelerator": "cpu", "callbacks": [callback] if several else callback}
+    with pytest.raises(ConfigurationError, match=r"trainer= has a MetaPerturbCallback .*; leave it out, as"):
+        compare(tmp_path, trainer=trainer)
+    assert not (tmp_path / "found").exists()

@@ -108,7 +108,8 @@ def check_plan(plan: Plan) -> None:
     """Refuse what would fail only after other arms were trained.
 
     Raises:
-        ConfigurationError: as :func:`check_arms`, or an arm whose parts need what is not known.
+        ConfigurationError: as :func:`check_arms`, an arm whose parts need what is not known, or a module that is
+            perturbed in every arm.
         SiteError: an arm acts at sites, and the module has none.
     """
     check_arms(plan.arms)
@@ -116,11 +117,11 @@ def check_plan(plan: Plan) -> None:
     for arm, part in parts:
         if part.name in _NEED_CLASSES and plan.experiment.num_classes is None:
             raise ConfigurationError(f"arm '{arm.name}' needs the number of classes; pass num_classes=")
-    if any(part.name in _AT_SITES or part.kind.multiplies for _, part in parts):
-        with isolate_rng():
-            module = fresh_module(plan.experiment, plan.seeds[0])
-        if any(True for _ in module.parameters()):  # otherwise its layers are made in configure_model
-            find_sites(module)
+    with isolate_rng():
+        module = fresh_module(plan.experiment, plan.seeds[0])
+    acts_at_sites = any(part.name in _AT_SITES or part.kind.multiplies for _, part in parts)
+    if acts_at_sites and any(True for _ in module.parameters()):  # otherwise its layers are made in configure_model
+        find_sites(module)
 
 
 def carry_out(plan: Plan, folder: Path, display: Display) -> Outcome:

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 
+from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.compare.arms import AnyArm, Context, Inference, NamedArm, callbacks_of
 from mp_lightning.compare.cost import Cost
 from mp_lightning.compare.examine import Examination, Examined, Predict, predict_pair
@@ -20,7 +21,9 @@ from mp_lightning.compare.results import Details, Row, SiteMultiplier
 from mp_lightning.compare.store import RunKey
 from mp_lightning.errors import ConfigurationError, DataError, UserError
 from mp_lightning.inference import Output
+from mp_lightning.mixin import MetaPerturbMixin
 from mp_lightning.randomness import derived_seed
+from mp_lightning.sites import attachment_of
 
 OnStep = Callable[[int], None]
 
@@ -55,6 +58,9 @@ class Experiment:
         inference, samples: how arms with noise in evaluation classify.
         ramp: see :class:`~mp_lightning.compare.arms.Context`.
         predict, output: see :class:`~mp_lightning.compare.examine.Examination`.
+
+    Raises:
+        ConfigurationError: the trainer's callbacks would let every arm train with phi.
     """
 
     module_factory: Callable[[], L.LightningModule]
@@ -67,6 +73,14 @@ class Experiment:
     ramp: bool = True
     predict: Predict = predict_pair
     output: Output | None = None
+
+    def __post_init__(self) -> None:
+        for callback in _listed(self.trainer.get("callbacks")):
+            if isinstance(callback, MetaPerturbCallback):
+                raise ConfigurationError(
+                    f"trainer= has a {type(callback).__name__} among its callbacks, with which every arm, 'none' too, "
+                    "would train; leave it out, as compare adds it to the arms that take one"
+                )
 
 
 @dataclass(frozen=True)
@@ -118,7 +132,8 @@ def fresh_module(experiment: Experiment, seed: int) -> L.LightningModule:
     """The module of a seed, the same for all arms.
 
     Raises:
-        ConfigurationError: the factory does not make a LightningModule.
+        ConfigurationError: the factory does not make a LightningModule, or one that is perturbed in every arm.
+        RunError: the factory failed.
     """
     seed_all(derived_seed(seed, "theta"))
     try:
@@ -131,6 +146,12 @@ def fresh_module(experiment: Experiment, seed: int) -> L.LightningModule:
         raise ConfigurationError(
             f"module_factory made a {type(module).__name__}, not a LightningModule; give a function without arguments "
             "that makes a new one"
+        )
+    perturbs = isinstance(module, MetaPerturbMixin) or attachment_of(module) is not None
+    if perturbs or any(isinstance(one, MetaPerturbCallback) for one in _listed(module.configure_callbacks())):
+        raise ConfigurationError(
+            f"{type(module).__name__} perturbs itself, so that every arm, 'none' too, would train with phi; let "
+            "module_factory make one without MetaPerturbMixin, attach() or a MetaPerturbCallback, which compare adds"
         )
     return module
 
@@ -152,8 +173,7 @@ def train(experiment: Experiment, module: L.LightningModule, job: Job, callbacks
         "devices": 1,
         **experiment.trainer,
     }
-    own = options.pop("callbacks", None) or []
-    own = copy.deepcopy(list(own) if isinstance(own, list | tuple) else [own])  # they may count
+    own = copy.deepcopy(_listed(options.pop("callbacks", None)))  # they may count
     try:
         data = experiment.data(job.key.seed, validation=job.validation)
         trainer = L.Trainer(**options, callbacks=[*own, *callbacks])
@@ -173,6 +193,13 @@ def train(experiment: Experiment, module: L.LightningModule, job: Job, callbacks
 def setup_seed(seed: int) -> int:
     """What the generators start from when the datamodule is set up, before training and before the test."""
     return derived_seed(seed, "setup")
+
+
+def _listed(callbacks: Any) -> list[Any]:
+    """Callbacks as Lightning takes them: None, one, or several."""
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
 
 
 def _one_line(error: Exception) -> str:
