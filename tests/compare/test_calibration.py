@@ -10,7 +10,14 @@ import torch
 from small_runs import PHI, Small, SmallData, experiment
 from torch.utils.data import DataLoader
 
-from mp_lightning.compare.calibration import matched_moments, phi_digest
+from mp_lightning.compare.calibration import (
+    matched_moments,
+    moments_digest,
+    phi_digest,
+    read_moments,
+    write_moments,
+)
+from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.compare.user_data import UserData
 from mp_lightning.perturbation import initial_phi, load_phi
 from mp_lightning.runs import RunFolderError
@@ -88,6 +95,15 @@ def test_moments_that_were_measured_after_a_hundred_steps_are_measured_again(tmp
     path = tmp_path / f"moments-{phi_digest(PHI)}.json"
     path.write_text(json.dumps({"phi": "given phi", "steps": 100, "sites": [["conv", 9.0, 9.0]]}))
     assert matched_moments(experiment(), PHI, tmp_path) == first
+
+
+def test_moments_that_were_written_and_read_are_the_same_to_the_last_digit(tmp_path: Path) -> None:
+    moments = [SiteMoments("net.2", 1 / 3, 0.1 + 0.2), SiteMoments("net.5", 1e-17, 0.0)]
+    write_moments(tmp_path / "moments.json", "mine", moments)
+    found = read_moments(tmp_path / "moments.json")
+    assert found == moments and moments_digest(found) == moments_digest(moments)
+    assert moments_digest(moments) != moments_digest(moments[::-1])
+    assert read_moments(tmp_path / "absent.json") is None
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """A comparison continues with what is missing, and never repeats or loses a run."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,14 +8,17 @@ from typing import Any
 
 import lightning as L
 import pytest
-from small_runs import Counting, Small, SmallData, experiment, made, plan
+from small_runs import PHI, Counting, Small, SmallData, experiment, made, plan
 from torch import nn
 from torch.utils.data import DataLoader
 
-from mp_lightning.compare.arms import KINDS, Arm, parse_arm
+from mp_lightning.compare.arms import Arm, parse_arm
+from mp_lightning.compare.calibration import moments_path, read_moments, write_moments
 from mp_lightning.compare.comparison import RESULTS, _key, carry_out, check_plan
+from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.compare.results import Row
 from mp_lightning.compare.run import RunError
+from mp_lightning.compare.store import RunKey
 from mp_lightning.compare.tuning import Budget
 from mp_lightning.compare.user_data import UserData
 from mp_lightning.errors import ConfigurationError, DataError, SiteError
@@ -121,14 +125,30 @@ def test_runs_that_may_reach_less_of_the_strength_are_told_apart_from_older_ones
     assert (keys[0] == keys[1]) == same
 
 
-@pytest.mark.parametrize("arm", ["fixed_noise", "shrink_only", "mean_one", "metaperturb"])
-def test_controls_that_were_matched_after_a_hundred_steps_are_told_apart(
-    arm: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    what = plan([parse_arm(arm, load_phi())], 1)
-    now = _key(what, what.arms[0], 0)
-    monkeypatch.setitem(KINDS, arm, replace(KINDS[arm], needs_moments=False))
-    assert (_key(what, what.arms[0], 0) == now) == (arm == "metaperturb")
+@pytest.mark.parametrize("arm", ["fixed_noise", "shrink_only", "mean_one"])
+def test_controls_that_are_matched_to_other_moments_are_told_apart(arm: str) -> None:
+    """As when the pilot run was made again, or on another machine."""
+    parsed = parse_arm(arm, load_phi())
+    what = plan([parsed], 1)
+
+    def key(mean: float) -> RunKey:
+        part = replace(parsed.parts[0], moments=[SiteMoments("net.2", mean, 0.1)])
+        return _key(what, replace(parsed, parts=(part,)), 0)
+
+    assert key(0.3) == key(0.3) != key(math.nextafter(0.3, 1))
+
+
+def test_a_control_is_made_again_when_its_moments_are_and_not_when_they_are_brought_back(tmp_path: Path) -> None:
+    arms = ["none", "fixed_noise", "metaperturb"]
+    made(plan(arms, 1), tmp_path)
+    path = moments_path(PHI, tmp_path)
+    kept = read_moments(path)
+    assert kept is not None
+    write_moments(path, PHI.name, [site._replace(mean=site.mean * 1.1) for site in kept])
+    assert made(plan(arms, 1), tmp_path)[1].made == [("fixed_noise", 0)]
+    path.unlink()
+    write_moments(path, PHI.name, kept)
+    assert made(plan(arms, 1), tmp_path)[1].made == []
 
 
 def test_phi_is_measured_once_for_its_controls_and_shown(tmp_path: Path) -> None:

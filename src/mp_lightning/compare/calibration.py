@@ -57,8 +57,9 @@ def matched_moments(
     """Mean and variance of phi's multiplier at each site, in training, when a run with phi has ended.
 
     They move with the feature maps through all of a training, so that the pilot run is as long as those of the
-    comparison, and phi acts in its training as in that of its arm. Its seed is none of theirs, and the network is
-    thrown away. What was measured is kept in ``folder``.
+    comparison, and phi acts in its training as in that of its arm ``metaperturb``, by itself: a control in a
+    combination, such as ``fixed_noise+mixup``, is matched to phi alone, not to ``metaperturb+mixup``. The seed of the
+    pilot run is none of theirs, and the network is thrown away. What was measured is kept in ``folder``.
 
     Args:
         experiment: what all runs share.
@@ -70,7 +71,8 @@ def matched_moments(
         RunError: the pilot run diverged.
         UserError: as a run does.
     """
-    kept = _kept(phi, folder)
+    path = moments_path(phi, folder)
+    kept = read_moments(path)
     if kept is not None:
         return kept
     with display() as on_step:
@@ -80,17 +82,19 @@ def matched_moments(
             f"the pilot run of the controls, with phi '{phi.name}', diverged; lower the learning rate, or leave out "
             "the arms whose moments are matched to phi's (fixed_noise, shrink_only, mean_one)"
         )
-    try:
-        write_whole(_path(phi, folder), {"phi": phi.name, "measured": _WHEN, "sites": found})
-    except OSError as error:
-        raise unusable(folder, error) from error
+    write_moments(path, phi.name, found)
     return found
 
 
-def _kept(phi: NamedPhi, folder: Path) -> list[SiteMoments] | None:
-    """What was measured before; None if nothing that can be used is there."""
+def moments_path(phi: NamedPhi, folder: Path) -> Path:
+    """The file of a comparison's folder in which the moments of this phi are kept."""
+    return folder / f"moments-{phi_digest(phi)}.json"
+
+
+def read_moments(path: Path) -> list[SiteMoments] | None:
+    """What :func:`write_moments` wrote; None if nothing that can be used is there."""
     try:
-        content = json.loads(_path(phi, folder).read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
         if content["measured"] == _WHEN:
             return [SiteMoments(str(name), float(mean), float(var)) for name, mean, var in content["sites"]]
     except (OSError, ValueError, KeyError, TypeError):
@@ -98,8 +102,21 @@ def _kept(phi: NamedPhi, folder: Path) -> list[SiteMoments] | None:
     return None
 
 
-def _path(phi: NamedPhi, folder: Path) -> Path:
-    return folder / f"moments-{phi_digest(phi)}.json"
+def write_moments(path: Path, phi: str, moments: list[SiteMoments]) -> None:
+    """Keep moments, with the name of the phi that they are of; all digits, so that their digest stays the same.
+
+    Raises:
+        RunFolderError: the file cannot be written.
+    """
+    try:
+        write_whole(path, {"phi": phi, "measured": _WHEN, "sites": moments})
+    except OSError as error:
+        raise unusable(path.parent, error) from error
+
+
+def moments_digest(moments: list[SiteMoments]) -> str:
+    """A few characters that tell moments from others: controls that are matched to others are other controls."""
+    return hashlib.sha256(json.dumps(moments).encode()).hexdigest()[:12]
 
 
 def _measure(experiment: Experiment, phi: NamedPhi, on_step: OnStep | None) -> list[SiteMoments]:

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 
 from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, Context, NamedArm, Part, callbacks_of, follows_the_loss
 from mp_lightning.compare.at_sites import AtSites
-from mp_lightning.compare.calibration import matched_moments, phi_digest
+from mp_lightning.compare.calibration import matched_moments, moments_digest, phi_digest
 from mp_lightning.compare.pool import perform_all
 from mp_lightning.compare.results import Details, Row
 from mp_lightning.compare.run import Experiment, Job, OnStep, fresh_module
@@ -189,16 +189,28 @@ def _with_moments(arm: AnyArm, experiment: Experiment, folder: Path, display: Di
 
 
 def _key(plan: Plan, arm: AnyArm, seed: int) -> RunKey:
+    settings = settings_digest(plan.settings, arm, steps=plan.experiment.steps, ramp=plan.experiment.ramp)
+    return RunKey(plan.target, plan.model, arm.name, seed, settings)
+
+
+def settings_digest(settings: dict[str, Any], arm: AnyArm, *, steps: int | None, ramp: bool) -> str:
+    """What the key of a run has of its settings and of what its arm is beside its name.
+
+    Args:
+        settings: of :class:`Plan`.
+        arm: with the values that were tuned, and with the moments where it is matched to some.
+        steps, ramp: of :class:`~mp_lightning.compare.run.Experiment`.
+    """
     parts = [] if isinstance(arm, Arm) else [_identity(part) for part in arm.parts]
-    steps = plan.experiment.steps  # not known of a run that is measured in epochs
-    if plan.experiment.ramp and follows_the_loss(arm) and (steps is None or steps < SHORTEST_RUN):
+    # Steps are not known of a run that is measured in epochs.
+    if ramp and follows_the_loss(arm) and (steps is None or steps < SHORTEST_RUN):
         parts.append(["all of the strength from", SHORTEST_RUN])  # steps on; before, short runs had other ramps
-    if not isinstance(arm, Arm) and any(part.kind.needs_moments for part in arm.parts):
-        parts.append(["moments at the end of a run"])  # before, they were measured after 100 steps
+    if not isinstance(arm, Arm):
+        parts += [["moments", moments_digest(part.moments)] for part in arm.parts if part.moments is not None]
     if isinstance(arm, Arm) or any(part.kind.multiplies for part in arm.parts):
         parts.append(["tested when training has ended"])  # before, runs were tested by one noisy forward
-    text = json.dumps([plan.settings, parts], sort_keys=True, default=str)
-    return RunKey(plan.target, plan.model, arm.name, seed, hashlib.sha256(text.encode()).hexdigest()[:12])
+    text = json.dumps([settings, parts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def _identity(part: Part) -> list[Any]:
