@@ -139,6 +139,32 @@ def test_a_source_that_cannot_be_used_is_named(words: list[str], message: str) -
         settings(*words)
 
 
+@pytest.mark.parametrize(
+    ("sources", "target"), [("data=a.npz", "./a.npz"), ("data=[b.npz,x/../a.npz]", "a.npz"), ("data=svhn", "svhn")]
+)
+def test_a_source_is_no_target(sources: str, target: str) -> None:
+    with pytest.raises(ConfigurationError, match="is a source as well; judge phi on images it has not seen"):
+        settings(sources, f"evaluation.data={target}")
+
+
+SMALL = ["+sources.x.dataset=a.npz", "+sources.x.architectures=[resnet20-2]"]
+
+
+def test_the_network_of_the_evaluation_fits_the_source_that_is_held_out() -> None:
+    with pytest.raises(ConfigurationError, match=r"of 8 pixels .*write image_size= as \+\+sources\.x\.image_size="):
+        settings(*SMALL, "+sources.x.image_size=8")
+    remedies = (["++sources.x.image_size=16"], ["evaluation.architecture=resnet20-2"], ["evaluation.data=t.npz"])
+    for remedy in remedies:
+        settings(*SMALL, "+sources.x.image_size=8", *remedy)
+
+
+def test_the_network_of_the_evaluation_need_not_fit_the_size_of_no_target() -> None:
+    words = ["image_size=8", "tasks.architectures=[resnet20-2]"]
+    settings(*words, *SMALL, "+sources.x.image_size=16")
+    with pytest.raises(ConfigurationError, match="images of 8 pixels"):
+        settings(*words, *SMALL, "+sources.x.image_size=16", "evaluation.data=t.npz")
+
+
 @pytest.mark.parametrize("value", ["0", "1.5"])
 def test_a_share_of_sites_that_is_none_is_named(value: str) -> None:
     with pytest.raises(

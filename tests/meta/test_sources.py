@@ -24,11 +24,12 @@ SPLIT = Split(groups=1, classes=None, architectures=["conv4-2"], train_per_class
 NO_TARGET = Evaluation(dataset=None, train_per_class=3, image_size=16, flip=None)
 
 
-def save(path: Path, classes: int = 5, per_class: int = 8, test: bool = False) -> str:
-    """An npz in which every image is of one shade of its own; returns the path."""
+def save(path: Path, classes: int = 5, per_class: int = 8, test: bool = False, first: int = 0) -> str:
+    """An npz in which every image is of one shade of its own, counted from ``first``; returns the path."""
     count = classes * per_class
     labels = np.arange(count) % classes
-    shades = np.broadcast_to(np.arange(count, dtype=np.uint8)[:, None, None, None], (count, 20, 20, 3))
+    numbers = np.arange(first, first + count, dtype=np.uint8)
+    shades = np.broadcast_to(numbers[:, None, None, None], (count, 20, 20, 3))
     more = {"x_test": 255 - shades[: 2 * classes], "y_test": labels[: 2 * classes]} if test else {}
     np.savez(path, x_train=shades, y_train=labels, **more)
     return str(path)
@@ -61,9 +62,9 @@ def test_every_source_is_cut_by_its_own_settings(tmp_path: Path, images: ImageSo
             flip=False,
             split=replace(SPLIT, groups=2, architectures=["resnet20-2", "wrn28_2-2"], train_per_class=2),
         ),
-        source(save(tmp_path / "b.npz", classes=6), split=replace(SPLIT, classes=3)),
+        source(save(tmp_path / "b.npz", classes=6, first=100), split=replace(SPLIT, classes=3)),
     ]
-    target = replace(NO_TARGET, dataset=save(tmp_path / "t.npz", classes=3), image_size=24)
+    target = replace(NO_TARGET, dataset=save(tmp_path / "t.npz", classes=3, first=200), image_size=24)
     sources, held_out = from_settings(settings, target, images)
     tasks = make_tasks(sources, 0)
     assert [task.name for task in tasks] == ["large-0-a", "large-0-b", "large-1-a", "large-1-b", "b-a", "b-b"]
@@ -80,7 +81,7 @@ def test_every_source_is_cut_by_its_own_settings(tmp_path: Path, images: ImageSo
 
 
 def test_the_target_is_a_fifth_of_the_classes_of_the_last_source(tmp_path: Path, images: ImageSource) -> None:
-    settings = [source(save(tmp_path / "a.npz")), source(save(tmp_path / "b.npz", classes=10), "birds")]
+    settings = [source(save(tmp_path / "a.npz")), source(save(tmp_path / "b.npz", classes=10, first=100), "birds")]
     sources, target = from_settings(settings, NO_TARGET, images)
     assert [one.images.name for one in sources] == ["a", "birds"]
     assert sources[0].images.classes == ("0", "1", "2", "3", "4")
@@ -107,18 +108,65 @@ def test_test_images_of_the_last_source_are_those_of_the_target(tmp_path: Path, 
 
 
 def test_a_target_of_its_own_leaves_the_sources_whole(tmp_path: Path, images: ImageSource) -> None:
-    target = replace(NO_TARGET, dataset=save(tmp_path / "t.npz", classes=3, test=True))
+    target = replace(NO_TARGET, dataset=save(tmp_path / "t.npz", classes=3, test=True, first=100))
     sources, held_out = from_settings([source(save(tmp_path / "a.npz"))], target, images)
     assert len(sources[0].images) == 40
-    assert len(held_out.train) == 9 and shades(held_out.test) == {255 - shade for shade in range(6)}
+    assert len(held_out.train) == 9 and shades(held_out.test) == {255 - shade for shade in range(100, 106)}
 
 
 def test_the_same_file_under_two_names_makes_two_sources(tmp_path: Path, images: ImageSource) -> None:
     path = save(tmp_path / "a.npz", classes=3)
-    target = replace(NO_TARGET, dataset=path)
+    target = replace(NO_TARGET, dataset=save(tmp_path / "t.npz", first=100))
     sources, _ = from_settings([source(path, "small"), source(path, "large", image_size=32)], target, images)
     names = [task.name for task in make_tasks(sources, 0)]
     assert names == ["small-a", "small-b", "large-a", "large-b"]
+    assert [len(one.images) for one in sources] == [24, 24]
+
+
+@pytest.mark.parametrize("classes", [3, 5])
+def test_what_is_held_out_is_held_out_of_every_size_of_the_same_data(
+    tmp_path: Path, images: ImageSource, monkeypatch: pytest.MonkeyPatch, classes: int
+) -> None:
+    path = save(tmp_path / "a.npz", classes=classes)
+    other = save(tmp_path / "b.npz", first=100)
+    monkeypatch.chdir(tmp_path)
+    settings = [source("a.npz", "small"), source(other), source(path, "large", image_size=32)]
+    sources, target = from_settings(settings, NO_TARGET, images)
+    assert target.train.image_size == 32
+    small, _, large = sources
+    assert small.images.classes == large.images.classes
+    for one in (small, large):
+        assert shades(one.images) == set(range(classes * 8)) - shades(target.train, target.test)
+    assert len(sources[1].images) == 40
+
+
+@pytest.mark.parametrize("size", [16, 32])
+def test_a_target_with_the_images_of_a_source_is_refused(tmp_path: Path, images: ImageSource, size: int) -> None:
+    """Also under another path, and at another size."""
+    settings = [source(save(tmp_path / "a.npz"), image_size=size)]
+    target = replace(NO_TARGET, dataset=save(tmp_path / "copy.npz", first=35))
+    with pytest.raises(DataError, match=r"5 of the 40 images of 'copy'.* are in the source 'a' as well; leave"):
+        from_settings(settings, target, images)
+
+
+def test_a_copy_of_the_held_out_images_in_another_source_is_refused(tmp_path: Path, images: ImageSource) -> None:
+    settings = [source(save(tmp_path / "a.npz")), source(save(tmp_path / "b.npz"))]
+    with pytest.raises(DataError, match=r"of 'b-held-out'.* are in the source 'a' as well"):
+        from_settings(settings, NO_TARGET, images)
+
+
+def test_the_built_in_sources_are_no_target(images: ImageSource) -> None:
+    with pytest.raises(DataError, match=r"280 of the 560 images of 'digits'.* are in the source 'digits04'"):
+        built_in(SPLIT, replace(NO_TARGET, dataset="digits", train_per_class=20), 0, images)
+
+
+def test_a_double_by_chance_leaves_the_source(tmp_path: Path, images: ImageSource) -> None:
+    """One image of 120 that the target has as well."""
+    settings = [source(save(tmp_path / "a.npz"))]
+    target = replace(NO_TARGET, dataset=save(tmp_path / "t.npz", classes=2, per_class=60, first=39))
+    sources, held_out = from_settings(settings, target, images)
+    assert len(held_out.train) + len(held_out.test) == 120
+    assert shades(sources[0].images) == set(range(39)) and len(sources[0].images) == 39
 
 
 @pytest.mark.parametrize("place", ["source", "target"])

@@ -11,7 +11,7 @@ from mp_lightning.cli.training import device_options
 from mp_lightning.compare.architecture import Architecture
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.meta.settings import POLICIES, MetaSettings
-from mp_lightning.meta.sources import Evaluation, SourceSettings, plain_name
+from mp_lightning.meta.sources import Evaluation, SourceSettings, plain_name, same_data
 from mp_lightning.meta.tasks import Split
 from mp_lightning.meta.transfer import TransferSettings
 from mp_lightning.perturbation import check_fraction
@@ -67,13 +67,16 @@ def read(config: DictConfig) -> FitSettings:
     evaluation_seed = _seed(evaluation.pop("seed", None), "evaluation.seed")
     per_class = check(evaluation.pop("train_per_class", None), int, "evaluation.train_per_class")
     transfer = settings(TransferSettings, evaluation, "evaluation")
-    Architecture.parse(transfer.architecture).check(default.image_size)
     meta = settings(MetaSettings, plain_section(config, "meta"), "meta")
     check_choice(meta.on_divergence, POLICIES, "meta.on_divergence")
     check_fraction(meta.strength, "meta.strength")
     check_fraction(meta.share_of_sites, "meta.share_of_sites")
     sources = _sources(config, shared)
-    if target is not None and target in [source.dataset for source in sources]:
+    if target is None and sources:
+        _check_held_out(transfer.architecture, sources[-1])
+    else:
+        Architecture.parse(transfer.architecture).check(default.image_size)
+    if target is not None and any(same_data(target, source.dataset) for source in sources):
         raise ConfigurationError(f"evaluation.data={target} is a source as well; judge phi on images it has not seen")
     whole = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
     assert isinstance(whole, dict)
@@ -90,6 +93,19 @@ def read(config: DictConfig) -> FitSettings:
         logger=plain_section(config, "logger"),
         relevant=relevant_settings({str(key): value for key, value in whole.items()}),
     )
+
+
+def _check_held_out(architecture: str, last: SourceSettings) -> None:
+    """Refuse a network that takes no images of the size of those that are held out, which the last source has."""
+    try:
+        Architecture.parse(architecture).check(last.image_size)
+    except ConfigurationError as error:
+        if last.name is None:  # it has the size of all
+            raise
+        raise ConfigurationError(
+            f"{error}; held-out images have the size of the last source: write image_size= as "
+            f"++sources.{last.name}.image_size=, or choose another evaluation.architecture="
+        ) from error
 
 
 def _sources(config: DictConfig, shared: dict[str, Any]) -> list[SourceSettings]:

@@ -1,11 +1,20 @@
 """Where the images of a meta-training run come from, and which are held out to judge the result."""
 
+import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from mp_lightning.data import ImageSet, Progress, generate_textures, load_digits, load_source, may_mirror
+from mp_lightning.data import (
+    ImageSet,
+    Progress,
+    generate_textures,
+    list_datasets,
+    load_digits,
+    load_source,
+    may_mirror,
+)
 from mp_lightning.errors import DataError
 from mp_lightning.meta.tasks import Source, Split
 from mp_lightning.meta.transfer import Target
@@ -13,6 +22,7 @@ from mp_lightning.meta.transfer import Target
 HELD_OUT_FRACTION = 0.2
 _LEAST_IMAGES = 4  # of a class: two held out to train and test on, two for the halves
 _LEAST_CLASSES = 4  # with fewer, holding classes out leaves nothing to learn from
+_MOST_BY_CHANCE = 0.01  # of the target's images: blank ones and doubles that two data sets may share
 
 
 @dataclass(frozen=True)
@@ -84,10 +94,21 @@ def plain_name(name: str) -> str:
     return re.sub(r"[^0-9A-Za-z_-]+", "-", name)
 
 
+def same_data(one: str, other: str) -> bool:
+    """Whether two names or paths, as in :class:`SourceSettings`, are those of one data set."""
+    names = list_datasets()
+    if one in names or other in names:
+        return one == other
+    return Path(one).resolve() == Path(other).resolve()
+
+
 def built_in(split: Split, evaluation: Evaluation, seed: int, images: ImageSource) -> tuple[list[Source], Target]:
     """Real digits 0 to 4 and generated textures to learn from; digits 5 to 9, with few labels, held out.
 
     Where a dataset is given for the evaluation, its images are the target instead.
+
+    Raises:
+        DataError: the target holds images of a source, or what :func:`from_settings` raises for a target.
     """
     digits = load_digits(evaluation.image_size)
     textures = generate_textures(num_classes=8, per_class=120, size=evaluation.image_size, seed=seed)
@@ -96,7 +117,8 @@ def built_in(split: Split, evaluation: Evaluation, seed: int, images: ImageSourc
         Source(textures, True, split),
     ]
     if evaluation.dataset is not None:
-        return sources, images.target(evaluation)
+        target = images.target(evaluation)
+        return [_without(source, source.images, target) for source in sources], target
     held_out = digits.select_classes(range(5, 10), name="digits59")
     return sources, _target(held_out, None, evaluation.train_per_class, evaluation.seed, flip=False)
 
@@ -107,35 +129,89 @@ def from_settings(
     """Sources as configured, and a target.
 
     The target is the dataset of ``evaluation`` where given; otherwise a fifth of the classes of the last source, which
-    is not used as a source; or, where that has fewer than four classes, a fifth of its images of every class.
+    is not used as a source; or, where that has fewer than four classes, a fifth of its images of every class. They are
+    held out of every source of the same data set, whatever its size. A few images that another source happens to have
+    in common with the target are left out of that source.
 
     Raises:
-        DataError: a dataset is unknown or missing, damaged, empty, or has one class only.
+        DataError: a dataset is unknown or missing, damaged, empty, or has one class only; the target holds images of a
+            source.
     """
     loaded = [images.source(one) for one in settings]
     sources = [source for source, _ in loaded]
     if evaluation.dataset is not None:
-        return sources, images.target(evaluation)
-    last, last_test = sources[-1].images, loaded[-1][1]
-    held_out_test = None
-    if last.num_classes >= _LEAST_CLASSES:
-        kept = last.num_classes - max(2, round(HELD_OUT_FRACTION * last.num_classes))
-        held_out = last.select_classes(range(kept, last.num_classes), name=f"{last.name}-held-out")
-        if last_test is not None:
-            held_out_test = last_test.select_classes(range(kept, last.num_classes), name=held_out.name)
-        remaining = last.select_classes(range(kept), name=last.name)
+        cut, target = [False] * len(sources), images.target(evaluation)
     else:
-        fewest = min(int((last.labels == label).sum()) for label in range(last.num_classes))
-        if fewest < _LEAST_IMAGES:
-            raise DataError(
-                f"'{last.name}' has {last.num_classes} classes and one of them {fewest} images: too few to hold "
-                "classes or images out; give evaluation.data="
-            )
-        count = max(2, round(HELD_OUT_FRACTION * fewest))
-        held_out, remaining = last.few_per_class(count, evaluation.seed)
-        held_out, remaining = replace(held_out, name=f"{last.name}-held-out"), replace(remaining, name=last.name)
-    sources[-1] = replace(sources[-1], images=remaining)
-    return sources, _target(held_out, held_out_test, evaluation.train_per_class, evaluation.seed, sources[-1].flip)
+        cut = [same_data(one.dataset, settings[-1].dataset) for one in settings]
+        target = _held_out(sources[-1], loaded[-1][1], evaluation)
+    found = []
+    for source, one, is_cut in zip(sources, settings, cut, strict=True):
+        if is_cut:
+            found.append(replace(source, images=_cut(source.images, evaluation.seed)[1]))
+        else:
+            found.append(_without(source, _at_size(target.train.image_size, source, one, images), target))
+    return found, target
+
+
+def _held_out(last: Source, test: ImageSet | None, evaluation: Evaluation) -> Target:
+    """The target out of a source with these test images."""
+    held_out = replace(_cut(last.images, evaluation.seed)[0], name=f"{last.images.name}-held-out")
+    first = last.images.num_classes - held_out.num_classes
+    held_out_test = None
+    if test is not None and first > 0:
+        held_out_test = test.select_classes(range(first, last.images.num_classes), name=held_out.name)
+    return _target(held_out, held_out_test, evaluation.train_per_class, evaluation.seed, last.flip)
+
+
+def _cut(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+    """What is held out, the last classes or images of all, and what remains; alike for one data set at any size."""
+    if images.num_classes >= _LEAST_CLASSES:
+        kept = images.num_classes - max(2, round(HELD_OUT_FRACTION * images.num_classes))
+        return images.select_classes(range(kept, images.num_classes)), images.select_classes(range(kept))
+    fewest = min(int((images.labels == label).sum()) for label in range(images.num_classes))
+    if fewest < _LEAST_IMAGES:
+        raise DataError(
+            f"'{images.name}' has {images.num_classes} classes and one of them {fewest} images: too few to hold "
+            "classes or images out; give evaluation.data="
+        )
+    return images.few_per_class(max(2, round(HELD_OUT_FRACTION * fewest)), seed)
+
+
+def _at_size(size: int, source: Source, settings: SourceSettings, images: ImageSource) -> ImageSet:
+    """The images of a source at another size; datasets by name, slow to read and known apart, stay as they are."""
+    if source.images.image_size == size or settings.dataset in list_datasets():
+        return source.images
+    return images.load(settings.dataset, size)[0]
+
+
+def _without(source: Source, images: ImageSet, target: Target) -> Source:
+    """A source without the few images that are in the target as well.
+
+    Args:
+        source: what is cut.
+        images: those of the source, at the target's size.
+        target: what phi is judged on.
+
+    Raises:
+        DataError: they are more than a few.
+    """
+    of_source, of_target = _digests(images), _digests(target.train) + _digests(target.test)
+    common = set(of_source).intersection(of_target)
+    if not common:
+        return source
+    seen = sum(digest in common for digest in of_target)
+    if seen > _MOST_BY_CHANCE * len(of_target):
+        raise DataError(
+            f"{seen} of the {len(of_target)} images of '{target.train.name}', which phi is to be judged on, are in the "
+            f"source '{source.images.name}' as well; leave that source out, or give other evaluation.data="
+        )
+    kept = [number for number, digest in enumerate(of_source) if digest not in common]
+    return replace(source, images=source.images.subset(kept))
+
+
+def _digests(images: ImageSet) -> list[bytes]:
+    """What tells each image from others of its size."""
+    return [hashlib.blake2b(image.data, digest_size=16).digest() for image in images.images.contiguous().numpy()]
 
 
 def _target(train: ImageSet, test: ImageSet | None, train_per_class: int, seed: int, flip: bool) -> Target:
