@@ -86,6 +86,7 @@ def test_card_says_where_phi_comes_from(finished: tuple[Path, Done]) -> None:
     assert (card["seed"], card["steps"]) == (0, 2)
     assert {"python", "torch", "lightning", "torchvision", "mp_lightning"} <= set(card["versions"])
     assert card["command"].startswith("python -m mp_lightning.meta fit meta.steps=2")
+    assert card["held_out"]["seed"] == 0 and re.fullmatch("[0-9a-f]{16}", card["held_out"]["images"])
     assert [result["arm"] for result in card["held_out"]["results"]] == ["final phi", "initial phi", "no phi"]
     assert load_phi(run / "phi.safetensors").card == card
 

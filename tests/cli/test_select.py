@@ -14,7 +14,15 @@ RATES = [1e-3, 3e-4, 1e-3]
 SCORES = {"nll": [1.5, 1.2, 1.4], "accuracy": [0.4, 0.3, 0.5]}
 
 
-def make_run(sweep: Path, seed: int, nll: float, accuracy: float, lr: float = 1e-3, target: str = TARGET) -> Path:
+def make_run(
+    sweep: Path,
+    seed: int,
+    nll: float,
+    accuracy: float,
+    lr: float = 1e-3,
+    target: str = TARGET,
+    judged: dict[str, object] | None = None,
+) -> Path:
     """What a finished run leaves, with the phi of its seed."""
     path = sweep / f"seed{seed}-{lr}"
     folder = RunFolder(path, {"seed": seed, "meta": {"lr": lr, "steps": 3}})
@@ -22,7 +30,9 @@ def make_run(sweep: Path, seed: int, nll: float, accuracy: float, lr: float = 1e
         {"arm": "final phi", "nll": [nll, nll], "accuracy": [accuracy - 0.01, accuracy + 0.01]},
         {"arm": "no phi", "nll": [9.0, 9.0], "accuracy": [0.1, 0.1]},
     ]
-    save_phi(path / "phi.safetensors", initial_phi(seed), {"seed": seed, "held_out": {"results": results}})
+    save_phi(
+        path / "phi.safetensors", initial_phi(seed), {"seed": seed, "held_out": {"results": results, **(judged or {})}}
+    )
     folder.finish({"nll": nll, "target": target, "results": []})
     return path
 
@@ -95,6 +105,21 @@ def test_runs_of_two_targets_are_not_compared(mp: CommandLine, sweep: Path, tmp_
     make_run(sweep, 5, nll=0.1, accuracy=0.9, target="birds: 3 images")
     error = select(mp, tmp_path, f"sweep={sweep}", code=2).stderr
     assert "judged on different targets" in error and "birds" in error and "digits59" in error
+
+
+@pytest.mark.parametrize("other", [{"images": "def", "seed": 0}, {"images": "abc", "seed": 1}])
+def test_runs_of_other_images_or_another_seed_are_not_compared(
+    mp: CommandLine, tmp_path: Path, other: dict[str, object]
+) -> None:
+    """Where cards say which; a run whose card does not is compared as ever."""
+    sweep = tmp_path / "sweep"
+    make_run(sweep, 0, nll=1.0, accuracy=0.4)
+    make_run(sweep, 1, nll=1.1, accuracy=0.4, judged={"images": "abc", "seed": 0})
+    make_run(sweep, 2, nll=1.2, accuracy=0.4, judged={"images": "abc", "seed": 0})
+    assert "The best of 3 by nll is seed0-0.001 " in select(mp, tmp_path, "sweep=sweep").stdout
+    make_run(sweep, 3, nll=1.3, accuracy=0.4, judged=other)
+    (line,) = select(mp, tmp_path, "sweep=sweep", code=2).stderr.splitlines()
+    assert "'seed1-0.001' and 'seed3-0.001' were judged on different images or with another evaluation.seed" in line
 
 
 @pytest.mark.parametrize(

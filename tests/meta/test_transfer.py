@@ -109,6 +109,13 @@ def test_whatever_changes_is_trained_again(tmp_path: Path, change: str) -> None:
     assert results == compare(KeptRuns(tmp_path / "other.json"), **changed)[0]
 
 
+@pytest.mark.parametrize("change", ["a pixel to train on", "a pixel to test on", "labels", "mirroring"])
+def test_a_digest_tells_targets_apart(change: str) -> None:
+    changed = CHANGES[change]()["target"]
+    assert isinstance(changed, Target)
+    assert Target(pictures(0), pictures(1), flip=True).digest() == TARGET.digest() != changed.digest()
+
+
 def test_another_phi_is_trained_again_and_the_other_arms_are_not(tmp_path: Path) -> None:
     path = tmp_path / "kept.json"
     compare(KeptRuns(path))

@@ -37,6 +37,7 @@ def make_card(
     target: Target,
     results: list[ArmResult],
     transfer: TransferSettings,
+    evaluation_seed: int,
 ) -> dict[str, Any]:
     """Plain values for :func:`mp_lightning.perturbation.save_phi`.
 
@@ -44,7 +45,7 @@ def make_card(
         tasks: of :func:`task_entries`.
         module: what was trained.
         processes: how many trained it.
-        target, results, transfer: how phi was judged.
+        target, results, transfer, evaluation_seed: how phi was judged.
     """
     return {
         "kind": "MetaPerturb phi, 82 numbers, a strength and a share of the sites (arXiv 2006.07540)",
@@ -55,7 +56,13 @@ def make_card(
         "steps": module.settings.steps,
         "processes": processes,
         "settings": asdict(module.settings),
-        "held_out": {"target": str(target), "settings": asdict(transfer), "results": [asdict(r) for r in results]},
+        "held_out": {
+            "target": str(target),
+            "images": target.digest(),
+            "seed": evaluation_seed,
+            "settings": asdict(transfer),
+            "results": [asdict(result) for result in results],
+        },
         "command": f"python -m mp_lightning.meta {shlex.join(map(without_folders, sys.argv[1:]))}",
         "versions": {
             "python": platform.python_version(),

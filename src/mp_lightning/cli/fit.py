@@ -77,7 +77,7 @@ def run(config: DictConfig, path: Path) -> float:
         share_of_sites=given.meta.share_of_sites,
     )
     results = _judge(console, given, target, final, trainer.strategy.root_device, path / "evaluation.json")
-    card = make_card(entries, module, trainer.world_size, target, results, given.transfer)
+    card = make_card(entries, module, trainer.world_size, target, results, given.transfer, given.evaluation.seed)
     descriptions = module.description["tasks"]
     try:
         save_phi(path / PHI, final, card)

@@ -25,7 +25,10 @@ class RunsError(UserError):
 
 @dataclass
 class Run:
-    """A run folder. ``scores`` (NLL in nats, accuracy from 0 to 1; means over seeds) is empty while it has none."""
+    """A run folder. ``scores`` (NLL in nats, accuracy from 0 to 1; means over seeds) is empty while it has none.
+
+    ``images`` are the digest of the images it was judged on and the seed; None in cards of older versions.
+    """
 
     name: str
     settings: dict[str, Any]
@@ -34,6 +37,7 @@ class Run:
     scores: dict[str, float] = field(default_factory=dict)
     target: str = ""
     evaluation: Any = None
+    images: tuple[Any, Any] | None = None
     phi: NamedPhi | None = None
 
 
@@ -60,7 +64,7 @@ def check_comparable(finished: list[Run]) -> None:
     """Refuse runs whose scores mean different things.
 
     Raises:
-        RunsError: the targets differ, or how networks were trained on them.
+        RunsError: the targets differ, their images or seed, or how networks were trained on them.
     """
     first = finished[0]
     for other in finished[1:]:
@@ -73,6 +77,13 @@ def check_comparable(finished: list[Run]) -> None:
             raise RunsError(
                 f"the runs '{first.name}' and '{other.name}' were judged with different settings of evaluation; "
                 "give sweep= a folder whose runs share them"
+            )
+    known = [run for run in finished if run.images is not None]
+    for other in known[1:]:
+        if other.images != known[0].images:
+            raise RunsError(
+                f"the runs '{known[0].name}' and '{other.name}' were judged on different images or with another "
+                "evaluation.seed; give sweep= a folder whose runs share both"
             )
 
 
@@ -106,6 +117,8 @@ def _read_run(folder: Path, name: str) -> Run:
         (result,) = [result for result in held_out["results"] if result["arm"] == _ARM]
         scores = {"nll": float(report["nll"]), "accuracy": statistics.fmean(result["accuracy"])}
         run.target, run.evaluation = str(report["target"]), held_out.get("settings")
+        if "images" in held_out:
+            run.images = held_out["images"], held_out.get("seed")
     except PhiError as error:
         run.state, run.reason = "failed", str(error)
         return run

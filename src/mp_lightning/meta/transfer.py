@@ -36,6 +36,18 @@ class Target:
             f"{self.train.num_classes} classes"
         )
 
+    def digest(self) -> str:
+        """A few characters that tell these images, labels and mirroring from others."""
+        digest = hashlib.sha256(f"{self.flip}".encode())
+        self.add_to(digest)
+        return digest.hexdigest()[:16]
+
+    def add_to(self, digest: "hashlib._Hash") -> None:
+        """Add images and labels to a digest."""
+        for images in (self.train, self.test):
+            digest.update(images.images.numpy().data)
+            digest.update(images.labels.numpy().data)
+
 
 @dataclass(frozen=True)
 class TransferSettings:
@@ -139,9 +151,7 @@ def compare_transfer(
 def _key(target: Target, arm: str, phi: NamedPhi | None, settings: TransferSettings, seed: int, number: int) -> str:
     """A name of a run that everything which decides its result has a part in."""
     digest = hashlib.sha256(f"{target}/{target.flip}/{settings}/{seed}".encode())
-    for images in (target.train, target.test):
-        digest.update(images.images.numpy().data)
-        digest.update(images.labels.numpy().data)
+    target.add_to(digest)
     if phi is not None:
         digest.update(f"{phi.strength}{'' if phi.noise_per == 'element' else phi.noise_per}".encode())
         digest.update(b"" if phi.share_of_sites == 1 else str(phi.share_of_sites).encode())
