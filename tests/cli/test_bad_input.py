@@ -172,6 +172,10 @@ def broken_data(kind: str, folder: Path) -> Path:
             np.savez(path, x_train=images, y_train=np.arange(8) // 2)
         case "few images of few classes":
             np.savez(path, x_train=images[:6], y_train=np.arange(6) % 3)
+        case "integers of 0 and 1":
+            np.savez(path, x_train=(np.arange(8 * 256) % 2).reshape(8, 16, 16), y_train=np.arange(8) % 2)
+        case "labels from 1":
+            np.savez(path, x_train=images, y_train=np.arange(8) % 2 + 1)
         case "objects":
             np.savez(path, x_train=images, y_train=np.array([{}] * 8, dtype=object))
     return path
@@ -188,6 +192,8 @@ BROKEN = {
     "no labels": ["lacks y_train"],
     "not a number": ["not finite"],
     "one label": ["give at least two classes"],
+    "integers of 0 and 1": ["integers of 0 and 1 alone", "multiply them by 255"],
+    "labels from 1": ["has the label 0", "number the classes from 0 without gaps"],
     "objects": ["holds Python objects"],
 }
 
@@ -220,6 +226,14 @@ def test_target_that_is_absent(mp: CommandLine, tmp_path: Path) -> None:
     words = ["fit", *TINY, f"data={path}", "evaluation.data=nowhere.npz"]
     assert_refused(mp, tmp_path, words, "no images at 'nowhere.npz'")
     assert_refused(mp, tmp_path, ["fit", *TINY, "evaluation.data=nowhere.npz"], "no images at 'nowhere.npz'")
+
+
+def test_target_of_images_that_are_learned_from(mp: CommandLine, tmp_path: Path) -> None:
+    words = ["fit", *TINY, "evaluation.data=digits"]
+    assert_refused(mp, tmp_path, words, "source 'digits04' as well", "give other evaluation.data=")
+    save_archive(tmp_path / "a.npz")
+    words = ["fit", *TINY, "data=a.npz", "evaluation.data=./a.npz"]
+    assert_refused(mp, tmp_path, words, "evaluation.data=./a.npz is a source as well")
 
 
 def test_two_sources_of_one_name(mp: CommandLine, tmp_path: Path) -> None:

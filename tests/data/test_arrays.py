@@ -29,6 +29,11 @@ def test_all_colour_layouts_and_types_give_the_same_images() -> None:
         assert torch.equal(images, expected)
 
 
+@pytest.mark.parametrize("value", [0, 1])
+def test_images_of_one_integer_are_taken(value: int) -> None:
+    assert image_set("set", np.full_like(COLOUR, value), LABELS).images.eq(value).all()
+
+
 @pytest.mark.parametrize("shape", [(4, 5, 5), (4, 5, 5, 1), (4, 1, 5, 5)])
 def test_grey_is_repeated_to_three_channels(shape: tuple[int, ...]) -> None:
     grey = COLOUR[..., 0]
@@ -72,10 +77,14 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         (COLOUR.astype(np.float32) * -1, LABELS, None, "values from"),
         (COLOUR.astype(np.int32) + 1000, LABELS, None, "values from"),
         (COLOUR > 9, LABELS, None, "type bool"),
+        ((COLOUR > 9).astype(np.uint8), LABELS, None, "integers of 0 and 1 alone.*multiply them by 255"),
+        ((COLOUR > 9).astype(np.int64), LABELS, None, "integers of 0 and 1 alone.*multiply them by 255"),
         (COLOUR, LABELS[:3], None, r"4 images but labels of shape \(3,\)"),
         (COLOUR, LABELS.astype(float), None, "type float64"),
         (COLOUR, LABELS - 1, None, "label -1 of"),
         (COLOUR, LABELS + 1, ["a", "b"], "label 2 of"),
+        (COLOUR, LABELS + 1, None, "label 0: number the classes from 0 without gaps"),
+        (COLOUR, LABELS * 2, None, "label 1: number the classes from 0 without gaps"),
         (COLOUR, LABELS * 10**9, None, "label 1000000000 of"),
         (COLOUR, LABELS * 0 + 1, ["a", "b"], "at least two classes"),
     ],

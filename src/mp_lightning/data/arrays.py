@@ -29,8 +29,8 @@ def image_set(
         size: resize the shorter side to so many pixels and crop the centre; without it images must be square.
 
     Raises:
-        DataError: no images, fewer than two classes, a label out of range, shapes that do not fit, values that are
-            not finite or out of range.
+        DataError: no images, fewer than two classes, a label out of range, without names one that no image has,
+            shapes that do not fit, values that are not finite, out of range, or integers of 0 and 1 alone.
         ConfigurationError: the size is below 1.
     """
     if size is not None and size < 1:
@@ -76,8 +76,6 @@ def _colour_images(name: str, images: np.ndarray) -> Tensor:
 
 
 def _to_uint8(name: str, images: np.ndarray) -> np.ndarray:
-    if images.dtype == np.uint8:
-        return images
     if images.dtype.kind not in "iuf":
         raise DataError(f"images of '{name}' are of type {images.dtype}: give uint8, or floats in [0, 1]")
     low, high = images.min(), images.max()
@@ -87,7 +85,9 @@ def _to_uint8(name: str, images: np.ndarray) -> np.ndarray:
     if low < 0 or high > 255:
         raise DataError(f"images of '{name}' hold values from {low} to {high}: scale them to [0, 1] or [0, 255]")
     if images.dtype.kind != "f":
-        return images.astype(np.uint8)
+        if low < high == 1:
+            raise DataError(f"images of '{name}' hold integers of 0 and 1 alone, almost black: multiply them by 255")
+        return images.astype(np.uint8, copy=False)
     scale = 255.0 if high <= 1 else 1.0
     rounded: np.ndarray = np.rint(images.astype(np.float32) * scale).astype(np.uint8)
     return rounded
@@ -113,4 +113,7 @@ def _class_names(name: str, labels: np.ndarray, classes: Sequence[str] | None) -
         raise DataError(f"label {culprit} of '{name}' is out of range: number the classes from 0 without gaps")
     if low == high:
         raise DataError(f"all images of '{name}' have the label {low}: give at least two classes")
+    if classes is None and len(np.unique(labels)) <= high:
+        empty = int(np.flatnonzero(np.bincount(labels) == 0)[0])
+        raise DataError(f"no image of '{name}' has the label {empty}: number the classes from 0 without gaps")
     return tuple(str(number) for number in range(high + 1)) if classes is None else tuple(map(str, classes))
