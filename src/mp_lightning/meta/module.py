@@ -154,7 +154,9 @@ class JointMetaTraining(L.LightningModule):
         self._record(joint, phi, observed if watch else None)
 
     def _restart_when_due(self, number: int) -> None:
-        """Staggered, so that at any step phi sees networks of all ages."""
+        """Staggered over the tasks: all networks start at age 0, so none is older than the step; once
+        ``restart_after`` steps are done, their ages are spread over as many.
+        """
         after, step = self.settings.restart_after, self.meta_step
         if after is not None and step > 0 and (step + number * after // len(self.names)) % after == 0:
             self.learner(self.names[number]).restart()
