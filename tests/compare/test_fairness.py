@@ -1,5 +1,9 @@
 """What would favour one arm, or take one comparison for another, and does not."""
 
+import copy
+import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +21,7 @@ import mp_lightning
 from mp_lightning import MetaPerturbCallback, MetaPerturbMixin, MonteCarlo
 from mp_lightning.compare.arms import Arm
 from mp_lightning.compare.comparison import check_plan
+from mp_lightning.compare.fingerprint import identity
 from mp_lightning.compare.run import RunError
 from mp_lightning.compare.user_data import UserData
 from mp_lightning.errors import ConfigurationError
@@ -275,3 +280,114 @@ def test_a_perturbation_in_the_trainers_callbacks_is_refused(tmp_path: Path, sev
     with pytest.raises(ConfigurationError, match=r"trainer= has a MetaPerturbCallback .*; leave it out, as"):
         compare(tmp_path, trainer=trainer)
     assert not (tmp_path / "found").exists()
+
+
+def test_batches_that_are_reloaded_are_those_of_their_epoch_and_alike_for_every_arm(tmp_path: Path) -> None:
+    made_modules: list[Small] = []
+
+    def factory() -> Small:
+        made_modules.append(Small())
+        return made_modules[-1]
+
+    def batches(**trainer: Any) -> list[list[torch.Tensor]]:
+        made_modules.clear()
+        what = experiment(module_factory=factory)
+        what_with = plan(["none", "metaperturb"], 1, experiment=replace(what, trainer={**what.trainer, **trainer}))
+        made(what_with, tmp_path / f"{trainer}")
+        return [module.seen[:6] for module in made_modules]  # what follows re-estimates batch norm
+
+    (tmp_path / "{}").mkdir()
+    (tmp_path / "{'reload_dataloaders_every_n_epochs': 1}").mkdir()
+    usual, again = batches(), batches(reload_dataloaders_every_n_epochs=1)
+    for first, second in (again, (usual[0][:3], again[0][:3])):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert len(again[0]) == 6 and not torch.equal(torch.cat(again[0][:3]).sort()[0], torch.cat(again[0][3:]).sort()[0])
+
+
+class OwnGenerator(Augmented):
+    """Augments by a generator of NumPy that belongs to the dataset."""
+
+    def __init__(self) -> None:
+        super().__init__(12, 0)
+        self.generator = np.random.default_rng(0)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self._images[index] + float(self.generator.normal()), index % CLASSES
+
+
+class Held(SmallData):
+    """With the dataset from the start."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held = OwnGenerator()
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        self.train = self.held
+
+
+def test_a_generator_that_a_dataset_holds_begins_each_run_anew(tmp_path: Path) -> None:
+    first = compare(tmp_path, datamodule=Held(), arms=["none", Arm("same", lambda seed: [])])
+    assert first.rows[0].nll == first.rows[1].nll
+    data = Held()
+    data.trainer = Any  # what a fit before leaves there
+    assert UserData(data)(0).trainer is None
+
+
+def test_data_that_cannot_be_copied_is_said_with_what_to_do() -> None:
+    data = SmallData()
+    data.file = (one for one in [1])
+    with pytest.raises(ConfigurationError, match=r"SmallData cannot be copied .*; give a function of the seed"):
+        UserData(data)
+
+
+def test_what_scores_are_made_of_decides_which_comparison_it_is(tmp_path: Path) -> None:
+    def predict(module: Small, batch: Any) -> Any:
+        return module(batch[0]), batch[1]
+
+    compare(tmp_path, predict=predict)
+    with pytest.raises(RunFolderError, match=r"holds a run with predict=test_what_scores_.*, not null"):
+        compare(tmp_path)
+    with pytest.raises(RunFolderError, match=r"holds a run with output=null, not log_probabilities"):
+        compare(tmp_path, predict=predict, output="log_probabilities")
+    given = json.loads((tmp_path / "found" / "settings.json").read_text())
+    assert "output" not in given and given["predict"] == identity(predict)
+
+
+def scaled(module: Any, batch: Any, by: float = 1.0) -> Any:
+    return by * module(batch[0]), batch[1]
+
+
+def doubled(module: Any, batch: Any) -> Any:
+    return 2.0 * module(batch[0]), batch[1]
+
+
+def tripled(module: Any, batch: Any) -> Any:
+    return 3.0 * module(batch[0]), batch[1]
+
+
+class Scaling:
+    def __init__(self, by: float) -> None:
+        self.by = by
+
+    def __call__(self, module: Any, batch: Any) -> Any:
+        return self.by * module(batch[0]), batch[1]
+
+
+def test_a_function_is_told_by_its_name_its_code_and_what_it_holds() -> None:
+    def held(by: Any) -> Any:
+        return lambda module, batch: by * module(batch[0])
+
+    tripled.__qualname__ = "doubled"
+    pairs = [
+        (doubled, tripled),
+        (partial(scaled, by=2.0), partial(scaled, by=3.0)),
+        (held(2.0), held(3.0)),
+        (held(torch.tensor(2.0)), held(torch.tensor(3.0))),
+        (Scaling(2.0), Scaling(3.0)),
+    ]
+    for first, second in pairs:
+        assert identity(first) == identity(copy.deepcopy(first)) != identity(second)
+        assert identity(first).split()[:-1] == identity(second).split()[:-1]
+    assert identity(held(print)) == identity(held(print))

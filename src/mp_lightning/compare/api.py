@@ -13,7 +13,7 @@ from mp_lightning.compare.arms import Arm, parse_arm
 from mp_lightning.compare.comparison import Plan
 from mp_lightning.compare.conclusion import Comparison, conclude
 from mp_lightning.compare.examine import Predict, predict_pair
-from mp_lightning.compare.fingerprint import fingerprint
+from mp_lightning.compare.fingerprint import fingerprint, identity
 from mp_lightning.compare.quiet import quiet
 from mp_lightning.compare.run import Experiment
 from mp_lightning.compare.summary import VERDICT_METRICS
@@ -70,7 +70,8 @@ def compare(
     Args:
         module_factory: makes a new LightningModule that classifies images; it is called once for each run, when the
             global generators have been seeded.
-        datamodule: is copied for each run; or a function from a seed, such as one that draws few labelled images. It
+        datamodule: is copied for each run with all that it holds, so what is large is better loaded in its ``setup``;
+            or a function from a seed, such as one that draws few labelled images. It
             needs ``train_dataloader`` and ``test_dataloader``; hyperparameters are tuned on its ``val_dataloader``, if
             there is one. Test images must not depend on the seed, or those of one seed are trained on with another.
             With ``train_evaluation_dataloader`` it can give training images without augmentation, on which train
@@ -91,7 +92,7 @@ def compare(
         output: what the scores are; None finds out.
         settings: anything else that decides the results, as plain values. A folder holds results of one set of
             settings, one network, one set of optimizers' settings, and data with the same first batches; what cannot be
-            told by these, such as a callback's arguments, belongs here.
+            told by these, such as a callback's arguments, or what ``predict`` calls, belongs here.
         target, model: what tables call the data and the module; None takes the names of their classes.
         folder: for the results; None: one in ``runs`` whose name follows from the settings.
         fresh: start anew; what is there is kept in a folder beside.
@@ -129,6 +130,11 @@ def compare(
         "trainer": {key: _plain(value) for key, value in trainer.items()},
         "inference": inference,
         "samples": samples,
+        # What is left at its default is not named, so that older results stand.
+        **({} if output is None else {"output": output}),
+        # Before, each epoch repeated the first.
+        **({"reloaded": "each epoch"} if trainer.get("reload_dataloaders_every_n_epochs") else {}),
+        **({} if predict is predict_pair else {"predict": identity(predict)}),
         **{key: _plain(value) for key, value in (settings or {}).items()},
     }
     steps = trainer.get("max_steps")

@@ -1,7 +1,9 @@
-"""A few characters that tell a user's module and data from others of the same names, as far as that can be seen."""
+"""A few characters that tell a user's module, data and functions from others of the same names, as far as that goes."""
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import lightning as L
@@ -26,6 +28,43 @@ def fingerprint(experiment: Experiment) -> dict[str, str]:
         module = _digest([*fresh_module(experiment, 0).state_dict().items(), *_optimizers(fresh_module(experiment, 0))])
         seed_all(setup_seed(0))
         return {"module": module, "data": _digest(_first_batches(experiment))}
+
+
+def identity(function: Callable[..., Any]) -> str:
+    """Qualified name of a function, or of the class of what is called as one, and a digest of its code.
+
+    The digest is of instructions and constants, defaults and what the function holds of its surroundings, but not of
+    other functions and globals that it names; another version of Python may give another one.
+    """
+    named = function.func if isinstance(function, partial) else function
+    name = getattr(named, "__qualname__", type(named).__qualname__)
+    return f"{name} {hashlib.sha256(repr(_code(function)).encode()).hexdigest()[:12]}"
+
+
+def _code(value: Any) -> Any:
+    """What ``repr`` tells of a value or its code, without addresses in memory."""
+    match value:
+        case CodeType():
+            return value.co_code, value.co_names, _code(value.co_consts)
+        case FunctionType():
+            held = [cell.cell_contents for cell in value.__closure__ or ()]
+            return _code([value.__code__, value.__defaults__, value.__kwdefaults__, held])
+        case MethodType():
+            return _code([value.__func__, value.__self__])
+        case partial():
+            return _code([value.func, value.args, value.keywords])
+        case Tensor():
+            return _digest([value])
+        case list() | tuple():
+            return [_code(one) for one in value]
+        case dict():
+            return [(key, _code(one)) for key, one in value.items()]
+        case frozenset():
+            return sorted(repr(_code(one)) for one in value)
+        case str() | bytes() | int() | float() | complex() | None:
+            return value
+    called = vars(type(value)).get("__call__")
+    return [type(value).__qualname__, *(_code([called, vars(value)]) if isinstance(called, FunctionType) else ())]
 
 
 def _optimizers(module: L.LightningModule) -> list[Any]:

@@ -1,4 +1,4 @@
-"""A user's DataModule for the runs of a comparison: each gets a copy, whose batches follow from the seed."""
+"""A user's DataModule for the runs of a comparison: each gets a copy, whose batches follow from seed and epoch."""
 
 import copy
 from collections.abc import Callable
@@ -15,10 +15,15 @@ from mp_lightning.randomness import derived_seed
 class UserData:
     """Makes the datamodule of a seed, out of one that is copied, or by a function of the seed.
 
+    The copy is a deep one, as it is in a process of its own: a generator that the datamodule or a dataset holds begins
+    each run as it was given. Images that are held in memory are there twice while a run lasts; a datamodule that loads
+    them in ``setup``, or a function of the seed, spares that. Where the trainer reloads the training batches, those of
+    each epoch are seeded by its number; all other calls give the batches that the first one gives.
+
     Tuning tests on the validation images of the datamodule, where it has some.
 
     Raises:
-        ConfigurationError: it is neither, or has no training or no test images.
+        ConfigurationError: it is neither, cannot be copied, or has no training or no test images.
     """
 
     def __init__(self, given: L.LightningDataModule | Callable[[int], L.LightningDataModule]) -> None:
@@ -34,7 +39,9 @@ class UserData:
         make = data.train_dataloader
 
         def train_dataloader() -> Any:
-            return paired(make(), derived_seed(seed, "batches"))
+            trainer = getattr(data, "trainer", None)
+            epoch = trainer.current_epoch if trainer is not None and trainer.reload_dataloaders_every_n_epochs else 0
+            return paired(make(), derived_seed(seed, "batches", *([epoch] if epoch else [])))
 
         data.train_dataloader = train_dataloader  # type: ignore[method-assign]
         if validation:
@@ -43,10 +50,21 @@ class UserData:
 
     def _fresh(self, seed: int) -> L.LightningDataModule:
         given = self._given
-        data = copy.copy(given) if isinstance(given, L.LightningDataModule) else given(seed)
+        data = _copied(given) if isinstance(given, L.LightningDataModule) else given(seed)
         if not isinstance(data, L.LightningDataModule):
             raise ConfigurationError(
                 f"datamodule is a {type(data).__name__}, not a LightningDataModule; give one, or a function of "
                 "the seed that makes one"
             )
         return data
+
+
+def _copied(given: L.LightningDataModule) -> L.LightningDataModule:
+    try:
+        return copy.deepcopy(given, {id(getattr(given, "trainer", None)): None})  # not the trainer that used it before
+    except Exception as error:  # whatever it holds decides how that fails
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ConfigurationError(
+            f"{type(given).__name__} cannot be copied for each run ({why}); give a function of the seed that makes a "
+            "new one, or open files in its setup"
+        ) from error
