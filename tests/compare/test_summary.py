@@ -193,6 +193,12 @@ def test_a_gain_that_a_control_has_too_is_said() -> None:
     assert sentence.endswith("It has 1 seed in common with the best control, fixed_noise: too few to compare.")
 
 
+def test_what_is_worse_than_the_best_control_is_said() -> None:
+    (sentence,) = summarize([*none(), *runs("metaperturb", 0.02), *runs("fixed_noise", 0.04)]).headline
+    assert sentence.startswith("metaperturb helps: accuracy +2.0 points against none (")
+    assert "). It is worse than the best control: accuracy -2.0 points against fixed_noise (95 %" in sentence
+
+
 def test_a_control_that_diverged_is_not_the_best() -> None:
     rows = [*none(), *runs("metaperturb", 0.03), *runs("fixed_noise", 0.0), *runs("shrink_only", 0.02)]
     rows = [dataclasses.replace(one, nll=-math.inf) if one.arm == "shrink_only" else one for one in rows]

@@ -123,7 +123,7 @@ def _against_control(comparison: Comparison) -> str:
     n = comparison.difference.n
     if n < 2:
         return f"It has {_count(n, 'seed')} in common with the best control, {comparison.other}: too few to compare."
-    word = "better" if comparison.better else "not better"
+    word = "better" if comparison.better else "worse" if comparison.decided else "not better"
     few = "; five seeds are needed" if n < SEEDS_NEEDED else ""
     return f"It is {word} than the best control: {_numbers(comparison)}{few}."
 
