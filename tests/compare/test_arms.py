@@ -87,7 +87,7 @@ def test_all_that_stands_in_place_of_phi_acts_at_its_strength(arm: str) -> None:
     assert float(attachment.strength) == pytest.approx(0.6)
     assert float(attachment.fitting.full_strength_at) == pytest.approx(0.3)
     assert arm == "shrink_only" or attachment.perturbation.noise_per == "channel"
-    assert len(attachment.plan) == (2 if arm in ("first_sites", "last_sites") else 1)
+    assert len(attachment.plan) == 1
 
 
 @pytest.mark.parametrize(
@@ -131,11 +131,18 @@ def test_an_arm_is_callbacks_that_can_be_used_elsewhere() -> None:
     assert callbacks_of(parse_arm("none", PHI), CONTEXT) == ([], None)
 
 
-@pytest.mark.parametrize(("half", "names"), [("first", ["0", "1"]), ("last", ["1", "2"])])
-def test_halves_of_the_sites_are_those_by_depth(half, names) -> None:
-    layers = [nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU()) for _ in range(3)]
+@pytest.mark.parametrize(
+    ("half", "share", "names"),
+    [
+        *(("first", 1.0, ["0", "1", "2"]), ("last", 1.0, ["2", "3", "4"])),
+        *(("first", 0.6, ["2", "3"]), ("last", 0.6, ["3", "4"])),
+        *(("first", 0.4, ["3"]), ("last", 0.4, ["4"])),
+    ],
+)
+def test_halves_are_those_by_depth_of_the_sites_that_phi_takes(half: str, share: float, names: list[str]) -> None:
+    layers = [nn.Sequential(nn.Conv2d(2, 2, 1), nn.BatchNorm2d(2), nn.ReLU()) for _ in range(5)]
     net = nn.Sequential(*layers)
-    callback = callbacks_of(parse_arm(f"{half}_sites", PHI), CONTEXT)[1]
+    callback = callbacks_of(parse_arm(f"{half}_sites", replace(PHI, share_of_sites=share)), CONTEXT)[1]
     assert callback is not None
     attachment = callback.attach(net)
     assert [name.partition(".")[0] for name in attachment.plan.names] == names

@@ -103,6 +103,7 @@ def test_beside_metaperturb_both_act_whatever_their_order(tmp_path, first):
     attachment = attachment_of(net)
     assert int(attachment.forwards) > 0
     assert not torch.equal(attachment.sites[0].mean, torch.zeros_like(attachment.sites[0].mean))
+    assert len(made) == len(find_sites(module())) == 4 > len(attachment.sites), "phi takes a share of the sites"
     # The layers act in the three steps, and not while batch norm is re-estimated.
     assert all(len(layer.dropped) == 3 and not layer.evaluated for layer in made)
     assert not any("at_sites" in name for name, _ in net.named_modules())

@@ -1,5 +1,7 @@
 """A comparison continues with what is missing, and never repeats or loses a run."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,7 +16,7 @@ from torch.utils.data import DataLoader
 
 from mp_lightning.compare.arms import Arm, parse_arm
 from mp_lightning.compare.calibration import moments_path, read_moments, write_moments
-from mp_lightning.compare.comparison import RESULTS, _key, carry_out, check_plan
+from mp_lightning.compare.comparison import RESULTS, _identity, _key, carry_out, check_plan
 from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.compare.results import Row
 from mp_lightning.compare.run import RunError
@@ -136,6 +138,18 @@ def test_controls_that_are_matched_to_other_moments_are_told_apart(arm: str) -> 
         return _key(what, replace(parsed, parts=(part,)), 0)
 
     assert key(0.3) == key(0.3) != key(math.nextafter(0.3, 1))
+
+
+@pytest.mark.parametrize("arm", ["first_sites", "last_sites", "metaperturb+dropout:0.1", "metaperturb", "dropout:0.1"])
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_arms_that_act_elsewhere_than_before_are_told_apart(arm: str, share: float) -> None:
+    """Halves were those of all sites, and layers beside phi were at its sites."""
+    what = plan([parse_arm(arm, replace(PHI, share_of_sites=share))], 1)
+    parts = [_identity(part) for part in what.arms[0].parts]
+    before = [*parts, ["tested when training has ended"]] if arm != "dropout:0.1" else parts
+    digest = hashlib.sha256(json.dumps([{}, before], sort_keys=True).encode()).hexdigest()[:12]
+    same = share == 1 or arm in ("metaperturb", "dropout:0.1")
+    assert (_key(what, what.arms[0], 0).settings == digest) == same
 
 
 def test_a_control_is_made_again_when_its_moments_are_and_not_when_they_are_brought_back(tmp_path: Path) -> None:

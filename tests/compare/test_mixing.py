@@ -215,13 +215,13 @@ def test_beside_metaperturb_perturbed_features_are_mixed(tmp_path):
 
     class Watch(Forced):
         def on_train_batch_start(self, trainer, pl_module, *args):
-            site = attachment_of(pl_module).sites[1]
+            site = attachment_of(pl_module).sites[1]  # the last of all four
             site.register_forward_hook(lambda site, args, y: before.append((args[0], y)), prepend=True)
             site.register_forward_hook(lambda site, args, y: after.append(y))
 
-    trainer(tmp_path, [Watch(2), MetaPerturbCallback(ramp_steps=10, full_strength_at=1)], max_epochs=1).fit(
-        net, loader(2)
-    )
+    watch = Watch(4)
+    trainer(tmp_path, [watch, MetaPerturbCallback(ramp_steps=10, full_strength_at=1)], max_epochs=1).fit(net, loader(2))
+    assert watch.places == 5, "phi takes a share of the sites, and mixup all"
     x, perturbed = before[1]  # in the first step the ramp is at zero
     assert not torch.equal(x, perturbed)
     assert torch.equal(after[1], mixed(perturbed))

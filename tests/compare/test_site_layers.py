@@ -13,7 +13,7 @@ from lightning_modules import module
 from mp_lightning import MetaPerturbCallback, attachment_of, find_sites
 from mp_lightning.compare.layers import DropBlock, InformationDropout
 from mp_lightning.compare.site_layers import SiteLayers
-from mp_lightning.errors import ConfigurationError
+from mp_lightning.errors import ConfigurationError, SiteError
 from research_nets import ResearchResNet
 
 
@@ -92,13 +92,57 @@ def test_weights_load_while_layers_are_there():
         net.load_state_dict({})
 
 
-def test_a_site_that_the_attachment_lacks_is_named():
-    net = module()
+class Activating(nn.Module):
+    """A layer with an activation function of its own, which is no call of the network's."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.inputs = inputs
+
+    def forward(self, x):
+        self.inputs.append(x.detach().clone())
+        return torch.relu(x) - torch.relu(-x)
+
+
+@pytest.mark.parametrize("make", [module, ResearchResNet])
+@pytest.mark.parametrize("last", [True, False])
+def test_beside_a_perturbation_at_some_sites_layers_act_at_all(make, last):
+    net = make().train()
+    x = torch.randn(2, 3, 16, 16)
     plan = find_sites(net)
-    MetaPerturbCallback(sites=plan.only(plan.names[0])).attach(net)
+    chosen = plan.only(plan.names[-1] if last else plan.names[0])
+    MetaPerturbCallback(sites=chosen, ramp_steps=0, seed=0).attach(net)
+    attachment = attachment_of(net)
+
+    def output():
+        attachment.forwards.zero_()
+        torch.manual_seed(0)
+        return net(x)
+
+    before, plain = trace(net), output()
+    inputs = []
+    layers = SiteLayers(net, lambda channels: Activating(inputs), "layer")
+    assert torch.equal(output(), plain), "phi acts as without the layers, which change nothing"
+    assert len(inputs) == len(plan) == len(layers.layers()) > len(attachment.plan)
+    assert attachment_of(net) is attachment
+    layers.remove()
+    assert trace(net) == before
+    dropout = SiteLayers(net, lambda channels: Seen(), "dropout")
+    twin = copy.deepcopy(net)
+    twin(x)
+    assert [[len(part.dropped) for part in of.modules() if isinstance(part, Seen)] for of in (net, twin)] == [
+        [0] * len(plan),
+        [1] * len(plan),
+    ]
+    dropout.remove()
+
+
+def test_a_plan_of_another_model_is_refused_beside_a_perturbation():
+    net = module()
+    MetaPerturbCallback().attach(net)
     before = trace(net)
-    with pytest.raises(ConfigurationError, match=f"without site '{plan.names[1]}'"):
-        SiteLayers(net, lambda channels: nn.Dropout(), "dropout", sites=plan)
+    with pytest.raises(SiteError, match="does not fit"):
+        SiteLayers(net, lambda channels: nn.Dropout(), "dropout", sites=find_sites(ResearchResNet()))
     assert trace(net) == before
 
 

@@ -48,7 +48,10 @@ def run(config: DictConfig, path: Path) -> None:
 
 
 def _fine_tuning(given: CompareSettings) -> str:
-    """What is said where a network that was trained already meets arms that multiply its features by about a half."""
+    """What is said where a network that was trained already meets arms that multiply its features by about a half.
+
+    mean_one does not shrink them; at the start it may do the opposite, as it divides by the mean when training ends.
+    """
     assert given.weights is not None
     text = f"Fine-tuning the weights of {given.weights.path}; the last layer starts afresh unless it fits."
     shrinking = [arm.name for arm in given.arms if any(p.kind.multiplies and p.name != "mean_one" for p in arm.parts)]
@@ -59,7 +62,7 @@ def _fine_tuning(given: CompareSettings) -> str:
         return f"{text} {', '.join(shrinking)}: {slowly}"
     return (
         f"{text} {', '.join(shrinking)}: with ramp=false the features shrink by half at once, which undoes what the "
-        "network has learned; ramp=true or the arm mean_one spares it."
+        "network has learned; ramp=true lets them do so slowly."
     )
 
 

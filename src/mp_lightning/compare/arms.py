@@ -2,6 +2,10 @@
 
 An arm is written as one name, ``dropout``, with a value where it takes one, ``dropout:0.3`` or
 ``metaperturb:phi.safetensors``, and combined with others by ``+``. Each is callbacks that can be used without us.
+
+Layers (``dropout``, ``dropblock`` and the like) act at all sites that :func:`~mp_lightning.find_sites` gives, alone and
+in combinations. What stands in place of phi acts at the share of them that phi comes with, a third for the default one.
+Controls are matched to phi by itself, in combinations, too.
 """
 
 import math
@@ -21,6 +25,7 @@ from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import NamedPhi, NoisePer, Perturbation, initial_phi, load_phi
 from mp_lightning.sites import Attachment, SitePlan, find_sites
+from mp_lightning.sites.choice import is_share
 
 BASELINE = "none"
 Role = Literal["baseline", "regularizer", "learned", "control", "ablation"]
@@ -59,12 +64,12 @@ def _multiplies(role: Role, what: str, *, takes_phi: bool = True, needs_moments:
 
 KINDS: dict[str, Kind] = {
     BASELINE: Kind("baseline", "no regularizer but the weight decay and augmentation that all arms have"),
-    "dropout": Kind("regularizer", "torch's Dropout at the sites", "p", (0.1, 0.03, 0.3, 0.5)),
-    "dropblock": Kind("regularizer", "torchvision's DropBlock at the sites", "p", (0.05, 0.02, 0.1, 0.2)),
-    "gaussian": Kind("regularizer", "multiplication by N(1, std^2) at the sites", "std", (0.3, 0.15, 0.6, 1.0)),
+    "dropout": Kind("regularizer", "torch's Dropout at all sites", "p", (0.1, 0.03, 0.3, 0.5)),
+    "dropblock": Kind("regularizer", "torchvision's DropBlock at all sites", "p", (0.05, 0.02, 0.1, 0.2)),
+    "gaussian": Kind("regularizer", "multiplication by N(1, std^2) at all sites", "std", (0.3, 0.15, 0.6, 1.0)),
     "mixup": Kind("regularizer", "torchvision's MixUp of images", "alpha", (0.4, 0.2, 1.0, 2.0)),
-    "manifold_mixup": Kind("regularizer", "Manifold Mixup at the input or a site", "alpha", (1.0, 0.2, 2.0, 0.5)),
-    "information_dropout": Kind("regularizer", "Information Dropout at the sites", "beta", (0.1, 0.01, 1.0, 0.3)),
+    "manifold_mixup": Kind("regularizer", "Manifold Mixup at the input or any site", "alpha", (1.0, 0.2, 2.0, 0.5)),
+    "information_dropout": Kind("regularizer", "Information Dropout at all sites", "beta", (0.1, 0.01, 1.0, 0.3)),
     "label_smoothing": Kind("regularizer", "smoothed labels", "smoothing", (0.1, 0.05, 0.2, 0.3)),
     "metaperturb": _multiplies("learned", "phi"),
     "fixed_noise": _multiplies("control", "constant noise with the moments of phi's multiplier", needs_moments=True),
@@ -72,9 +77,9 @@ KINDS: dict[str, Kind] = {
     "random_phi": _multiplies("control", "phi as it is before meta-training", takes_phi=False),
     "noise_only": _multiplies("ablation", "phi's noise without its scale"),
     "scale_only": _multiplies("ablation", "phi's scale without its noise"),
-    "first_sites": _multiplies("ablation", "phi at the first half of the sites"),
-    "last_sites": _multiplies("ablation", "phi at the last half of the sites"),
-    "mean_one": _multiplies("ablation", "phi's multiplier divided by its mean at each site", needs_moments=True),
+    "first_sites": _multiplies("ablation", "phi at the first half of its sites"),
+    "last_sites": _multiplies("ablation", "phi at the last half of its sites"),
+    "mean_one": _multiplies("ablation", "phi's multiplier over its mean when training ends", needs_moments=True),
 }
 
 
@@ -213,12 +218,13 @@ def callbacks_of(arm: AnyArm, context: Context) -> tuple[list[Callback], MetaPer
 
 
 class FirstSites(MetaPerturbCallback):
-    """:class:`MetaPerturbCallback` at the first half of the sites; of three sites, the first two."""
+    """:class:`MetaPerturbCallback` at the first half of the sites that it would take; of three, the first two."""
 
     def attach(self, module: nn.Module) -> Attachment:
-        if self.sites is None:
-            every = list(find_sites(module))
-            self.sites = SitePlan(every[: math.ceil(_HALF * len(every))])
+        share = self.phi.share_of_sites if self.sites is None else self.sites
+        if is_share(share):
+            taken = list(find_sites(module, self.target, share))
+            self.sites = SitePlan(taken[: math.ceil(_HALF * len(taken))])
         return super().attach(module)
 
 
@@ -295,9 +301,9 @@ def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
         case "metaperturb":
             return MetaPerturbCallback(part.phi, **options)
         case "first_sites":
-            return FirstSites(part.phi, **{**options, "sites": None})
+            return FirstSites(part.phi, **options)
         case "last_sites":
-            return MetaPerturbCallback(part.phi, **{**options, "sites": _HALF})
+            return MetaPerturbCallback(part.phi, **{**options, "sites": _HALF * part.sites})
         case "noise_only":
             return MetaPerturbCallback(perturbation=NoiseOnly(part.phi.phi, noise_per=part.noise_per), **options)
         case "scale_only":

@@ -18,7 +18,7 @@ from mp_lightning.sites import SitePlan
 
 
 class AtSites(Callback):
-    """Layers behind the sites of a module while it trains; beside MetaPerturbCallback, both act.
+    """Layers behind the sites of a module while it trains; beside MetaPerturbCallback, both act, at shared sites too.
 
     In evaluation, and after ``fit``, the model is as without them. Parameters of the layers are trained by the first
     optimizer, with the settings of its first group; in a checkpoint the layers are part of the state of this callback.
@@ -31,7 +31,7 @@ class AtSites(Callback):
     Args:
         make_layer: makes the layer for a site, from its number of channels.
         name: what it is called; two of these callbacks in one run need two names. Without dots.
-        sites: where; None takes the sites that the module is attached at, or finds them.
+        sites: where; None takes all that :func:`~mp_lightning.find_sites` gives, of which phi may take a share.
     """
 
     def __init__(self, make_layer: Callable[[int], nn.Module], name: str, sites: SitePlan | None = None) -> None:
@@ -108,7 +108,7 @@ class InformationDropoutCallback(AtSites):
     Args:
         beta: weight of the cost.
         max_alpha: the largest size of the noise.
-        sites: where; None takes the sites that the module is attached at, or finds them.
+        sites: where; None takes all that :func:`~mp_lightning.find_sites` gives, of which phi may take a share.
 
     Raises:
         ConfigurationError: an argument is out of range.

@@ -207,6 +207,11 @@ def settings_digest(settings: dict[str, Any], arm: AnyArm, *, steps: int | None,
         parts.append(["all of the strength from", SHORTEST_RUN])  # steps on; before, short runs had other ramps
     if not isinstance(arm, Arm):
         parts += [["moments", moments_digest(part.moments)] for part in arm.parts if part.moments is not None]
+    if not isinstance(arm, Arm) and any(part.sites != 1 for part in arm.parts):
+        if any(part.name in ("first_sites", "last_sites") for part in arm.parts):
+            parts.append(["halves of phi's sites"])  # before, of all sites
+        if any(part.name in _AT_SITES for part in arm.parts):
+            parts.append(["layers at all sites"])  # before, at phi's
     if isinstance(arm, Arm) or any(part.kind.multiplies for part in arm.parts):
         parts.append(["tested when training has ended"])  # before, runs were tested by one noisy forward
     text = json.dumps([settings, parts], sort_keys=True, default=str)

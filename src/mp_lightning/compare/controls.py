@@ -148,9 +148,12 @@ class ScaleOnly(MetaPerturb):
 class MeanOne(MetaPerturb):
     """phi's multiplier divided by its mean at the site.
 
-    A network that is trained already would be disturbed by a multiplier of about 0.4 at each site; this one leaves the
-    mean of its features alone. The means are set by :func:`set_constants` from the moments of phi's own multiplier; a
-    perturbed site changes what the sites behind it see, so that the mean there is about 1 and not just 1.
+    The means are set by :func:`set_constants` from the moments of phi's own multiplier, and stay as they are. Where
+    these were measured on the network as it is, as on one that is trained already, the mean of its features is left
+    about alone; a perturbed site changes what the sites behind it see, so that the mean there is about 1 and not just
+    1. In ``compare`` they are those at the end of a training with phi, and phi's multiplier falls as a network learns:
+    in the first steps, as far as its strength acts, features are multiplied by more than 1, by 1.6 to 3.3 where it was
+    looked at.
     """
 
     name = "mean_one"

@@ -136,7 +136,7 @@ class ManifoldMixup(BatchTransform):
     Args:
         num_classes: of the data.
         alpha: of the distribution of the weight; 2 in the paper.
-        sites: which sites; None takes those that the module is attached at, or finds them.
+        sites: which sites; None takes all that :func:`~mp_lightning.find_sites` gives, also beside MetaPerturbCallback.
 
     Raises:
         ConfigurationError: an argument is out of range; by the run, where a site is not reached by ``training_step``,

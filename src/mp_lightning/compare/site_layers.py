@@ -8,7 +8,8 @@ from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import NoiseKey, Norms, Perturbed, Statistics
-from mp_lightning.sites import SitePlan, attach, attachment_of
+from mp_lightning.sites import Attachment, SitePlan, SiteSpec, attach, attachment_of, choose_sites
+from mp_lightning.sites.fitting import OFF
 from mp_lightning.sites.layout import as_maps, from_maps
 from mp_lightning.sites.site import Site
 
@@ -37,36 +38,67 @@ class Identity:
         """Nothing is measured."""
 
 
+class _Beside(Attachment):
+    """Further sites of a model that is attached already, to :class:`Identity`; no submodule of the model."""
+
+    def __init__(self, first: Attachment, plan: SitePlan) -> None:
+        self.__dict__["_first"] = first
+        super().__init__(
+            first.model,
+            plan,
+            Identity(),
+            phi_name=Identity.name,
+            channel_norm=plan.channel_norm,
+            input_size=1,
+            strength=1.0,
+            full_strength_at=OFF,
+            seed=0,
+            clip=None,
+            synchronize=False,
+            persistent=False,
+        )
+        self.to(first.coeff.device)
+
+    @property
+    def perturbing(self) -> bool:
+        """Shared: activations that either computes at a site are calls of the model for neither."""
+        first: Attachment = self.__dict__["_first"]
+        return first.perturbing
+
+    @perturbing.setter
+    def perturbing(self, value: bool) -> None:
+        self.__dict__["_first"].perturbing = value
+
+
 class SiteHooks:
-    """Forward hooks on the sites of a model; one that is not attached yet is attached, to :class:`Identity`.
+    """Forward hooks on the sites of a model; where it is not attached yet it is attached, to :class:`Identity`.
 
     A hook is called as ``hook(site, (x, call, training), y)`` and may return what is to stand in place of y; as for
     every module of torch.
 
     Args:
-        model: any module.
-        sites: which sites; None takes those of the attachment, or finds them.
+        model: any module. One that is attached at some of the sites, or at others, keeps its perturbation there.
+        sites: which sites; None takes all that :func:`~mp_lightning.find_sites` gives.
 
     Raises:
-        SiteError: the model has no site.
-        ConfigurationError: the model is attached already, without one of ``sites``.
+        SiteError: the model has no site, or ``sites`` do not fit it.
     """
 
     def __init__(self, model: nn.Module, sites: SitePlan | None = None) -> None:
         attachment = attachment_of(model)
-        self._attached = None
+        self._attached: Attachment | None = None
         if attachment is None:
             # The identity does not ask for the size of the input, which can then remain unknown.
-            attachment = attach(model, perturbation=Identity(), sites=sites, clip=None, input_size=1)
-            self._attached = attachment
-        by_name = {site.spec.name: site for site in attachment.sites if isinstance(site, Site)}
-        chosen = list(by_name) if sites is None else sites.names
-        absent = [name for name in chosen if name not in by_name]
-        if absent:
-            raise ConfigurationError(
-                f"the model is attached already, without site '{absent[0]}'; give sites= out of {', '.join(by_name)}"
-            )
-        self.sites = [by_name[name] for name in chosen]
+            attachment = self._attached = attach(model, perturbation=Identity(), sites=sites, clip=None, input_size=1)
+            plan, found = attachment.plan, _by_place(attachment)
+        else:
+            plan = choose_sites(attachment.model, sites)
+            found = _by_place(attachment)
+            further = [spec for spec in plan if _place(spec) not in found]
+            if further:
+                self._attached = _Beside(attachment, SitePlan(further))
+                found |= _by_place(self._attached)
+        self.sites = [found[_place(spec)] for spec in plan]
         self._handles: list[RemovableHandle] = []
 
     def register(self, hooks: Iterable[Callable[..., Any]]) -> None:
@@ -80,6 +112,14 @@ class SiteHooks:
         if self._attached is not None:
             self._attached.detach()
             self._attached = None
+
+
+def _place(spec: SiteSpec) -> tuple[str, str | None, int]:
+    return spec.scope, spec.activation, spec.call
+
+
+def _by_place(attachment: Attachment) -> dict[tuple[str, str | None, int], Site]:
+    return {_place(site.spec): site for site in attachment.sites if isinstance(site, Site)}
 
 
 class SiteLayer(nn.Module):
