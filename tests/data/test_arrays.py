@@ -83,6 +83,8 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         (COLOUR, LABELS.astype(float), None, "type float64"),
         (COLOUR, LABELS - 1, None, "label -1 of"),
         (COLOUR, LABELS + 1, ["a", "b"], "label 2 of"),
+        (COLOUR, LABELS + 1, None, "label 0: number the classes from 0 without gaps"),
+        (COLOUR, LABELS * 2, None, "label 1: number the classes from 0 without gaps"),
         (COLOUR, LABELS * 10**9, None, "label 1000000000 of"),
         (COLOUR, LABELS * 0 + 1, ["a", "b"], "at least two classes"),
     ],

@@ -29,8 +29,8 @@ def image_set(
         size: resize the shorter side to so many pixels and crop the centre; without it images must be square.
 
     Raises:
-        DataError: no images, fewer than two classes, a label out of range, shapes that do not fit, values that are
-            not finite, out of range, or integers of 0 and 1 alone.
+        DataError: no images, fewer than two classes, a label out of range, without names one that no image has,
+            shapes that do not fit, values that are not finite, out of range, or integers of 0 and 1 alone.
         ConfigurationError: the size is below 1.
     """
     if size is not None and size < 1:
@@ -113,4 +113,7 @@ def _class_names(name: str, labels: np.ndarray, classes: Sequence[str] | None) -
         raise DataError(f"label {culprit} of '{name}' is out of range: number the classes from 0 without gaps")
     if low == high:
         raise DataError(f"all images of '{name}' have the label {low}: give at least two classes")
+    if classes is None and len(np.unique(labels)) <= high:
+        empty = int(np.flatnonzero(np.bincount(labels) == 0)[0])
+        raise DataError(f"no image of '{name}' has the label {empty}: number the classes from 0 without gaps")
     return tuple(str(number) for number in range(high + 1)) if classes is None else tuple(map(str, classes))

@@ -71,15 +71,8 @@ class ImageSource:
         self._on_progress = on_progress
 
     def load(self, dataset: str, size: int) -> tuple[ImageSet, ImageSet | None]:
-        """Training and test images, under a name that can be a part of a task's name.
-
-        Raises:
-            DataError: classes without names have a gap, as where labels count from 1, or what ``load_source`` raises.
-        """
+        """Training and test images, under a name that can be a part of a task's name."""
         train, test = load_source(dataset, self._root, size, self._on_progress)
-        empty = sorted(set(range(train.num_classes)) - set(train.labels.tolist()))
-        if empty and train.classes == tuple(map(str, range(train.num_classes))):
-            raise DataError(f"no image of '{dataset}' has the label {empty[0]}: number the classes from 0 without gaps")
         return replace(train, name=plain_name(train.name)), test
 
     def source(self, settings: SourceSettings) -> tuple[Source, ImageSet | None]:
