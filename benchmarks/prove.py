@@ -6,13 +6,15 @@
 FOLDER holds imagenette.npz, cifar10.npz, cub.npz and so on, each with x_train, y_train, x_test and y_test; in cub84.npz
 are the images of cub.npz with 84 pixels, and in resnet20.safetensors the weights that are fine-tuned. Each comparison
 is a run folder of ``compare`` below --runs, so that the same command continues one that was killed, and adds seeds and
-arms. Finished runs are appended to benchmarks/results/compare.csv, which is all that the page needs. From it a run
-folder that was lost goes on. By default the phi of the comparisons is the default one; --arms names another, as
+arms. Finished runs are appended to benchmarks/results/compare.csv, which is all that the page needs. From it, and the
+moments that controls are matched to, which are kept beside it, a run folder that was lost goes on. By default the phi
+of the comparisons is the default one; --arms names another, as
 none,metaperturb:tiny-imagenet-2,fixed_noise:tiny-imagenet-2.
 """
 
 import argparse
 import csv
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -103,13 +105,15 @@ def published_phi(path: Path, folder: Path) -> None:
     save_phi(folder / PUBLISHED, phi, {"kind": "the phi that the authors of MetaPerturb published"})
 
 
-def bring_back(proof: Proof, runs: Path, results: Path) -> None:
-    """Give a run folder that is not there, as on another machine, the rows that are kept of it."""
-    rows = [row for row in _rows(results) if row["comparison"] == str(proof)]
+def bring_back(proof: Proof, runs: Path, results: Path, arms: list[str] | None = None) -> None:
+    """Give a run folder that is not there, as on another machine, the rows that are kept of it, or of some arms."""
+    rows = [row for row in _rows(results) if row["comparison"] == str(proof) and (not arms or row["arm"] in arms)]
     place = runs / proof.name / "results.csv"
     if not rows or place.exists():
         return
     place.parent.mkdir(parents=True, exist_ok=True)
+    if not arms:
+        _copy_new(_moments(proof, results), place.parent)
     columns = [column for column in rows[0] if column != "comparison"]
     with place.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
@@ -129,6 +133,7 @@ def make(proof: Proof, given: argparse.Namespace, arms: list[str]) -> None:
 
 def keep(proof: Proof, runs: Path, results: Path) -> None:
     """Add the finished runs of a comparison that are not there yet; the file is replaced as a whole."""
+    _copy_new(runs / proof.name, _moments(proof, results))
     kept = _rows(results)
     known = {(row["comparison"], row["arm"], row["seed"]): row["settings"] for row in kept}
     found = [{"comparison": str(proof), **row} for row in _rows(runs / proof.name / "results.csv")]
@@ -157,6 +162,19 @@ def make_and_keep(proof: Proof, given: argparse.Namespace, arms: list[str]) -> N
         make(proof, given, arms)
     finally:
         keep(proof, given.runs, given.out)
+
+
+def _moments(proof: Proof, results: Path) -> Path:
+    """Folder of the moments that controls of a comparison are matched to."""
+    return results.parent / "moments" / proof.name
+
+
+def _copy_new(source: Path, target: Path) -> None:
+    """Copy the files of moments that are not there yet."""
+    for file in source.glob("moments-*.json"):
+        target.mkdir(parents=True, exist_ok=True)
+        if not (target / file.name).exists():
+            shutil.copyfile(file, target / file.name)
 
 
 def _rows(path: Path) -> list[dict[str, str]]:

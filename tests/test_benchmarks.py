@@ -134,9 +134,16 @@ def test_a_run_folder_that_was_lost_goes_on_from_the_kept_rows(tmp_path):
     path, proof = kept(tmp_path, **ARMS_KEPT)
     results = tmp_path / "runs" / proof.name / "results.csv"
     before = list(Store(results)._rows.values())
+    moments = results.with_name("moments-0123.json")
+    moments.write_text("measured once")
+    prove.keep(proof, tmp_path / "runs", path)
+    moments.write_text("measured again")
+    prove.keep(proof, tmp_path / "runs", path)  # the rows that are kept are of the first ones
     results.unlink()
+    moments.unlink()
     prove.bring_back(proof, tmp_path / "runs", path)
     assert list(Store(results)._rows.values()) == before and len(before) == 20
+    assert moments.read_text() == "measured once"
     content = results.read_text()
     prove.bring_back(proof, tmp_path / "runs", path)
     assert results.read_text() == content

@@ -11,7 +11,7 @@ from mp_lightning.meta.checkpoint import checkpoints, read_checkpoint
 from mp_lightning.perturbation import load_phi
 
 TWENTY = ["meta.steps=20"]
-SETS = [("many", 4, 40), ("few", 3, 8), ("target", 3, 8)]
+SETS = [("many", 4, 40), ("few", 3, 8), ("target", 2, 8)]
 
 
 def save_pictures(folder: Path) -> list[str]:

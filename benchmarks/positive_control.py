@@ -1,0 +1,99 @@
+"""Does constant noise do as well when it is matched to what passes the activation, and to phi's noise alone?
+
+    python -m benchmarks.positive_control --data FOLDER --only imagenette-conv4
+
+The control ``fixed_noise`` of ``compare`` has the mean and the variance of phi's multiplier over all elements. Those of
+negative features are discarded by the ReLU behind the site, and a part of the variance is no noise: the multiplier
+differs from feature to feature. Here the control has the mean of the multiplier where features are positive, and the
+variance that noise alone gives it there. All else is as in benchmarks.prove, of which --only names a comparison, and
+whose rows of the other arms are taken over from benchmarks/results/compare.csv.
+"""
+
+import argparse
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.options import some_of
+from benchmarks.prove import PROOFS, RESULTS, bring_back, keep
+from mp_lightning.cli.app import main as command
+from mp_lightning.compare import calibration
+from mp_lightning.compare.moments import SiteMoments
+from mp_lightning.perturbation.files import DEFAULT_PHI
+from mp_lightning.sites import Attachment
+from mp_lightning.sites.site import Site
+
+OUT = RESULTS.with_name("positive_control.csv")
+OTHERS = ["none", f"metaperturb:{DEFAULT_PHI}"]
+ARMS = ",".join([*OTHERS, f"fixed_noise:{DEFAULT_PHI}"])
+
+
+def positive_moments(attachment: Attachment, forwards: Iterable[Callable[[], Any]]) -> list[SiteMoments]:
+    """Mean of the multiplier, and the variance that noise alone gives it, over positive features, at each site.
+
+    In place of :func:`mp_lightning.compare.moments.site_moments`, with the same arguments.
+    """
+    sums: dict[str, Tensor] = {}  # count, sum of multipliers, sum of squares of what noise adds; float64
+    perturbation, current = attachment.perturbation, [""]
+    computed = perturbation.multiplier
+
+    def note(site: nn.Module, args: Any) -> None:
+        assert isinstance(site, Site)
+        current[0] = site.spec.name
+
+    def measured(x: Tensor, eps: Tensor | None, *args: Any) -> Tensor:
+        multiplier = computed(x, eps, *args)
+        positive = (x > 0).double()
+        noise = (multiplier - computed(x, None, *args)).double()
+        found = [positive.sum(), (positive * multiplier).sum(), (positive * noise.square()).sum()]
+        sums[current[0]] = sums.get(current[0], 0) + torch.stack(found)
+        return multiplier
+
+    handles = [site.register_forward_pre_hook(note) for site in attachment.sites]
+    path, attachment.path = attachment.path, "reference"
+    vars(perturbation)["multiplier"] = measured
+    try:
+        for forward in forwards:
+            forward()
+    finally:
+        attachment.path = path
+        del vars(perturbation)["multiplier"]
+        for handle in handles:
+            handle.remove()
+    return [
+        SiteMoments(name, float(total / count), float(squares / count))
+        for name, (count, total, squares) in ((name, sums[name]) for name in attachment.plan.names)
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = [proof.name for proof in PROOFS]
+    parser.add_argument("--data", type=Path, required=True, help="folder with the npz files of the targets")
+    parser.add_argument("--only", required=True, help="one of the comparisons")
+    parser.add_argument("--seeds", type=int, default=15)
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--runs", type=Path, default=Path("runs/positive_control"))
+    parser.add_argument("--out", type=Path, default=OUT)
+    given = parser.parse_args()
+    (name,) = some_of(parser, "only", given.only, names)
+    (proof,) = [proof for proof in PROOFS if proof.name == name]
+    given.runs.mkdir(parents=True, exist_ok=True)
+    runs, out = given.runs.resolve(), given.out.resolve()
+    bring_back(proof, runs, out)
+    bring_back(proof, runs, RESULTS, OTHERS)  # where there is nothing yet
+    calibration.site_moments = positive_moments
+    words = [*proof.words(given.data), f"arms=[{ARMS}]", f"seeds={given.seeds}", f"jobs={given.jobs}"]
+    os.chdir(runs)
+    try:
+        command(["compare", *words, f"hydra.run.dir={proof.name}"])
+    finally:
+        keep(proof, runs, out)
+
+
+if __name__ == "__main__":
+    main()
