@@ -16,16 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from benchmarks.options import some_of
 from benchmarks.prove import PROOFS, RESULTS, bring_back, keep
 from mp_lightning.cli.app import main as command
 from mp_lightning.compare import calibration
-from mp_lightning.compare.moments import SiteMoments
+from mp_lightning.compare.moments import SiteMoments, watching
 from mp_lightning.perturbation.files import DEFAULT_PHI
 from mp_lightning.sites import Attachment
-from mp_lightning.sites.site import Site
 
 OUT = RESULTS.with_name("positive_control.csv")
 OTHERS = ["none", f"metaperturb:{DEFAULT_PHI}"]
@@ -38,32 +37,16 @@ def positive_moments(attachment: Attachment, forwards: Iterable[Callable[[], Any
     In place of :func:`mp_lightning.compare.moments.site_moments`, with the same arguments.
     """
     sums: dict[str, Tensor] = {}  # count, sum of multipliers, sum of squares of what noise adds; float64
-    perturbation, current = attachment.perturbation, [""]
-    computed = perturbation.multiplier
 
-    def note(site: nn.Module, args: Any) -> None:
-        assert isinstance(site, Site)
-        current[0] = site.spec.name
-
-    def measured(x: Tensor, eps: Tensor | None, *args: Any) -> Tensor:
-        multiplier = computed(x, eps, *args)
+    def add(site: str, x: Tensor, multiplier: Tensor, expected: Callable[[], Tensor]) -> None:
         positive = (x > 0).double()
-        noise = (multiplier - computed(x, None, *args)).double()
+        noise = (multiplier - expected()).double()
         found = [positive.sum(), (positive * multiplier).sum(), (positive * noise.square()).sum()]
-        sums[current[0]] = sums.get(current[0], 0) + torch.stack(found)
-        return multiplier
+        sums[site] = sums.get(site, 0) + torch.stack(found)
 
-    handles = [site.register_forward_pre_hook(note) for site in attachment.sites]
-    path, attachment.path = attachment.path, "reference"
-    vars(perturbation)["multiplier"] = measured
-    try:
+    with watching(attachment, add):
         for forward in forwards:
             forward()
-    finally:
-        attachment.path = path
-        del vars(perturbation)["multiplier"]
-        for handle in handles:
-            handle.remove()
     return [
         SiteMoments(name, float(total / count), float(squares / count))
         for name, (count, total, squares) in ((name, sums[name]) for name in attachment.plan.names)

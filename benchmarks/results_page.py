@@ -21,17 +21,16 @@ _INTRODUCTION = """# Does it help?
 Made by `python -m benchmarks.results_page` from [compare.csv](../benchmarks/results/compare.csv), one row a run, which
 `python -m benchmarks.prove` makes by the command `compare`. `metaperturb:NAME` is a phi that comes with the package,
 `metaperturb:published.safetensors` the one that the authors of the paper published, at full strength. The controls
-`fixed_noise:NAME` and `shrink_only:NAME` have constant noise, or none, with the moments that the multiplier of that
-phi has at each site at the end of one more run, and its strength, noise and sites; it is these that any other phi is
-compared with as well. Where the strength of a phi follows the training loss, that of its controls does too, each by
-the loss of its own run. Scores are of one forward by expected noise, with batch norm re-estimated for it. Intervals
-are 95 % t intervals over seeds; p values of paired t tests are corrected by Holm's method over the arms and over
-accuracy and NLL. The csv file says what each run was made on; times were taken beside other work, and are not to be
-compared.
+`fixed_noise:NAME` and `shrink_only:NAME` have constant noise, or none, with the moments that the multiplier of that phi
+has at each site at the end of one more run, and its strength, noise and sites; it is these that any other phi is
+compared with as well. These moments are in [moments](../benchmarks/results/moments), but for those on DTD and CUB and
+with ResNet20, which were not kept; another such run would give others, which intervals leave out. Where the strength of
+a phi follows the training loss, that of its controls does too, each by the loss of its own run. Scores are of one
+forward by expected noise, with batch norm re-estimated for it. Intervals are 95 % t intervals over seeds; p values of
+paired t tests are corrected by Holm's method over the arms and over accuracy and NLL. The csv file says what each run
+was made on; times were taken beside other work, and are not to be compared.
 """
-_CAPTION = (
-    "Differences from no regularizer in accuracy and NLL, with 95 % intervals over five seeds, of each comparison"
-)
+_CAPTION = "Differences from no regularizer in accuracy and NLL, with 95 % intervals over seeds, of each comparison"
 
 
 def read(path: Path) -> dict[str, list[Row]]:

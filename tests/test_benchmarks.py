@@ -10,13 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import prove, results_page, results_picture, validation_targets, variants
+from benchmarks import positive_control, prove, results_page, results_picture, validation_targets, variants
 from benchmarks.measure import interleaved
 from benchmarks.table import Table
 
+from mp_lightning import attach
+from mp_lightning.backbones import build_backbone
 from mp_lightning.cli.words import compose
 from mp_lightning.compare.architecture import Architecture
 from mp_lightning.compare.arms import parse_arm
+from mp_lightning.compare.controls import FixedNoise
 from mp_lightning.compare.results import Row
 from mp_lightning.compare.store import Store
 from mp_lightning.perturbation import load_phi
@@ -311,3 +314,22 @@ def test_a_file_that_is_no_target_is_named(tmp_path):
 def test_what_cannot_be_compared_is_named(tmp_path, wrong, named):
     printed = run("benchmarks.variants", "--data", str(tmp_path), "--runs", str(tmp_path / "runs"), *wrong, expect=2)
     assert named in printed.splitlines()[-1] and "Traceback" not in printed
+
+
+def test_the_positive_control_is_matched_where_features_pass_the_activation():
+    """By a perturbation that is 2 where features are positive and 0 elsewhere, with noise of deviation 0.5 there."""
+    torch.manual_seed(0)
+    model = build_backbone("conv4", 3, width=4, image_size=16)
+
+    class Doubling(FixedNoise):
+        def multiplier(self, x, eps, statistics, norms):
+            positive = (x > 0).to(x.dtype)
+            return positive * (2 if eps is None else 2 + 0.5 * eps)
+
+    attachment = attach(model, perturbation=Doubling(), sites=1, ramp_steps=0)
+    images = torch.rand(1024, 3, 16, 16)
+    found = positive_control.positive_moments(attachment, [lambda: model(images)] * 3)
+    assert [site for site, _, _ in found] == list(attachment.plan.names)
+    for _, mean, var in found:
+        assert mean == pytest.approx(2, abs=0.02) and var == pytest.approx(0.25, rel=0.05)
+    assert "multiplier" not in vars(attachment.perturbation)

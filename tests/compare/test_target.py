@@ -35,7 +35,7 @@ def test_each_seed_draws_its_own_images_and_all_have_the_same_test_images(tmp_pa
     first, again, other = (target.drawn(seed) for seed in (0, 0, 1))
     assert torch.bincount(first.labels).tolist() == [3, 3]
     assert identities(first.images) == identities(again.images) != identities(other.images)
-    assert identities(target.test.images) == {100, 101}
+    assert identities(target.test.images) == {100, 102}
     whole = read_target(path, tmp_path, 8, **OPTIONS)
     assert whole.drawn(0) is whole.drawn(1) is whole.train
 

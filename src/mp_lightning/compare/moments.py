@@ -1,6 +1,7 @@
 """What the multiplier is at each site of a model, measured."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -33,6 +34,30 @@ def site_moments(attachment: Attachment, forwards: Iterable[Callable[[], Any]]) 
         In the order of the plan; sites that were not reached are left out.
     """
     sums: dict[str, Tensor] = {}  # count, sum, sum of squares; float64
+
+    def add(site: str, x: Tensor, multiplier: Tensor, expected: Callable[[], Tensor]) -> None:
+        # Broadcast evenly, so that the means of what is there are those over all elements.
+        values = multiplier.double()
+        moments = x.numel() * torch.stack([values.new_ones(()), values.mean(), values.square().mean()])
+        sums[site] = sums.get(site, 0) + moments
+
+    with watching(attachment, add):
+        for forward in forwards:
+            forward()
+    return [_moments(name, sums[name]) for name in attachment.plan.names if name in sums]
+
+
+@contextmanager
+def watching(
+    attachment: Attachment, look: Callable[[str, Tensor, Tensor, Callable[[], Tensor]], None]
+) -> Iterator[None]:
+    """While it lasts, ``look`` is told of each multiplier that is computed, by the readable path.
+
+    Args:
+        attachment: of an uncompiled model.
+        look: gets the name of the site, its feature maps (B, C, H, W), their multiplier, broadcastable to them and
+            detached, and a function that gives the expected one.
+    """
     perturbation, path = attachment.perturbation, attachment.path
     current: list[str] = []
     own = vars(perturbation).get("multiplier")
@@ -42,20 +67,16 @@ def site_moments(attachment: Attachment, forwards: Iterable[Callable[[], Any]]) 
         assert isinstance(site, Site)
         current[:] = [site.spec.name]
 
-    def measured(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        multiplier = computed(x, *args, **kwargs)
-        # Broadcast evenly, so that the means of what is there are those over all elements.
-        values = multiplier.detach().double()
-        moments = x.numel() * torch.stack([values.new_ones(()), values.mean(), values.square().mean()])
-        sums[current[0]] = sums.get(current[0], 0) + moments
+    def measured(x: Tensor, eps: Tensor | None, *args: Any, **kwargs: Any) -> Tensor:
+        multiplier = computed(x, eps, *args, **kwargs)
+        look(current[0], x.detach(), multiplier.detach(), lambda: computed(x, None, *args, **kwargs).detach())
         return multiplier
 
     handles = [site.register_forward_pre_hook(note) for site in attachment.sites]
     attachment.path = "reference"
     vars(perturbation)["multiplier"] = measured
     try:
-        for forward in forwards:
-            forward()
+        yield
     finally:
         attachment.path = path
         for handle in handles:
@@ -64,7 +85,6 @@ def site_moments(attachment: Attachment, forwards: Iterable[Callable[[], Any]]) 
             del vars(perturbation)["multiplier"]
         else:
             vars(perturbation)["multiplier"] = own
-    return [_moments(name, sums[name]) for name in attachment.plan.names if name in sums]
 
 
 def _moments(site: str, sums: Tensor) -> SiteMoments:
