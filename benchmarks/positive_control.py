@@ -26,7 +26,7 @@ from mp_lightning.compare.moments import SiteMoments, watching
 from mp_lightning.perturbation.files import DEFAULT_PHI
 from mp_lightning.sites import Attachment
 
-OUT = RESULTS.with_name("positive_control.csv")
+OUT = RESULTS.parent / "positive_control" / RESULTS.name  # in a folder of its own, as its moments are others
 OTHERS = ["none", f"metaperturb:{DEFAULT_PHI}"]
 ARMS = ",".join([*OTHERS, f"fixed_noise:{DEFAULT_PHI}"])
 
@@ -65,7 +65,8 @@ def main() -> None:
     given = parser.parse_args()
     (name,) = some_of(parser, "only", given.only, names)
     (proof,) = [proof for proof in PROOFS if proof.name == name]
-    given.runs.mkdir(parents=True, exist_ok=True)
+    for folder in (given.runs, given.out.parent):
+        folder.mkdir(parents=True, exist_ok=True)
     runs, out = given.runs.resolve(), given.out.resolve()
     bring_back(proof, runs, out)
     bring_back(proof, runs, RESULTS, OTHERS)  # where there is nothing yet

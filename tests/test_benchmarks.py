@@ -333,3 +333,14 @@ def test_the_positive_control_is_matched_where_features_pass_the_activation():
     for _, mean, var in found:
         assert mean == pytest.approx(2, abs=0.02) and var == pytest.approx(0.25, rel=0.05)
     assert "multiplier" not in vars(attachment.perturbation)
+
+
+def test_the_default_beside_its_control_is_told_by_target_and_in_their_mean(tmp_path):
+    said = run("benchmarks.against_control", "--from-seed", "5").splitlines()
+    assert [line.split()[0] for line in said] == ["imagenette", "cifar10", "mean"] * 2
+    assert all(line.endswith("10 seeds") for line in said)
+    first, second, mean = (float(line.split()[1]) for line in said[:3])
+    assert mean == pytest.approx((first + second) / 2, abs=0.011)
+    assert "invalid choice: 14" in run("benchmarks.against_control", "--from-seed", "14", expect=2)
+    (tmp_path / "none.csv").write_text(prove.RESULTS.read_text().splitlines()[0] + "\n")
+    assert "lacks 'imagenette" in run("benchmarks.against_control", "--rows", str(tmp_path / "none.csv"), expect=2)
