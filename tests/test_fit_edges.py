@@ -40,6 +40,16 @@ class After(Classifier):
         return normalized(batch)
 
 
+class Late(Classifier):
+    def __init__(self):
+        pl.LightningModule.__init__(self)
+        self.net, self.dropout = None, 0
+
+    def configure_model(self):
+        if self.net is None:
+            self.net = build_backbone("conv4", 10, width=8, image_size=16)
+
+
 def close(first, second):
     assert first.keys() == second.keys()
     return all(torch.allclose(value, second[name], rtol=1e-3, atol=1e-4) for name, value in first.items())
@@ -94,6 +104,12 @@ def test_a_finished_run_that_is_resumed_is_evaluated_as_before(tmp_path):
     assert torch.equal(model.eval()(x), again.eval()(x))
 
 
+def test_a_fit_without_training_leaves_layers_of_configure_model_as_they_were(tmp_path):
+    model = Late()
+    trainer(tmp_path, [MetaPerturbCallback(**FULL)], max_epochs=0).fit(model, loader(2))
+    assert model.net is not None and attachment_of(model) is None
+
+
 @pytest.mark.parametrize("options", [{"max_epochs": 0}, {"limit_train_batches": 0}])
 def test_a_fit_without_training_leaves_a_module_as_it_was(tmp_path, options):
     model = module()
@@ -139,15 +155,6 @@ def test_a_module_that_the_user_left_in_evaluation_mode_is_told(tmp_path):
 
 
 def test_restore_makes_the_layers_of_configure_model(tmp_path):
-    class Late(Classifier):
-        def __init__(self):
-            pl.LightningModule.__init__(self)
-            self.net, self.dropout = None, 0
-
-        def configure_model(self):
-            if self.net is None:
-                self.net = build_backbone("conv4", 10, width=8, image_size=16)
-
     model = Late()
     run = trainer(tmp_path, [MetaPerturbCallback(**FULL)])
     run.fit(model, loader(2))

@@ -166,11 +166,11 @@ class MetaPerturbCallback(Callback):
                 "MetaPerturb: this strategy trains copies of the module in processes of their own, and brings back "
                 "their weights alone; bring the module back from a checkpoint with MetaPerturbCallback.restore"
             )
-        if makes_layers_late(pl_module) and attachment_of(pl_module) is None:
+        self._attached_here = attachment_of(pl_module) is None
+        if makes_layers_late(pl_module) and self._attached_here:
             AfterConfigureModel(self.attach, pl_module).install()
         else:
             with unfrozen(trainer, self, pl_module):
-                self._attached_here = attachment_of(pl_module) is None
                 self.attach(pl_module)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

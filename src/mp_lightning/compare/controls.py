@@ -152,8 +152,7 @@ class MeanOne(MetaPerturb):
     these were measured on the network as it is, as on one that is trained already, the mean of its features is left
     about alone; a perturbed site changes what the sites behind it see, so that the mean there is about 1 and not just
     1. In ``compare`` they are those at the end of a training with phi, and phi's multiplier falls as a network learns:
-    in the first steps, as far as its strength acts, features are multiplied by more than 1, by 1.6 to 3.3 where it was
-    looked at.
+    in the first steps, as far as its strength acts, features are multiplied by more than 1.
     """
 
     name = "mean_one"
