@@ -220,6 +220,23 @@ TensorBoardLogger.log_metrics = log_metrics
     assert done.stderr == "mp_lightning: interrupted; the same command continues this run\n"
 
 
+def test_ctrl_c_that_a_library_swallows_ends_the_process_soon(mp: CommandLine, tmp_path: Path) -> None:
+    stopped = """
+import os, signal
+from lightning.pytorch.loggers import TensorBoardLogger
+import mp_lightning.cli.interruption
+mp_lightning.cli.interruption.PATIENCE = 1.0
+def log_metrics(*args, **kwargs):
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+    except KeyboardInterrupt:
+        pass
+TensorBoardLogger.log_metrics = log_metrics
+"""
+    (done,) = mp.together(tmp_path, "fit", *TINY, "meta.steps=100000", first={0: stopped})
+    assert (done.code, done.stderr) == (130, "mp_lightning: interrupted; the same command continues this run\n")
+
+
 def test_termination_ends_with_one_line_and_143(mp: CommandLine, tmp_path: Path) -> None:
     def training() -> bool:
         return bool(list(tmp_path.glob("runs/*/metrics.csv")))

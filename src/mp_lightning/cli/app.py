@@ -4,22 +4,19 @@ import importlib
 import logging
 import os
 import shlex
-import signal
 import sys
-import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from mp_lightning.cli import interruption
 from mp_lightning.cli.help import help_page
 from mp_lightning.cli.output import error_line
 from mp_lightning.cli.words import CONFIGURATION, HELP, PROGRAM, SWEEP, compose, first_lines, run_folder, split_words
@@ -35,10 +32,7 @@ VERBS = {
 }
 _ONCE = {"select", "sites", "export"}  # verbs of which a sweep makes no sense
 USER_ERROR = 2
-INTERRUPTED = 130
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-_USUAL = signal.default_int_handler
-_CTRL_C: list[int] = []  # one for each time that it came; a library that it stops may make another error of it
 # Advice of Lightning and torch about what the commands here do on purpose.
 _NO_CONCERN_OF_THE_USER = (
     r".*isinstance\(treespec, LeafSpec\).*",
@@ -65,10 +59,9 @@ def main(arguments: list[str]) -> None:
         print(help_page(verb, VERBS[verb]))
         sys.exit(0)
     OmegaConf.register_new_resolver("run_name", _run_name, replace=True)
-    # Someone who handles it otherwise, or calls from a thread, is left alone.
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) is _USUAL:
-        signal.signal(signal.SIGINT, _on_ctrl_c)
-    with _told_in_a_line("run" if SWEEP.isdisjoint(arguments) else "sweep"):
+    what = "run" if SWEEP.isdisjoint(arguments) else "sweep"
+    interruption.listen(what)
+    with _told_in_a_line(what):
         options, overrides = split_words(arguments[1:])
         # Hydra reads overrides only where they stand in one row.
         sys.argv = [sys.argv[0], *options, f"command={verb}", *overrides]
@@ -120,7 +113,7 @@ def _sweep(verb: str, overrides: list[str], start: Callable[[], Any]) -> None:
     except UserError:
         raise
     except Exception as error:
-        if wanted == "1" or _CTRL_C:
+        if wanted == "1" or interruption.came():
             raise
         fail(f"the sweep stopped: {first_lines(error) or type(error).__name__}; {_FULL_ERROR}=1 shows where")
     if verb == "fit":
@@ -145,34 +138,17 @@ def _told_in_a_line(what: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        _interrupted(what)
+        interruption.end(what)
     except Exception as error:
-        if _CTRL_C:
-            _interrupted(what)
+        if interruption.came():
+            interruption.end(what)
         if isinstance(error, OmegaConfBaseException):
             fail(f"the configuration cannot be read: {str(error).partition(chr(10))[0]}; '--cfg job' shows it")
         if not isinstance(error, UserError):
             raise
-        if error.on_every_rank and _rank() > 0:
+        if error.on_every_rank and interruption.rank() > 0:
             sys.exit(USER_ERROR)
         fail(str(error))
-
-
-def _on_ctrl_c(number: int, frame: FrameType | None) -> None:
-    _CTRL_C.append(number)
-    _USUAL(number, frame)
-
-
-def _interrupted(what: str) -> NoReturn:
-    if _rank() == 0:
-        print(error_line(f"interrupted; the same command continues this {what}"), file=sys.stderr)
-    sys.exit(INTERRUPTED)
-
-
-def _rank() -> int:
-    """Of this process among those that train together."""
-    rank: int = getattr(rank_zero_only, "rank", 0)
-    return rank
 
 
 def _module(verb: str) -> Any:

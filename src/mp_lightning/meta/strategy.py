@@ -3,7 +3,6 @@
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +64,8 @@ class TaskParallelStrategy(DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
+        if isinstance(self._launcher, _WatchedLauncher):
+            self._launcher.over.set()
         if self._watch is not None:
             # No barrier: the others may be gone. What this process says is the reason, not that they are.
             self._watch.stop()
@@ -79,6 +80,10 @@ class TaskParallelStrategy(DDPStrategy):
 class _WatchedLauncher(_SubprocessScriptLauncher):
     """Lightning's launcher of local processes; if one of them ends badly, so does this process, and it says why."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.over = threading.Event()  # this process ends by itself, and says why
+
     def launch(self, function: Callable[..., Any], *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
@@ -89,11 +94,13 @@ class _WatchedLauncher(_SubprocessScriptLauncher):
 
     def _observe(self) -> None:
         while any(process.poll() is None for process in self.procs):
-            time.sleep(0.5)
+            if self.over.wait(0.5):
+                return
             for rank, process in enumerate(self.procs, start=1):
                 if process.poll():
                     # Time for this process to notice by itself, with a better reason.
-                    time.sleep(3.0)
+                    if self.over.wait(3.0):
+                        return
                     for other in self.procs:
                         other.terminate()
                     _end_without(rank)
