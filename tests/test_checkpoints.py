@@ -121,6 +121,23 @@ def test_resuming_keeps_the_strength_and_says_so(tmp_path, recwarn):
     assert any("trained at strength 0.5, which stays in force instead of 0.75" in str(one.message) for one in recwarn)
 
 
+def test_a_second_fit_keeps_seed_and_clip_and_says_so(tmp_path, recwarn):
+    model, _, _ = trained(tmp_path, seed=3, clip=50.0)
+    trainer(tmp_path, [MetaPerturbCallback(initial_phi(0), seed=4, clip=None)]).fit(model, loader(4), loader(2))
+    assert (attachment_of(model).seed, attachment_of(model).clip) == (3, 50.0)
+    said = {str(one.message) for one in recwarn if "stays in force" in str(one.message)}
+    assert said == {
+        "MetaPerturb: the model was trained with seed=3, which stays in force instead of 4",
+        "MetaPerturb: the model was trained with clip=50.0, which stays in force instead of None",
+    }
+
+
+def test_a_second_fit_computes_by_the_path_that_it_is_given(tmp_path):
+    model, _, _ = trained(tmp_path)
+    trainer(tmp_path, [MetaPerturbCallback(path="reference")]).fit(model, loader(4), loader(2))
+    assert attachment_of(model).path == "reference"
+
+
 def test_restore_brings_the_loss_that_the_strength_follows_back(tmp_path):
     model = module()
     run = trainer(tmp_path, [MetaPerturbCallback(initial_phi(0), full_strength_at=0.5)], max_epochs=8)

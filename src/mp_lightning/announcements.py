@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from mp_lightning.perturbation import NamedPhi
 from mp_lightning.sites import Attachment
+from mp_lightning.sites.attachment import CLIP
 
 
 def opening(attachment: Attachment, phi: NamedPhi | None, total: int | None) -> str:
@@ -21,15 +22,24 @@ def opening(attachment: Attachment, phi: NamedPhi | None, total: int | None) -> 
 
 
 def stays_in_force(
-    attachment: Attachment, phi: NamedPhi | None, strength: float | None, full_strength_at: float | None
+    attachment: Attachment,
+    phi: NamedPhi | None,
+    strength: float | None,
+    full_strength_at: float | None,
+    seed: int | None,
+    clip: float | None,
 ) -> Iterator[str]:
-    """What a model that was trained before keeps, where something else is asked for (None: nothing is)."""
+    """What a model that was trained before keeps, where something else is asked for (None, usual clip: nothing is)."""
     trained, follows = float(attachment.strength), float(attachment.fitting.full_strength_at)
     kept: list[tuple[str, str]] = []
     if _differ(strength, trained):
         kept.append((f"at strength {trained:g}", f"{strength:g}"))
     if _differ(full_strength_at, follows):
         kept.append((f"with full_strength_at={follows:g}", f"{full_strength_at:g}"))
+    if seed not in (None, attachment.seed):
+        kept.append((f"with seed={attachment.seed}", f"{seed}"))
+    if clip not in (CLIP, attachment.clip):
+        kept.append((f"with clip={attachment.clip}", f"{clip}"))
     if phi is not None:
         drawn = getattr(attachment.perturbation, "noise_per", "element")
         if attachment.phi_name != phi.name:

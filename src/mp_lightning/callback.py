@@ -225,6 +225,7 @@ class MetaPerturbCallback(Callback):
             persistent=self.persistent,
             path=self.path,
         )
+        attachment.path = self.path  # of one that was there already: how it is computed belongs to this run
         return self._with_hooks(module, attachment)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -242,7 +243,8 @@ class MetaPerturbCallback(Callback):
         phi = self.phi if self.perturbation is None else None
         rank_zero_info(f"MetaPerturb: {opening(attachment, phi, total)}")
         asked = self.phi if self._phi_given else None
-        for kept in stays_in_force(attachment, asked, self.strength, self.full_strength_at):
+        given = (self.strength, self.full_strength_at, self.seed, self.clip)
+        for kept in stays_in_force(attachment, asked, *given):
             rank_zero_warn(f"MetaPerturb: {kept}")
 
     def on_train_batch_start(

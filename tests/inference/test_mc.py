@@ -26,9 +26,10 @@ class Net(nn.Module):
         torch.manual_seed(0)
         self.net = build_backbone("conv4", 10, width=8, image_size=16)
         self.head = head
+        self.halves = False  # its input, in place
 
     def forward(self, x):
-        return self.head(self.net(x))
+        return self.head(self.net(x.mul_(0.5) if self.halves else x))
 
 
 def attached(head, *, samples=5, output=None):
@@ -148,17 +149,61 @@ def test_outputs_of_unknown_meaning_are_averaged_as_they_are():
     assert averaged.shape == (4, 10, 1, 1)
 
 
-def test_outputs_that_are_no_tensor_fall_back_to_the_expected_noise():
-    model, attachment = attached(lambda logits: {"logits": logits})
+@pytest.mark.parametrize("inference", [MonteCarlo(4, "logits"), OutputAverage(4)])
+def test_a_model_that_changes_its_input_is_averaged_over_what_it_was_given(inference):
+    """As one that normalizes its images in place."""
+    images = digits()[0][:4]
+    model, attachment = attached(HEADS["logits"])
+    attachment.inference = inference
+    with torch.no_grad():
+        expected = model(0.5 * images)
+        attachment.evaluations.zero_()
+        model.halves = True
+        got = model(images.clone())
+    assert torch.equal(got, expected)
+
+
+def test_tensors_in_a_dictionary_are_averaged_each():
+    model, attachment = attached(lambda logits: {"scores": logits, "more": (logits[:, :2].half(), None, "text")})
     attachment.inference = OutputAverage(3)
     x = digits()[0][:4]
     with torch.no_grad():
-        first, second = model(x)["logits"], model(x)["logits"]
-    assert torch.equal(first, second)  # expected noise
-    assert attachment.sampling
+        averaged = model(x)
+        attachment.inference = None
+        attachment.evaluations.zero_()
+        by_hand = [model(x) for _ in range(3)]
+    torch.testing.assert_close(averaged["scores"], torch.stack([one["scores"] for one in by_hand]).mean(0))
+    half, none, text = averaged["more"]
+    expected = torch.stack([one["more"][0].float() for one in by_hand]).mean(0).half()
+    torch.testing.assert_close(half, expected)
+    assert half.dtype == torch.float16 and (none, text) == (None, "text")
+
+
+def boxes(logits):
+    """As of a detector: as many rows as there are scores above a threshold, which differ with the noise."""
+    return {"boxes": logits[logits > logits.mean() + 0.1 * logits.sum().frac()]}
+
+
+def sometimes(logits):
+    """With a part that is there in some forwards only."""
+    return {"scores": logits, "more": logits if (1000 * logits.sum()).frac().abs() > 0.5 else None}
+
+
+@pytest.mark.parametrize(
+    "head",
+    [lambda logits: {"scores": logits, "classes": logits.argmax(1)}, lambda logits: str(logits), boxes, sometimes],
+    ids=["integers", "no tensor", "other shapes", "other parts"],
+)
+def test_outputs_without_an_average_fall_back_to_the_expected_noise(head):
+    model, attachment = attached(head)
+    x = digits()[0][:4]
     attachment.inference = None
     with torch.no_grad():
-        assert not torch.equal(model(x)["logits"], model(x)["logits"])
+        drawn = [str(model(x)) for _ in range(6)]
+        attachment.inference = OutputAverage(6)
+        first, second = str(model(x)), str(model(x))
+    assert len(set(drawn)) == 6
+    assert first == second and attachment.sampling
 
 
 def test_a_forward_that_raises_leaves_the_next_one_right():

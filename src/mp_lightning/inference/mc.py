@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mp_lightning.errors import ConfigurationError
 
@@ -14,6 +15,7 @@ Output = Literal["logits", "probabilities", "log_probabilities"]
 OUTPUTS: tuple[Output, ...] = ("logits", "probabilities", "log_probabilities")
 _TOLERANCE = 1e-3
 _EVIDENCE = 32  # numbers that a judgement on all outputs needs
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a forward
 
 
 class MonteCarlo:
@@ -42,24 +44,34 @@ class MonteCarlo:
         self.calls = 0
         self._busy = False
         self._sampling = True
+        self._inputs: Arguments = ((), {})
 
     @property
     def busy(self) -> bool:
         """Whether one of the forwards that are averaged is in progress."""
         return self._busy
 
-    def begin(self, attachment: "Attachment") -> None:
+    def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Noise is drawn, not averaged, in each forward."""
-        self._begin(attachment, True)
+        self._begin(attachment, (args, kwargs), True)
 
-    def _begin(self, attachment: "Attachment", sampling: bool) -> None:
+    def _begin(self, attachment: "Attachment", inputs: Arguments, sampling: bool) -> None:
         if not self._busy:
             self._sampling = attachment.sampling
+            self._inputs = _copied(inputs)  # a model may change them in place
         attachment.sampling = sampling
 
-    def finish(
-        self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def _again(self, module: nn.Module) -> Any:
+        """One more forward of what the first one was given."""
+        args, kwargs = _copied(self._inputs)
+        return module(*args, **kwargs)
+
+    def _end(self, attachment: "Attachment") -> None:
+        self._busy = False
+        self._inputs = ((), {})
+        attachment.sampling = self._sampling
+
+    def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
         """The averaged output.
 
         Raises:
@@ -68,7 +80,7 @@ class MonteCarlo:
         if self._busy:
             return output
         if output is None:
-            attachment.sampling = self._sampling
+            self._end(attachment)
             return output
         self.calls += 1
         self._busy = True
@@ -79,49 +91,78 @@ class MonteCarlo:
                 self.output = kind
             mean = _probabilities(output, kind)
             for _ in range(1, self.samples):
-                mean = mean + _probabilities(module(*args, **kwargs), kind)
+                mean = mean + _probabilities(self._again(module), kind)
         finally:
-            self._busy = False
-            attachment.sampling = self._sampling
+            self._end(attachment)
         mean = mean / self.samples
         result = mean if kind == "probabilities" else mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
         return result.to(output.dtype)
 
 
 class OutputAverage(MonteCarlo):
-    """Averages the outputs of noisy forwards as they are, whatever they mean; without tensors, the expected noise.
+    """Averages the outputs of noisy forwards as they are, whatever they mean; what has no average: the expected noise.
 
     For the validation epochs of a run of which nothing was said about its outputs: they may be logits as well as
-    regression targets, boxes or images.
+    regression targets, boxes or images. In tuples, lists and dictionaries each floating-point tensor is averaged;
+    other tensors, and tensors of which the next forward gives another number or shape, have no average.
     """
 
     _averages = True
 
-    def begin(self, attachment: "Attachment") -> None:
-        self._begin(attachment, self._averages)
+    def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._begin(attachment, (args, kwargs), self._averages)
 
-    def finish(
-        self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
         if self._busy:
             return output
         if output is None or not self._averages:
-            attachment.sampling = self._sampling
+            self._end(attachment)
             return output
-        if not isinstance(output, Tensor) or not output.is_floating_point():
-            self._averages = False
-            attachment.sampling = self._sampling
-            return module(*args, **kwargs)  # once more, with the expected noise
         self.calls += 1
         self._busy = True
         try:
-            total = output.float()
-            for _ in range(1, self.samples):
-                total = total + module(*args, **kwargs).float()
+            average = self._average(module, output)
+            if average is not None:
+                return average
+            self._averages = False
+            attachment.sampling = False
+            return self._again(module)
         finally:
-            self._busy = False
-            attachment.sampling = self._sampling
-        return (total / self.samples).to(output.dtype)
+            self._end(attachment)
+
+    def _average(self, module: nn.Module, output: Any) -> Any:
+        """None if there is none."""
+        first, form = tree_flatten(output)
+        total = _tensors(first)
+        if total is None:
+            return None
+        for _ in range(1, self.samples):
+            leaves, other_form = tree_flatten(self._again(module))
+            values = _tensors(leaves)
+            if values is None or (other_form, _shapes(values)) != (form, _shapes(total)):
+                return None
+            total = [a + b for a, b in zip(total, values, strict=True)]
+        means = iter(total)
+        return tree_unflatten(
+            [(next(means) / self.samples).to(leaf.dtype) if isinstance(leaf, Tensor) else leaf for leaf in first], form
+        )
+
+
+def _copied(inputs: Arguments) -> Arguments:
+    copies: Arguments = tree_map(lambda value: value.clone() if isinstance(value, Tensor) else value, inputs)
+    return copies
+
+
+def _tensors(leaves: list[Any]) -> list[Tensor] | None:
+    """Those of an output, in float32; None unless they all, and at least one, are of floating-point numbers."""
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+    if not tensors or not all(tensor.is_floating_point() for tensor in tensors):
+        return None
+    return [tensor.float() for tensor in tensors]
+
+
+def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
+    return [tensor.shape for tensor in tensors]
 
 
 def output_kind(output: Any, model: str, declared: Output | None = None, trained: bool = True) -> Output:

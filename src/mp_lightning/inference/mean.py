@@ -30,22 +30,20 @@ class Mean:
         self._uses_stand_in = False
         self._has_batch_norm: bool | None = None
 
-    def begin(self, attachment: "Attachment") -> None:
+    def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._stand_in.busy:
             self._uses_stand_in = not self._is_ready(attachment)
         if self._uses_stand_in:
-            self._stand_in.begin(attachment)
+            self._stand_in.begin(attachment, args, kwargs)
             return
         self._sampling = attachment.sampling
         attachment.sampling = False
         attachment.folding = self._folds
         _swap_buffers(attachment)
 
-    def finish(
-        self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
         if self._uses_stand_in:
-            return self._stand_in.finish(attachment, module, args, kwargs, output)
+            return self._stand_in.finish(attachment, module, output)
         _swap_buffers(attachment)
         attachment.sampling = self._sampling
         attachment.folding = False

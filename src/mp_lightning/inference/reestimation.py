@@ -39,13 +39,11 @@ class _StopAfterForward:
         self._parts = {id(module) for module in entries.values()}
         self.seen: set[int] = set()
 
-    def begin(self, attachment: "Attachment") -> None:
+    def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         attachment.sampling = False
         attachment.folding = self._folding
 
-    def finish(
-        self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
         attachment.sampling = True
         attachment.folding = False
         if output is None:  # the forward raised, and that error is the one to see

@@ -24,13 +24,11 @@ class Inference(Protocol):
 
     expects: bool
 
-    def begin(self, attachment: "Attachment") -> None:
-        """Called before the forward."""
+    def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Called before the forward, with its arguments."""
         ...
 
-    def finish(
-        self, attachment: "Attachment", module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
-    ) -> Any:
+    def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
         """Called after the forward of ``module``, also when it raised (then ``output`` is None); returns the output."""
         ...
 
@@ -66,7 +64,7 @@ class Entry:
         attachment.depth += 1
         attachment.begin_forward(module.training, first_image((*args, *kwargs.values())))
         if inference is not None:
-            inference.begin(attachment)
+            inference.begin(attachment, args, kwargs)
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         attachment = self._attachment
@@ -76,14 +74,14 @@ class Entry:
         if not outermost:
             return None
         attachment.depth -= 1
-        return None if inference is None else inference.finish(attachment, module, args, kwargs, output)
+        return None if inference is None else inference.finish(attachment, module, output)
 
     def abandon(self) -> None:
         """Forget forwards that will never end."""
         while self._stack:
             _, inference = self._stack.pop()
             if inference is not None:
-                inference.finish(self._attachment, self._attachment.model, (), {}, None)
+                inference.finish(self._attachment, self._attachment.model, None)
 
 
 def entry_names(model: nn.Module, plan: SitePlan) -> list[str]:
