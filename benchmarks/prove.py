@@ -133,7 +133,6 @@ def make(proof: Proof, given: argparse.Namespace, arms: list[str]) -> None:
 
 def keep(proof: Proof, runs: Path, results: Path) -> None:
     """Add the finished runs of a comparison that are not there yet; the file is replaced as a whole."""
-    _copy_new(runs / proof.name, _moments(proof, results))
     kept = _rows(results)
     known = {(row["comparison"], row["arm"], row["seed"]): row["settings"] for row in kept}
     found = [{"comparison": str(proof), **row} for row in _rows(runs / proof.name / "results.csv")]
@@ -143,6 +142,7 @@ def keep(proof: Proof, runs: Path, results: Path) -> None:
                 f"{results} has arm {row['arm']}, seed {row['seed']} of '{proof}' made with other settings; remove the "
                 "rows of that comparison, or name another file with --out"
             )
+    _copy_new(runs / proof.name, _moments(proof, results))
     new = [row for row in found if (str(proof), row["arm"], row["seed"]) not in known]
     if not new:
         return

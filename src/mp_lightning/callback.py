@@ -4,7 +4,6 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
-from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -12,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from mp_lightning.announcements import opening, stays_in_force
-from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, CheckpointHooks, attach_state, read_checkpoint
+from mp_lightning.checkpoints import CheckpointHooks
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.evaluation_epochs import begin_evaluation, end_evaluation
 from mp_lightning.inference import INFERENCE_MODES, Fold, Mean, MonteCarlo, Output, OutputAverage
@@ -26,14 +25,12 @@ from mp_lightning.neighbours import (
 )
 from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_fraction, load_phi
 from mp_lightning.reestimation_steps import reestimate, training_data
+from mp_lightning.restoring import load_trained, set_back, set_to_evaluation
 from mp_lightning.schedule import batches_per_step, total_training_batches
 from mp_lightning.site_metrics import SiteLog, batches_between_looks
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
 from mp_lightning.sites.attachment import CLIP, PathName, check_path
 from mp_lightning.sites.choice import is_file, is_share
-
-# Of modules that were restored, which fit is to find as they were before they were put into evaluation mode.
-_MODES_OF_TRAINING: "WeakKeyDictionary[nn.Module, dict[str, bool]]" = WeakKeyDictionary()
 
 
 class MetaPerturbCallback(Callback):
@@ -176,8 +173,7 @@ class MetaPerturbCallback(Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         act_last(trainer, self)
         leave_averages_plain(trainer)
-        for name, training in _MODES_OF_TRAINING.pop(pl_module, {}).items():
-            pl_module.get_submodule(name).training = training
+        set_back(pl_module)
         if not pl_module.training:
             rank_zero_warn(
                 f"MetaPerturb: {type(pl_module).__name__} is in evaluation mode, in which nothing is regularized; call "
@@ -321,21 +317,8 @@ class MetaPerturbCallback(Callback):
             CheckpointError: the file cannot be read, was made without MetaPerturb, or holds another model's weights.
             SiteError: the model does not have the sites of the checkpoint.
         """
-        content = read_checkpoint(checkpoint)
-        state = content[KEY]
-        weights = {name: value for name, value in content["state_dict"].items() if name != MARKER}
-        if makes_layers_late(model):
-            model.configure_model()
-        model.on_load_checkpoint(content)
-        try:
-            model.load_state_dict(weights)
-        except RuntimeError as error:
-            raise CheckpointError(
-                f"the weights of checkpoint '{checkpoint}' are not those of a {type(model).__name__}: "
-                f"{' '.join(str(error).split())[:300]}; give a module of the class that was trained"
-            ) from error
-        attachment = attach_state(model, state)
-        callback = MetaPerturbCallback(**state["inference"])
+        attachment, declared = load_trained(model, checkpoint)
+        callback = MetaPerturbCallback(**declared)
         callback._install_hooks(model).remove_with(attachment)
         attachment.inference = callback.make_inference()
         if callback.inference != "mc" and attachment.evaluation_buffers is None:
@@ -344,8 +327,7 @@ class MetaPerturbCallback(Callback):
                 f"for inference='{callback.inference}'; until mp_lightning.reestimate_batch_norm is called, "
                 f"{callback.samples} noisy forwards are averaged instead"
             )
-        _MODES_OF_TRAINING[model] = {name: module.training for name, module in model.named_modules()}
-        model.eval()
+        set_to_evaluation(model)
         return model
 
     def switch_inference(

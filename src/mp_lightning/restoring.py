@@ -1,0 +1,53 @@
+"""A trained module comes back from a checkpoint, in evaluation mode; a fit that follows finds it in its own modes."""
+
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import lightning.pytorch as pl
+from torch import nn
+
+from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, attach_state, read_checkpoint
+from mp_lightning.neighbours import makes_layers_late
+from mp_lightning.sites import Attachment
+
+# Of modules that were put into evaluation mode, and not by their user.
+_MODES_BEFORE: "WeakKeyDictionary[nn.Module, dict[str, bool]]" = WeakKeyDictionary()
+
+
+def load_trained(model: pl.LightningModule, checkpoint: str | Path) -> tuple[Attachment, dict[str, Any]]:
+    """Load the weights of a checkpoint, and attach the perturbation as it was saved.
+
+    Returns:
+        The attachment, and the inference that was declared, as arguments of ``MetaPerturbCallback``.
+
+    Raises:
+        CheckpointError: the file cannot be read, was made without MetaPerturb, or holds another model's weights.
+        SiteError: the model does not have the sites of the checkpoint.
+    """
+    content = read_checkpoint(checkpoint)
+    state = content[KEY]
+    weights = {name: value for name, value in content["state_dict"].items() if name != MARKER}
+    if makes_layers_late(model):
+        model.configure_model()
+    model.on_load_checkpoint(content)
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"the weights of checkpoint '{checkpoint}' are not those of a {type(model).__name__}: "
+            f"{' '.join(str(error).split())[:300]}; give a module of the class that was trained"
+        ) from error
+    return attach_state(model, state), state["inference"]
+
+
+def set_to_evaluation(model: nn.Module) -> None:
+    """Into evaluation mode until :func:`set_back`."""
+    _MODES_BEFORE[model] = {name: module.training for name, module in model.named_modules()}
+    model.eval()
+
+
+def set_back(model: nn.Module) -> None:
+    """Each of its modules into the mode that it had, once; other models are left alone."""
+    for name, training in _MODES_BEFORE.pop(model, {}).items():
+        model.get_submodule(name).training = training
