@@ -195,6 +195,34 @@ def test_a_run_killed_before_its_report_only_judges_again(mp: CommandLine, tmp_p
     assert checkpoint.stat().st_mtime_ns == written
 
 
+@pytest.mark.parametrize("without", [0.1, 10.0])
+def test_a_phi_that_does_not_help_is_told_so(mp: CommandLine, tmp_path: Path, without: float) -> None:
+    better = f"""
+import mp_lightning.meta.transfer as transfer
+judge = transfer._train_and_test
+transfer._train_and_test = lambda target, phi, *rest: judge(target, phi, *rest) if phi else ({without}, 0.5)
+"""
+    (done,) = mp.together(tmp_path, "fit", *TINY, first={0: better})
+    helps = without > json.loads((only_run(tmp_path) / "report.json").read_text())["nll"]
+    said = f"compare target=images.npz 'arms=[none,metaperturb:{only_run(tmp_path) / 'phi.safetensors'}]'"
+    assert (said in done.stdout) == (not helps) == (without == 0.1)
+    assert (said in fit(mp, tmp_path).stdout) == (not helps)  # from the report
+
+
+def test_the_file_says_how_phi_is_to_be_used(mp: CommandLine, tmp_path: Path) -> None:
+    words = (
+        "meta.strength=0.9",
+        "meta.noise_per=channel",
+        "meta.share_of_sites=0.5",
+        "evaluation.full_strength_at=0.4",
+    )
+    fit(mp, tmp_path, *words)
+    phi = load_phi(only_run(tmp_path) / "phi.safetensors")
+    found = phi.strength, phi.share_of_sites, phi.full_strength_at
+    assert found == pytest.approx((0.9, 0.5, 0.4)) and phi.noise_per == "channel"
+    assert phi.card["held_out"]["settings"]["full_strength_at"] == 0.4
+
+
 def test_ctrl_c_ends_with_one_line_and_130(mp: CommandLine, tmp_path: Path) -> None:
     def training() -> bool:
         return bool(list(tmp_path.glob("runs/*/metrics.csv")))

@@ -1,5 +1,6 @@
 """The configuration of ``fit`` as it is read: sources of their own kinds, and what lies in ``conf/``."""
 
+import re
 from pathlib import Path
 
 import hydra
@@ -165,12 +166,11 @@ def test_the_network_of_the_evaluation_need_not_fit_the_size_of_no_target() -> N
         settings(*words, *SMALL, "+sources.x.image_size=16", "evaluation.data=t.npz")
 
 
+@pytest.mark.parametrize("key", ["meta.share_of_sites", "meta.strength", "evaluation.full_strength_at"])
 @pytest.mark.parametrize("value", ["0", "1.5"])
-def test_a_share_of_sites_that_is_none_is_named(value: str) -> None:
-    with pytest.raises(
-        ConfigurationError, match=rf"meta\.share_of_sites={value}.* cannot be used; give a number above"
-    ):
-        settings(f"meta.share_of_sites={value}")
+def test_a_share_that_is_none_is_named(key: str, value: str) -> None:
+    with pytest.raises(ConfigurationError, match=rf"{re.escape(key)}={value}.* cannot be used; give a number above"):
+        settings(f"{key}={value}")
 
 
 @pytest.mark.parametrize("value", ["row", "true", "3", "null"])

@@ -1,8 +1,10 @@
 """``fit``: meta-train phi, write it with its card and a picture, and judge it on images it has not seen."""
 
 import math
+import shlex
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import hydra
@@ -16,6 +18,7 @@ from mp_lightning.cli.card import make_card, task_entries
 from mp_lightning.cli.fit_settings import FitSettings, read
 from mp_lightning.cli.run_scores import PHI
 from mp_lightning.cli.training import make_trainer, meta_train
+from mp_lightning.cli.words import PROGRAM
 from mp_lightning.compare.progress import progress_display, reading_display
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.meta.history import History
@@ -75,6 +78,7 @@ def run(config: DictConfig, path: Path) -> float:
         strength=given.meta.strength,
         noise_per=given.meta.noise_per,
         share_of_sites=given.meta.share_of_sites,
+        full_strength_at=given.transfer.full_strength_at,
     )
     results = _judge(console, given, target, final, trainer.strategy.root_device, path / "evaluation.json")
     card = make_card(entries, module, trainer.world_size, target, results, given.transfer, given.evaluation.seed)
@@ -92,9 +96,10 @@ def run(config: DictConfig, path: Path) -> float:
 def _finish(console: Console, folder: RunFolder, target: Target, results: list[ArmResult], table: Table) -> float:
     """Mark the run as finished and say what it left; returns the score."""
     path = folder.path
-    nll = sum(results[0].nll) / len(results[0].nll)
+    nll, *_, without = (fmean(result.nll) for result in results)
     report = {
         "nll": nll,
+        "nll_without_phi": without,
         "target": str(target),
         "results": [str(result) for result in results],
     }
@@ -163,6 +168,10 @@ def _print_report(console: Console, report: dict[str, Any], path: Path) -> None:
     console.print(f"\nTrained afresh on held-out images ({report['target']}; mean +- standard deviation over seeds):")
     for line in report["results"]:
         console.print(f"  {line}")
+    if report["nll"] > report.get("nll_without_phi", math.inf):
+        console.print("It does not help so short a training. Whether it helps a longer one on images of yours:")
+        arms = shlex.quote(f"arms=[none,metaperturb:{path / PHI}]")
+        console.print(f"  {PROGRAM} compare target=images.npz {arms}", markup=False)
     console.print("\nUse it:")
     use = f"trainer = L.Trainer(callbacks=[MetaPerturbCallback({str(path / PHI)!r})])"
     console.print(f"  {use}", markup=False)

@@ -71,6 +71,7 @@ def read(config: DictConfig) -> FitSettings:
     check_choice(meta.on_divergence, POLICIES, "meta.on_divergence")
     check_fraction(meta.strength, "meta.strength")
     check_fraction(meta.share_of_sites, "meta.share_of_sites")
+    check_fraction(transfer.full_strength_at, "evaluation.full_strength_at")
     sources = _sources(config, shared)
     if target is None and sources:
         _check_held_out(transfer.architecture, sources[-1])

@@ -51,7 +51,13 @@ class Target:
 
 @dataclass(frozen=True)
 class TransferSettings:
-    """How the target is trained; ``samples`` is the number of noise samples that are averaged at evaluation."""
+    """How the target is trained.
+
+    Attributes:
+        samples: number of noisy forwards that are averaged at evaluation.
+        full_strength_at: share of the first training loss at or below which the whole strength of phi acts; 1 for a
+            strength that does not follow the loss. Nothing of it enters meta-training, so it is no setting of that.
+    """
 
     architecture: str
     steps: int
@@ -60,6 +66,7 @@ class TransferSettings:
     lr: float
     weight_decay: float
     samples: int
+    full_strength_at: float = 1.0
 
 
 @dataclass(frozen=True)
