@@ -195,7 +195,7 @@ def test_restoring_a_checkpoint_from_within_fit_says_what_is_missing(tmp_path, r
     run.fit(module(), loader(4), loader(2))
     recwarn.clear()
     MetaPerturbCallback.restore(module(), saver.best_model_path)
-    assert any("batch norm was not yet re-estimated" in str(w.message) for w in recwarn)
+    assert any("batch norm was not re-estimated" in str(w.message) for w in recwarn)
 
 
 def _damaged(path, kind):

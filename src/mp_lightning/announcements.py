@@ -28,8 +28,9 @@ def stays_in_force(
     full_strength_at: float | None,
     seed: int | None,
     clip: float | None,
+    input_size: int | None,
 ) -> Iterator[str]:
-    """What a model that was trained before keeps, where something else is asked for (None, usual clip: nothing is)."""
+    """What a model that is attached already keeps, where something else is asked for (None, usual clip: nothing is)."""
     trained, follows = float(attachment.strength), float(attachment.fitting.full_strength_at)
     kept: list[tuple[str, str]] = []
     if _differ(strength, trained):
@@ -40,6 +41,8 @@ def stays_in_force(
         kept.append((f"with seed={attachment.seed}", f"{seed}"))
     if clip not in (CLIP, attachment.clip):
         kept.append((f"with clip={attachment.clip}", f"{clip}"))
+    if input_size not in (None, int(attachment.input_size)):
+        kept.append((f"with input_size={int(attachment.input_size)}", f"{input_size}"))
     if phi is not None:
         drawn = getattr(attachment.perturbation, "noise_per", "element")
         if attachment.phi_name != phi.name:

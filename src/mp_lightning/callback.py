@@ -221,7 +221,9 @@ class MetaPerturbCallback(Callback):
             persistent=self.persistent,
             path=self.path,
         )
-        attachment.path = self.path  # of one that was there already: how it is computed belongs to this run
+        if existing is not None:  # how it is computed belongs to this run
+            attachment.path = self.path if self.path != "auto" else attachment.path
+            attachment.synchronize |= self.sync_statistics
         return self._with_hooks(module, attachment)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -239,7 +241,7 @@ class MetaPerturbCallback(Callback):
         phi = self.phi if self.perturbation is None else None
         rank_zero_info(f"MetaPerturb: {opening(attachment, phi, total)}")
         asked = self.phi if self._phi_given else None
-        given = (self.strength, self.full_strength_at, self.seed, self.clip)
+        given = (self.strength, self.full_strength_at, self.seed, self.clip, self.input_size)
         for kept in stays_in_force(attachment, asked, *given):
             rank_zero_warn(f"MetaPerturb: {kept}")
 
@@ -276,11 +278,16 @@ class MetaPerturbCallback(Callback):
         attachment.inference = self.make_inference()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """An interrupted training leaves a model that can be evaluated."""
+        """An interrupted training leaves a model that can be evaluated; one that had not begun changes nothing."""
+        AfterConfigureModel.uninstall(pl_module)
         attachment = attachment_of(pl_module)
         if attachment is not None:
             attachment.settle()
-            attachment.inference = self.make_inference()
+            attachment.sampling = True
+            if self._attached_here and int(attachment.steps) == 0:
+                attachment.detach()
+            else:
+                attachment.inference = self.make_inference()
         if self._site_log is not None:
             self._site_log.stop()
 
@@ -320,11 +327,11 @@ class MetaPerturbCallback(Callback):
         attachment, declared = load_trained(model, checkpoint)
         callback = MetaPerturbCallback(**declared)
         callback._install_hooks(model).remove_with(attachment)
-        attachment.inference = callback.make_inference()
-        if callback.inference != "mc" and attachment.evaluation_buffers is None:
+        attachment.inference = inference = callback.make_inference()
+        if (lacking := inference.lacks(attachment)) is not None:
             rank_zero_warn(
-                f"checkpoint '{checkpoint}' was saved while training went on, when batch norm was not yet re-estimated "
-                f"for inference='{callback.inference}'; until mp_lightning.reestimate_batch_norm is called, "
+                f"checkpoint '{checkpoint}' was saved while training went on, when {lacking} for "
+                f"inference='{callback.inference}'; until mp_lightning.reestimate_batch_norm is called, "
                 f"{callback.samples} noisy forwards are averaged instead"
             )
         set_to_evaluation(model)

@@ -112,8 +112,14 @@ def _importable(module: nn.Module) -> str | None:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
-    """Attach, if need be, what a checkpoint holds, with its phi, plan and statistics."""
+def attach_state(model: nn.Module, state: dict[str, Any], *, weights_follow: bool = True) -> Attachment:
+    """Attach, if need be, what a checkpoint holds, with its phi, plan and statistics.
+
+    Args:
+        model: that was trained.
+        state: of :meth:`~mp_lightning.sites.attachment.Attachment.state`.
+        weights_follow: as for :meth:`~mp_lightning.sites.attachment.Attachment.load_state`.
+    """
     attachment = attachment_of(model)
     if attachment is None:
         if "phi" not in state:
@@ -129,7 +135,7 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
             full_strength_at=state.get("fitting", {}).get("full_strength_at", 1.0),
         )
         attachment = attach(model, phi, sites=SitePlan.from_dict(state["plan"]))
-    attachment.load_state(state)
+    attachment.load_state(state, weights_follow=weights_follow)
     return attachment
 
 

@@ -27,10 +27,8 @@ def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str,
     attachment.settle()
     attachment.evaluations.zero_()
     attachment.bound_hits.zero_()
-    if trainer.state.fn != "fit" and mode != "mc":
-        folded = attachment.constants is not None  # then batch norm was estimated under constants
-        if attachment.evaluation_buffers is None or folded != (mode == "fold"):
-            reestimate(trainer, module, attachment, mode)
+    if trainer.state.fn != "fit" and inference.lacks(attachment) is not None:
+        reestimate(trainer, module, attachment, mode)
     attachment.inference = inference
     attachment.strays = 0
     attachment.sampling = mode == "mc"  # where the module calls blocks one by one, see end_evaluation
@@ -51,7 +49,7 @@ def end_evaluation(module: pl.LightningModule, mode: str) -> None:
         return
     attachment.sampling = True
     inference = attachment.inference
-    averaged_nothing = type(inference) is MonteCarlo and inference.calls == 0
+    averaged_nothing = type(inference) is MonteCarlo and inference.calls == 0 and attachment.strays > 0
     if averaged_nothing or (isinstance(inference, Mean) and attachment.strays):
         names = " or ".join(
             f"{type(module).__name__}.forward" if name == "" else f"self.{name}" for name in attachment.entry_modules()

@@ -94,6 +94,12 @@ class AfterConfigureModel:
     def install(self) -> None:
         self._module.configure_model = self.configure_model  # type: ignore[method-assign]
 
+    @classmethod
+    def uninstall(cls, module: pl.LightningModule) -> None:
+        """Where a training ended before there were any layers."""
+        if isinstance(getattr(module.__dict__.get("configure_model"), "__self__", None), cls):
+            del module.configure_model
+
     def configure_model(self) -> None:
         del self._module.configure_model
         self._module.configure_model()

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import lightning.pytorch as pl
 import torch
@@ -27,8 +26,8 @@ class _TrainingData:
     hooks: Any
 
 
-# A trainer forgets its training data when it goes on to test, which is when re-estimation may need it.
-_TRAINING_DATA: "WeakKeyDictionary[pl.Trainer, _TrainingData]" = WeakKeyDictionary()
+# An attribute of the trainer, which forgets its training data when it goes on to test, when re-estimation may need it.
+_TRAINING_DATA = "_metaperturb_training_data"
 
 
 def reestimate(trainer: pl.Trainer, module: pl.LightningModule, attachment: Attachment, inference: str) -> None:
@@ -57,8 +56,9 @@ def training_data(trainer: pl.Trainer) -> _TrainingData | None:
     if current is not None:
         # A fresh one, for iterators of its own; the mode says how the batches of several loaders are put together.
         loader = CombinedLoader(current.iterables, current._mode)
-        _TRAINING_DATA[trainer] = _TrainingData(loader, trainer._data_connector._datahook_selector)
-    return _TRAINING_DATA.get(trainer)
+        setattr(trainer, _TRAINING_DATA, _TrainingData(loader, trainer._data_connector._datahook_selector))
+    data: _TrainingData | None = getattr(trainer, _TRAINING_DATA, None)
+    return data
 
 
 @contextmanager

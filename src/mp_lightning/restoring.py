@@ -38,7 +38,7 @@ def load_trained(model: pl.LightningModule, checkpoint: str | Path) -> tuple[Att
             f"the weights of checkpoint '{checkpoint}' are not those of a {type(model).__name__}: "
             f"{' '.join(str(error).split())[:300]}; give a module of the class that was trained"
         ) from error
-    return attach_state(model, state), state["inference"]
+    return attach_state(model, state, weights_follow=False), state["inference"]
 
 
 def set_to_evaluation(model: nn.Module) -> None:
@@ -48,6 +48,9 @@ def set_to_evaluation(model: nn.Module) -> None:
 
 
 def set_back(model: nn.Module) -> None:
-    """Each of its modules into the mode that it had, once; other models are left alone."""
-    for name, training in _MODES_BEFORE.pop(model, {}).items():
-        model.get_submodule(name).training = training
+    """Each of its modules into the mode that it had, once, unless its user has called ``train()`` since."""
+    modes = _MODES_BEFORE.pop(model, {})
+    if model.training:
+        return
+    for name, module in model.named_modules():  # some may be gone, and others new
+        module.training = modes.get(name, module.training)

@@ -265,6 +265,26 @@ TensorBoardLogger.log_metrics = log_metrics
     assert (done.code, done.stderr) == (130, "mp_lightning: interrupted; the same command continues this run\n")
 
 
+def test_ctrl_c_is_said_once_where_a_thread_outlives_it(tmp_path: Path) -> None:
+    code = """
+import os, signal, threading, time
+from mp_lightning.cli import interruption
+interruption.PATIENCE = 0.5
+interruption.listen("run")
+threading.Thread(target=time.sleep, args=(60,)).start()
+try:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(60)
+except KeyboardInterrupt:
+    interruption.end("run")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=50)
+    assert (done.returncode, done.stderr) == (
+        130,
+        "mp_lightning: interrupted; the same command continues this run\n",
+    )
+
+
 def test_termination_ends_with_one_line_and_143(mp: CommandLine, tmp_path: Path) -> None:
     def training() -> bool:
         return bool(list(tmp_path.glob("runs/*/metrics.csv")))

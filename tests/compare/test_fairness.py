@@ -204,13 +204,16 @@ def test_seeds_suit_any_generator_and_an_error_of_the_data_is_a_sentence(tmp_pat
 
     compare(tmp_path, draw, arms=["none", "dropout", "fixed_noise"], tuning_values=2)
 
+
+@pytest.mark.parametrize("error", [ValueError, SystemExit])
+def test_what_a_users_data_raises_is_told_with_its_run(tmp_path: Path, error: type[BaseException]) -> None:
     def broken(seed: int) -> SmallData:
         if seed:
-            raise ValueError("no such seed")
+            raise error("no such seed")
         return SmallData()
 
-    with pytest.raises(RunError, match=r"arm 'none', seed 1 failed: ValueError: no such seed"):
-        compare(tmp_path / "broken", broken, seeds=2)
+    with pytest.raises(RunError, match=rf"arm 'none', seed 1 failed: {error.__name__}: no such seed"):
+        compare(tmp_path, broken, seeds=2)
 
 
 def test_callbacks_that_watch_validation_go_with_the_controls(tmp_path: Path) -> None:
@@ -367,6 +370,13 @@ def tripled(module: Any, batch: Any) -> Any:
     return 3.0 * module(batch[0]), batch[1]
 
 
+class Slotted:
+    __slots__ = ()
+
+    def __call__(self, module: Any, batch: Any) -> Any:
+        return module(batch[0]), batch[1]
+
+
 class Scaling:
     def __init__(self, by: float) -> None:
         self.by = by
@@ -391,3 +401,23 @@ def test_a_function_is_told_by_its_name_its_code_and_what_it_holds() -> None:
         assert identity(first) == identity(copy.deepcopy(first)) != identity(second)
         assert identity(first).split()[:-1] == identity(second).split()[:-1]
     assert identity(held(print)) == identity(held(print))
+
+
+def test_a_function_that_holds_itself_is_told_too() -> None:
+    def held(by: float) -> Any:
+        def predict(module: Any, batch: Any, again: bool = True) -> Any:
+            return predict(module, batch, False) if again else by * module(batch[0])
+
+        return predict
+
+    class Bound(Scaling):
+        def __init__(self, by: float) -> None:
+            super().__init__(by)
+            self.way = self.__call__
+
+        def __call__(self, module: Any, batch: Any) -> Any:
+            return super().__call__(module, batch)
+
+    for make in (held, Bound):
+        assert identity(make(2.0)) == identity(make(2.0)) != identity(make(3.0))
+    assert identity(Slotted()) == identity(Slotted())

@@ -163,6 +163,28 @@ def test_a_model_that_changes_its_input_is_averaged_over_what_it_was_given(infer
     assert torch.equal(got, expected)
 
 
+@pytest.mark.parametrize("inference", [MonteCarlo(4, "probabilities"), OutputAverage(4)])
+def test_a_model_that_uses_its_output_again_is_averaged_over_all_forwards(inference):
+    """As one that fills a buffer, or that a CUDA graph replays."""
+    images = digits()[0][:4]
+    model, attachment = attached(HEADS["probabilities"])
+    attachment.inference = inference
+    buffer = torch.empty(4, 10)
+    with torch.no_grad():
+        expected = model(images)
+        attachment.evaluations.zero_()
+        model.head = lambda logits: buffer.copy_(logits.softmax(1))
+        got = model(images)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", HEADS)
+def test_kinds_of_output_are_told_in_half_precision(kind, dtype):
+    logits = 3 * torch.randn(256, 10, generator=torch.Generator().manual_seed(0))
+    assert output_kind(HEADS[kind](logits).to(dtype), "Net") == kind
+
+
 def test_tensors_in_a_dictionary_are_averaged_each():
     model, attachment = attached(lambda logits: {"scores": logits, "more": (logits[:, :2].half(), None, "text")})
     attachment.inference = OutputAverage(3)

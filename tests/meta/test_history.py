@@ -12,7 +12,7 @@ from mp_lightning.runs import RunFolderError
 def add_steps(history: History, first: int, last: int, steps: int = 10) -> None:
     """What meta-training notes in meta-steps ``first`` to ``last`` of ``steps``."""
     for step in range(first, last + 1):
-        history.add(step, {"a": (float(step), 2.0 * step), "b": (0.1 * step, 1.0)})
+        history.add({"a": (float(step), 2.0 * step), "b": (0.1 * step, 1.0)})
         if step % 2 == 0 or step == 1:
             sites = {"scale": [0.5, 0.25 + step], "noise": [0.75, 0.8], "multiplier": [0.4, 0.3 * step]}
             history.observe(0.5 * step, {"a": sites, "b": sites})
@@ -34,7 +34,7 @@ def test_rows_hold_the_mean_since_the_last_row(tmp_path: Path) -> None:
 
 def test_a_row_is_returned_as_it_is_written(tmp_path: Path) -> None:
     history = History(tmp_path / "metrics.csv")
-    history.add(1, {"a": (1.0, 2.0)})
+    history.add({"a": (1.0, 2.0)})
     history.observe(0.25, {"a": {"scale": [0.5]}})
     row = history.write(1)
     assert row == {"a/train_loss": 1.0, "a/valid_loss": 2.0, "a/site0/scale": 0.5, "phi/gradient_norm": 0.25}
@@ -43,8 +43,8 @@ def test_a_row_is_returned_as_it_is_written(tmp_path: Path) -> None:
 
 def test_steps_that_a_task_was_left_out_of_do_not_count_for_its_loss(tmp_path: Path) -> None:
     history = History(tmp_path / "metrics.csv")
-    for step, loss in enumerate((1.0, math.nan, 3.0), start=1):
-        history.add(step, {"a": (loss, 2 * loss), "b": (math.nan, math.nan)})
+    for loss in (1.0, math.nan, 3.0):
+        history.add({"a": (loss, 2 * loss), "b": (math.nan, math.nan)})
     row = history.write(3)
     assert (row["a/train_loss"], row["a/valid_loss"]) == (2.0, 4.0)
     assert math.isnan(row["b/train_loss"]) and math.isnan(row["b/valid_loss"])
@@ -53,7 +53,7 @@ def test_steps_that_a_task_was_left_out_of_do_not_count_for_its_loss(tmp_path: P
 def test_a_table_that_cannot_be_written_names_its_folder(tmp_path: Path) -> None:
     (tmp_path / "run").touch()
     history = History(tmp_path / "run" / "metrics.csv")
-    history.add(1, {"a": (1.0, 2.0)})
+    history.add({"a": (1.0, 2.0)})
     with pytest.raises(RunFolderError, match=r"run' cannot be written \(Not a directory\); choose another with"):
         history.write(1)
 
@@ -118,5 +118,5 @@ def test_nothing_to_resume_is_fine(tmp_path: Path) -> None:
 
 def test_pending_is_plain(tmp_path: Path) -> None:
     history = History(tmp_path / "metrics.csv")
-    history.add(1, {"a": (1.0, 2.0)})
+    history.add({"a": (1.0, 2.0)})
     assert history.pending() == {"a": [[1.0, 2.0]]}

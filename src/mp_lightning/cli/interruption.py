@@ -17,6 +17,7 @@ INTERRUPTED = 130  # 128 + SIGINT
 PATIENCE = 30.0
 _USUAL = signal.default_int_handler
 _came = False  # a library that it stops may make another error of it
+_said = False
 
 
 def listen(what: str) -> None:
@@ -63,7 +64,9 @@ def _end_at_once(what: str) -> NoReturn:
 
 
 def _say(what: str) -> None:
-    if rank() == 0:
+    global _said
+    if rank() == 0 and not _said:
+        _said = True
         print(error_line(f"interrupted; the same command continues this {what}"), file=sys.stderr)
 
 

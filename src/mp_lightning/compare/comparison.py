@@ -201,18 +201,18 @@ def settings_digest(settings: dict[str, Any], arm: AnyArm, *, steps: int | None,
         arm: with the values that were tuned, and with the moments where it is matched to some.
         steps, ramp: of :class:`~mp_lightning.compare.run.Experiment`.
     """
-    parts = [] if isinstance(arm, Arm) else [_identity(part) for part in arm.parts]
+    named = () if isinstance(arm, Arm) else arm.parts
+    parts = [_identity(part) for part in named]
     # Steps are not known of a run that is measured in epochs.
     if ramp and follows_the_loss(arm) and (steps is None or steps < SHORTEST_RUN):
         parts.append(["all of the strength from", SHORTEST_RUN])  # steps on; before, short runs had other ramps
-    if not isinstance(arm, Arm):
-        parts += [["moments", moments_digest(part.moments)] for part in arm.parts if part.moments is not None]
-    if not isinstance(arm, Arm) and any(part.sites != 1 for part in arm.parts):
-        if any(part.name in ("first_sites", "last_sites") for part in arm.parts):
+    parts += [["moments", moments_digest(part.moments)] for part in named if part.moments is not None]
+    if any(part.sites != 1 for part in named):
+        if any(part.name in ("first_sites", "last_sites") for part in named):
             parts.append(["halves of phi's sites"])  # before, of all sites
-        if any(part.name in _AT_SITES for part in arm.parts):
+        if any(part.name in _AT_SITES for part in named):
             parts.append(["layers at all sites"])  # before, at phi's
-    if isinstance(arm, Arm) or any(part.kind.multiplies for part in arm.parts):
+    if isinstance(arm, Arm) or any(part.kind.multiplies for part in named):
         parts.append(["tested when training has ended"])  # before, runs were tested by one noisy forward
     text = json.dumps([settings, parts], sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:12]

@@ -41,30 +41,39 @@ def identity(function: Callable[..., Any]) -> str:
     return f"{name} {hashlib.sha256(repr(_code(function)).encode()).hexdigest()[:12]}"
 
 
-def _code(value: Any) -> Any:
-    """What ``repr`` tells of a value or its code, without addresses in memory."""
+def _code(value: Any, within: frozenset[int] = frozenset()) -> Any:
+    """What ``repr`` tells of a value or its code, without addresses in memory.
+
+    Args:
+        value: any.
+        within: ids of the values that it is a part of; one that holds itself is told as such there.
+    """
+    if id(value) in within:
+        return "itself"
+    code = partial(_code, within=within | {id(value)})
     match value:
+        case str() | bytes() | int() | float() | complex() | None:
+            return value
         case CodeType():
-            return value.co_code, value.co_names, _code(value.co_consts)
+            return value.co_code, value.co_names, code(value.co_consts)
         case FunctionType():
             held = [cell.cell_contents for cell in value.__closure__ or ()]
-            return _code([value.__code__, value.__defaults__, value.__kwdefaults__, held])
+            return code([value.__code__, value.__defaults__, value.__kwdefaults__, held])
         case MethodType():
-            return _code([value.__func__, value.__self__])
+            return code([value.__func__, value.__self__])
         case partial():
-            return _code([value.func, value.args, value.keywords])
+            return code([value.func, value.args, value.keywords])
         case Tensor():
             return _digest([value])
         case list() | tuple():
-            return [_code(one) for one in value]
+            return [code(one) for one in value]
         case dict():
-            return [(key, _code(one)) for key, one in value.items()]
+            return [(key, code(one)) for key, one in value.items()]
         case frozenset():
-            return sorted(repr(_code(one)) for one in value)
-        case str() | bytes() | int() | float() | complex() | None:
-            return value
+            return sorted(repr(code(one)) for one in value)
     called = vars(type(value)).get("__call__")
-    return [type(value).__qualname__, *(_code([called, vars(value)]) if isinstance(called, FunctionType) else ())]
+    state = getattr(value, "__dict__", {})
+    return [type(value).__qualname__, *(code([called, state]) if isinstance(called, FunctionType) else ())]
 
 
 def _optimizers(module: L.LightningModule) -> list[Any]:

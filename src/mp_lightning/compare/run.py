@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mp_lightning.callback import MetaPerturbCallback
@@ -181,9 +182,12 @@ def train(experiment: Experiment, module: L.LightningModule, job: Job, callbacks
         trainer.fit(module, datamodule=data)
     except UserError:
         raise
-    except SystemExit as error:  # Lightning's answer to Ctrl-C
-        raise KeyboardInterrupt from error
-    except Exception as error:
+    except (SystemExit, Exception) as error:
+        # Lightning makes an exit of Ctrl-C.
+        if isinstance(error, SIGTERMException) or (
+            isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
+        ):
+            raise KeyboardInterrupt from error
         raise RunError(f"{describe(job)} failed: {type(error).__name__}: {_one_line(error)}") from error
     if trainer.global_step == 0:
         raise DataError("train_dataloader gives no batch to train on; give more images, or a smaller batch")
@@ -202,7 +206,7 @@ def _listed(callbacks: Any) -> list[Any]:
     return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
 
 
-def _one_line(error: Exception) -> str:
+def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300]
 
 

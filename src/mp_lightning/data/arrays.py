@@ -29,8 +29,8 @@ def image_set(
         size: resize the shorter side to so many pixels and crop the centre; without it images must be square.
 
     Raises:
-        DataError: no images, fewer than two classes, a label out of range, without names one that no image has,
-            shapes that do not fit, values that are not finite, out of range, or integers of 0 and 1 alone.
+        DataError: no images, fewer than two classes, a label out of range, a class without images where no names are
+            given, shapes that do not fit, values that are not finite, out of range, or integers of 0 and 1 alone.
         ConfigurationError: the size is below 1.
     """
     if size is not None and size < 1:

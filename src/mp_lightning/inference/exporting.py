@@ -13,9 +13,9 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mp_lightning.errors import ConfigurationError
+from mp_lightning.inference.mean import Mean
 from mp_lightning.sites import Attachment, attachment_of
 
 ExportMode = Literal["mean", "fold"]
@@ -143,14 +143,13 @@ def _tensors(value: object) -> list[Tensor]:
 
 
 def _check_ready(attachment: Attachment, mode: str) -> None:
-    has_batch_norm = any(isinstance(module, _BatchNorm) for module in attachment.model.modules())
     folded = attachment.constants is not None
     if mode == "fold" and not folded:
         raise ConfigurationError(
             "mode=fold needs constants, which were not estimated; train with inference='fold', or call "
             "mp_lightning.reestimate_batch_norm with fold=True"
         )
-    if mode == "mean" and has_batch_norm and (folded or attachment.evaluation_buffers is None):
+    if mode == "mean" and Mean().lacks(attachment) is not None:
         why = "was estimated for mode=fold" if folded else "was not re-estimated since the model was trained"
         raise ConfigurationError(
             f"mode=mean: batch norm {why}; save the checkpoint after fit with inference='mean', or call "

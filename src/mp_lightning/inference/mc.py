@@ -33,6 +33,7 @@ class MonteCarlo:
     """
 
     expects = False
+    _averages = True
 
     def __init__(self, samples: int, output: Output | None = None) -> None:
         if not isinstance(samples, int) or samples < 1:
@@ -51,15 +52,16 @@ class MonteCarlo:
         """Whether one of the forwards that are averaged is in progress."""
         return self._busy
 
-    def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Noise is drawn, not averaged, in each forward."""
-        self._begin(attachment, (args, kwargs), True)
+    def lacks(self, attachment: "Attachment") -> str | None:
+        """Nothing: this inference can always be made."""
+        return None
 
-    def _begin(self, attachment: "Attachment", inputs: Arguments, sampling: bool) -> None:
+    def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Noise is drawn, not averaged, in each forward, where there is an average."""
         if not self._busy:
             self._sampling = attachment.sampling
-            self._inputs = _copied(inputs)  # a model may change them in place
-        attachment.sampling = sampling
+            self._inputs = _copied((args, kwargs))  # a model may change them in place
+        attachment.sampling = self._averages
 
     def _again(self, module: nn.Module) -> Any:
         """One more forward of what the first one was given."""
@@ -89,7 +91,7 @@ class MonteCarlo:
             kind = output_kind(output, type(module).__name__, self.output, trained)
             if trained and output.numel() >= _EVIDENCE:
                 self.output = kind
-            mean = _probabilities(output, kind)
+            mean = _probabilities(output, kind).clone()  # a model may use its outputs again
             for _ in range(1, self.samples):
                 mean = mean + _probabilities(self._again(module), kind)
         finally:
@@ -107,11 +109,6 @@ class OutputAverage(MonteCarlo):
     other tensors, and tensors of which the next forward gives another number or shape, have no average.
     """
 
-    _averages = True
-
-    def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._begin(attachment, (args, kwargs), self._averages)
-
     def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
         if self._busy:
             return output
@@ -125,7 +122,6 @@ class OutputAverage(MonteCarlo):
             if average is not None:
                 return average
             self._averages = False
-            attachment.sampling = False
             return self._again(module)
         finally:
             self._end(attachment)
@@ -133,9 +129,10 @@ class OutputAverage(MonteCarlo):
     def _average(self, module: nn.Module, output: Any) -> Any:
         """None if there is none."""
         first, form = tree_flatten(output)
-        total = _tensors(first)
-        if total is None:
+        values = _tensors(first)
+        if values is None:
             return None
+        total = [value.clone() for value in values]  # a model may use its outputs again
         for _ in range(1, self.samples):
             leaves, other_form = tree_flatten(self._again(module))
             values = _tensors(leaves)
@@ -189,9 +186,10 @@ def output_kind(output: Any, model: str, declared: Output | None = None, trained
     if declared is not None:
         return declared
     values = output.detach().float()
-    if bool((values >= 0).all()) and bool((values.sum(dim=1) - 1).abs().max() < _TOLERANCE):
+    tolerance = max(_TOLERANCE, 4 * torch.finfo(output.dtype).eps)
+    if bool((values >= 0).all()) and bool((values.sum(dim=1) - 1).abs().max() < tolerance):
         return "probabilities"
-    if bool((values <= 0).all()) and bool(values.logsumexp(dim=1).abs().max() < _TOLERANCE):
+    if bool((values <= 0).all()) and bool(values.logsumexp(dim=1).abs().max() < tolerance):
         return "log_probabilities"
     if not values.any():
         return "logits"  # of a head that starts with zeros

@@ -32,7 +32,9 @@ class Mean:
 
     def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._stand_in.busy:
-            self._uses_stand_in = not self._is_ready(attachment)
+            lacking = self.lacks(attachment)
+            self._uses_stand_in = lacking is not None
+            self._warn_once(lacking)
         if self._uses_stand_in:
             self._stand_in.begin(attachment, args, kwargs)
             return
@@ -49,17 +51,16 @@ class Mean:
         attachment.folding = False
         return output
 
-    def _is_ready(self, attachment: "Attachment") -> bool:
+    def lacks(self, attachment: "Attachment") -> str | None:
+        """What is still to be done before this inference can be made, in words; None if it can."""
         if attachment.evaluation_buffers is not None and attachment.constants is None:
-            return True  # with constants, batch norm was estimated under these
+            return None  # with constants, batch norm was estimated under these
         if self._has_batch_norm is None:
             self._has_batch_norm = any(isinstance(module, _BatchNorm) for module in attachment.model.modules())
-        if self._has_batch_norm:
-            self._warn_once("batch norm was not re-estimated")
-        return not self._has_batch_norm
+        return "batch norm was not re-estimated" if self._has_batch_norm else None
 
-    def _warn_once(self, what: str) -> None:
-        if not self._warned:
+    def _warn_once(self, what: str | None) -> None:
+        if what is not None and not self._warned:
             self._warned = True
             warnings.warn(
                 f"MetaPerturb: {what} since the model was trained, so the outputs of {self._stand_in.samples} noisy "
@@ -92,7 +93,5 @@ class Fold(Mean):
     _folds = True
     _remedy = "mp_lightning.reestimate_batch_norm with fold=True"
 
-    def _is_ready(self, attachment: "Attachment") -> bool:
-        if attachment.constants is None:
-            self._warn_once("the constants were not estimated")
-        return attachment.constants is not None
+    def lacks(self, attachment: "Attachment") -> str | None:
+        return "the constants were not estimated" if attachment.constants is None else None

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from torch import nn
 
 
@@ -19,8 +20,10 @@ def undisturbed(module: nn.Module, loaders: list[Any]) -> Iterator[None]:
         loaders: that the steps take their batches from.
     """
     holders = (holder for loader in loaders for holder in (loader, getattr(loader, "sampler", None)))
-    generators = {g: g.get_state() for g in (getattr(h, "generator", None) for h in holders) if g is not None}
-    metrics: list[Any] = [m for m in module.modules() if hasattr(m, "metric_state")]  # those of torchmetrics
+    found = (getattr(holder, "generator", None) for holder in holders)
+    generators = {g: g.get_state() for g in found if isinstance(g, torch.Generator)}
+    # Those of torchmetrics; its collections hold metrics and count nothing themselves.
+    metrics: list[Any] = [m for m in module.modules() if hasattr(m, "metric_state") and hasattr(m, "_update_count")]
     states = [copy.deepcopy({**m.metric_state, "_update_count": m._update_count}) for m in metrics]
     instead = {"log": _ignore}
     if not getattr(module, "automatic_optimization", True):

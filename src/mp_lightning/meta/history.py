@@ -32,7 +32,7 @@ class History:
         """Whether a row belongs after meta-step ``step`` (from 1) of ``steps``."""
         return step == 1 or step == steps or step % rows_every(steps) == 0
 
-    def add(self, step: int, losses: dict[str, tuple[float, float]]) -> None:
+    def add(self, losses: dict[str, tuple[float, float]]) -> None:
         """Note the training and the validation loss of each task at one step."""
         for name, pair in losses.items():
             self._losses.setdefault(name, []).append(pair)

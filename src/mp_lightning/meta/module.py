@@ -180,7 +180,7 @@ class JointMetaTraining(L.LightningModule):
         for index, name in enumerate(("train_loss", "valid_loss")):
             self.log(name, sum(pair[index] for pair in valid) / len(valid), prog_bar=True, logger=False)
         if self.history is not None:
-            self.history.add(self.meta_step, dict(zip(self.names, joint.losses, strict=True)))
+            self.history.add(dict(zip(self.names, joint.losses, strict=True)))
         if observed is None:
             return
         self._check_drift()

@@ -64,8 +64,7 @@ class TaskParallelStrategy(DDPStrategy):
 
     def on_exception(self, exception: BaseException) -> None:
         super().on_exception(exception)
-        if isinstance(self._launcher, _WatchedLauncher):
-            self._launcher.over.set()
+        self._stop_observing()
         if self._watch is not None:
             # No barrier: the others may be gone. What this process says is the reason, not that they are.
             self._watch.stop()
@@ -74,7 +73,12 @@ class TaskParallelStrategy(DDPStrategy):
         if self._watch is not None and not self._watch.stopped:
             self._watch.stop()
             self.barrier()
+        self._stop_observing()
         super().teardown()
+
+    def _stop_observing(self) -> None:
+        if isinstance(self._launcher, _WatchedLauncher):
+            self._launcher.over.set()
 
 
 class _WatchedLauncher(_SubprocessScriptLauncher):
@@ -93,17 +97,18 @@ class _WatchedLauncher(_SubprocessScriptLauncher):
         return function(*args, **kwargs)
 
     def _observe(self) -> None:
-        while any(process.poll() is None for process in self.procs):
-            if self.over.wait(0.5):
-                return
-            for rank, process in enumerate(self.procs, start=1):
-                if process.poll():
+        while not self.over.wait(0.5):
+            codes = [process.poll() for process in self.procs]
+            for rank, code in enumerate(codes, start=1):
+                if code:
                     # Time for this process to notice by itself, with a better reason.
                     if self.over.wait(3.0):
                         return
                     for other in self.procs:
                         other.terminate()
                     _end_without(rank)
+            if None not in codes:
+                return
 
 
 def _end_without(rank: int) -> None:

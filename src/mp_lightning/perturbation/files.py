@@ -49,7 +49,7 @@ class NamedPhi:
 
 
 def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dict[str, Any]:
-    """Write ``path`` (.safetensors) and the card beside it (.json); both appear whole or not at all.
+    """Write ``path`` (.safetensors) and the card beside it (.json); each appears whole or not at all.
 
     Args:
         path: of the safetensors file.

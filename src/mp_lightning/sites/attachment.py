@@ -98,9 +98,8 @@ class Attachment(GrowingStrength):
         for name in ("evaluations", "bound_hits", "size_source"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
         self._set_size_source(_FINAL if input_size is not None else 0)
-        self.register_load_state_dict_post_hook(_note_input_size)
         self._weights_follow = False  # those that the buffers for evaluation belong to are not loaded yet
-        self.register_load_state_dict_post_hook(_forget_other_weights)
+        self.register_load_state_dict_post_hook(_weights_loaded)
         self.sites = nn.ModuleList(Site(spec, index, self, persistent) for index, spec in enumerate(plan))
         self.__dict__["_model"] = model
         self._blocks = _make_blocks(self, model)
@@ -257,7 +256,7 @@ class Attachment(GrowingStrength):
 
     def entry_modules(self) -> dict[str, nn.Module]:
         """The modules that may be called as 'the model', by name ('' is the model that was given)."""
-        return {name: self.model.get_submodule(name) for name in entry_names(self.model, self.plan)}
+        return {entry.name: self.model.get_submodule(entry.name) for entry in self._entries}
 
     def freeze(self, folding: bool) -> None:
         """Stay in one deterministic mode of evaluation for good: nothing is counted or measured any more.
@@ -302,8 +301,12 @@ class Attachment(GrowingStrength):
             state["noise_per"] = self.perturbation.noise_per
         return state
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: dict[str, Any], *, weights_follow: bool = True) -> None:
         """Take over what :meth:`state` gave.
+
+        Args:
+            state: of an attachment at the same sites.
+            weights_follow: the weights that batch norm was re-estimated for are loaded after it, and not before.
 
         Raises:
             SiteError: it was saved with other sites.
@@ -340,11 +343,14 @@ class Attachment(GrowingStrength):
         self.seed, self.clip, self.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
         self.reached = state.get("reached", 1.0)  # before there was one, a short run had a longer ramp
         self.evaluation_buffers, self.constants = state["evaluation_buffers"], state.get("constants")
-        self._weights_follow = True
+        self._weights_follow = weights_follow
         self.update_coeff()
 
     def _shard(self) -> tuple[int, int]:
-        return _rank_and_world() if self.distributed else (0, 1)
+        """(rank, number of processes): where this process's samples stand in the global batch."""
+        if self.distributed and torch.distributed.is_available() and torch.distributed.is_initialized():
+            return torch.distributed.get_rank(), torch.distributed.get_world_size()
+        return 0, 1
 
     def _sites(self) -> list[Site]:
         return [site for site in self.sites if isinstance(site, Site)]
@@ -390,21 +396,10 @@ def _make_blocks(attachment: Attachment, model: nn.Module) -> list[Block]:
     return blocks
 
 
-def _note_input_size(module: nn.Module, incompatible: Any) -> None:
-    assert isinstance(module, Attachment)
-    module._set_size_source(_FINAL if bool(module.input_size > 0) else 0)
-
-
-def _forget_other_weights(module: nn.Module, incompatible: Any) -> None:
+def _weights_loaded(module: nn.Module, incompatible: Any) -> None:
     """What was estimated for the weights before is of no use with those that were loaded now."""
     assert isinstance(module, Attachment)
+    module._set_size_source(_FINAL if bool(module.input_size > 0) else 0)
     if not module._weights_follow:
         module.evaluation_buffers = module.constants = None
     module._weights_follow = False
-
-
-def _rank_and_world() -> tuple[int, int]:
-    """(rank, number of processes): where this process's samples stand in the global batch."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1

@@ -25,8 +25,9 @@ class Block:
     """One block (a module) and the sites reached during its forward.
 
     Args:
-        module_sites: by activation module, the sites by index of the call within one forward of the block.
         attachment: what all sites share.
+        module_sites: the activation modules with sites, each of which has them by index of its call within one forward
+            of the block.
         functional_sites: the sites by index among all activation calls within one forward of the block.
     """
 

@@ -43,6 +43,7 @@ class Site(KeepsPrecision):
         spec: where it is.
         index: its number in the plan; with the call it selects the noise stream.
         attachment: what all sites of the network share.
+        persistent: keep the statistics in the model's ``state_dict``.
     """
 
     attachment: "Attachment"
