@@ -8,7 +8,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import NoiseKey, Norms, Perturbed, Statistics
-from mp_lightning.sites import Attachment, SitePlan, SiteSpec, attach, attachment_of, choose_sites
+from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of, choose_sites
 from mp_lightning.sites.fitting import OFF
 from mp_lightning.sites.layout import as_maps, from_maps
 from mp_lightning.sites.site import Site
@@ -94,11 +94,11 @@ class SiteHooks:
         else:
             plan = choose_sites(attachment.model, sites)
             found = _by_place(attachment)
-            further = [spec for spec in plan if _place(spec) not in found]
+            further = [spec for spec in plan if spec.place not in found]
             if further:
                 self._attached = _Beside(attachment, SitePlan(further))
                 found |= _by_place(self._attached)
-        self.sites = [found[_place(spec)] for spec in plan]
+        self.sites = [found[spec.place] for spec in plan]
         self._handles: list[RemovableHandle] = []
 
     def register(self, hooks: Iterable[Callable[..., Any]]) -> None:
@@ -114,12 +114,8 @@ class SiteHooks:
             self._attached = None
 
 
-def _place(spec: SiteSpec) -> tuple[str, str | None, int]:
-    return spec.scope, spec.activation, spec.call
-
-
 def _by_place(attachment: Attachment) -> dict[tuple[str, str | None, int], Site]:
-    return {_place(site.spec): site for site in attachment.sites if isinstance(site, Site)}
+    return {site.spec.place: site for site in attachment.sites if isinstance(site, Site)}
 
 
 class SiteLayer(nn.Module):

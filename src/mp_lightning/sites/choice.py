@@ -92,11 +92,11 @@ class _Candidates:
         self._model = model
         self._all = list(find_activations(model, target))
         try:
-            found = {_place(site): site for site in find_sites(model, target)}
+            found = {site.place: site for site in find_sites(model, target)}
         except SiteError:
             found = {}
         self._found = list(found.values())
-        self._all = [found.get(_place(site), site) for site in self._all]
+        self._all = [found.get(site.place, site) for site in self._all]
 
     def all(self) -> list[SiteSpec]:
         return self._all
@@ -146,12 +146,12 @@ def check_fits(plan: SitePlan, model: nn.Module, target: str | None = None) -> N
         if target is not None and not f"{spec.scope}.".startswith(f"{target}."):
             raise SiteError(f"site '{spec.name}' is outside of target '{target}'; leave out one of the two")
     try:
-        known = {_place(site): site for site in find_activations(model)}
+        known = {site.place: site for site in find_activations(model)}
     except SiteError:
         return  # a model that cannot be followed, for which the plan was written by hand
     scopes = {site.scope for site in known.values()}
     for spec in plan:
-        now = known.get(_place(spec))
+        now = known.get(spec.place)
         if now is None and spec.scope in scopes:
             raise SiteError(
                 f"site '{spec.name}' does not fit: '{spec.scope or type(model).__name__}' has no such activation call; "
@@ -173,10 +173,6 @@ def _check_target(model: nn.Module, target: str) -> None:
         raise SiteError(
             f"target='{target}' is no part of {type(model).__name__}; its parts are {', '.join(names) or 'none'}"
         ) from error
-
-
-def _place(site: SiteSpec) -> tuple[str, str | None, int]:
-    return site.scope, site.activation, site.call
 
 
 def _function(site: SiteSpec) -> str:

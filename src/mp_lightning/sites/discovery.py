@@ -75,8 +75,8 @@ def _plan(
         raise SiteError(_compiled(model, "it"))
     prefix = target or ""
     graphs, failures, found = _search(model.get_submodule(prefix), prefix, choose)
-    unique = {(site.scope, site.activation, site.call): site for site in reversed(found)}
-    sites = [site for site in found if unique.get((site.scope, site.activation, site.call)) is site]
+    unique = {site.place: site for site in reversed(found)}
+    sites = [site for site in found if unique[site.place] is site]
     if not sites:
         raise SiteError(_nothing_found(model.get_submodule(prefix), graphs, failures))
     return SitePlan(_with_unique_names(sites)), graphs

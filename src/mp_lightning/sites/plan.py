@@ -43,6 +43,11 @@ class SiteSpec:
     reads: str
     layout: str = FIRST
 
+    @property
+    def place(self) -> tuple[str, str | None, int]:
+        """Scope, activation and call: what no other site has."""
+        return self.scope, self.activation, self.call
+
 
 class SitePlan:
     """The sites of a model in order of execution; it does not change.
@@ -57,7 +62,7 @@ class SitePlan:
             raise SiteError("a plan needs at least one site; leave the plan out to have the sites found")
         seen: dict[object, str] = {}
         for site in self._sites:
-            for key in (site.name, (site.scope, site.activation, site.call)):
+            for key in (site.name, site.place):
                 if key in seen:
                     raise SiteError(f"sites '{seen[key]}' and '{site.name}' of the plan are the same; keep one of them")
                 seen[key] = site.name
