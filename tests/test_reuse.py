@@ -1,5 +1,6 @@
 """What is changed between two uses of a module: modes, weights, settings, and fits that failed before they began."""
 
+import copy
 import gc
 import weakref
 
@@ -8,11 +9,13 @@ import numpy as np
 import pytest
 import torch
 import torchmetrics
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules import Classifier, loader, module, trainer
-from mp_lightning import MetaPerturbCallback, attachment_of, detach
+from mp_lightning import MetaPerturbCallback, attach, attachment_of, detach
+from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import initial_phi
 from test_fit_edges import Late
 
@@ -194,3 +197,94 @@ def test_a_network_without_batch_norm_comes_back_without_a_warning(tmp_path, rec
         first, second = (restored.net(loader(1).dataset[0][0][None]) for _ in range(2))
     assert torch.equal(first, second)
     assert not [one for one in recwarn if "checkpoint" in str(one.message)]
+
+
+class OwnTraining(Classifier):
+    """What a training step does beside its loss, and what hangs on it."""
+
+    def __init__(self):
+        super().__init__()
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+        self.register_buffer("center", torch.zeros(10))
+        self.seen = 0
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            for own, taught in zip(self.net.parameters(), self.teacher.parameters(), strict=True):
+                taught.lerp_(own, 0.1)
+            self.center = 0.9 * self.center + 0.1 * self.teacher(batch[0]).mean(0)
+        self.seen += len(batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+def test_estimating_batch_norm_leaves_what_training_steps_change_as_training_left_it(tmp_path):
+    found = []
+    for inference in ("mean", "mc"):  # which estimates nothing
+        torch.manual_seed(0)
+        model = OwnTraining()
+        trainer(tmp_path, [MetaPerturbCallback(inference=inference)]).fit(model, loader(4), loader(1))
+        found.append({**model.state_dict(), "seen": torch.tensor(model.seen)})
+    assert found[0].keys() == found[1].keys()
+    for name, value in found[0].items():
+        assert torch.equal(value, found[1][name]), name
+
+
+class Other(pl.LightningModule):
+    def __init__(self, net):
+        super().__init__()
+        self.backbone = net
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.cross_entropy(self.backbone(batch[0]), batch[1])
+
+    configure_optimizers = Plain.configure_optimizers
+
+
+def test_a_network_that_is_attached_in_another_module_is_refused(tmp_path):
+    model = module()
+    trainer(tmp_path, [MetaPerturbCallback()]).fit(model, loader(2), loader(1))
+    other = Other(model.net)
+    with pytest.raises(ConfigurationError, match="Other is attached already, as a part of Classifier; call"):
+        trainer(tmp_path, [MetaPerturbCallback()]).fit(other, loader(2))
+    detach(model.net)
+    trainer(tmp_path, [MetaPerturbCallback()]).fit(other, loader(2))
+    assert attachment_of(other).model is other
+
+
+def test_what_was_attached_to_a_part_by_hand_comes_back(tmp_path):
+    model = module()
+    attach(model.net, sites=1)
+    run = trainer(tmp_path, [MetaPerturbCallback()])
+    run.fit(model, loader(2), loader(1))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    restored = MetaPerturbCallback.restore(module(), tmp_path / "end.ckpt")
+    assert attachment_of(restored).model is restored.net
+    images = loader(1).dataset.tensors[0][:4]
+    with torch.no_grad():
+        assert torch.equal(restored(images), model.eval()(images))
+
+
+class Data(pl.LightningDataModule):
+    def train_dataloader(self):
+        return loader(4)
+
+    def val_dataloader(self):
+        return loader(2, start=400)
+
+    test_dataloader = val_dataloader
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_new_trainer_estimates_on_the_training_data_that_it_can_have(tmp_path, recwarn, ready):
+    saver = ModelCheckpoint(tmp_path, filename="within", save_top_k=1)
+    model = module()
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1), saver], enable_checkpointing=True)
+    run.fit(model, datamodule=Data())
+    expected = run.test(model, datamodule=Data(), verbose=False)
+    data = Data()
+    if not ready:
+        data.train_dataloader = lambda: [][0]  # before setup("fit")
+    new = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)])
+    found = new.test(module(seed=3), datamodule=data, ckpt_path=saver.best_model_path, verbose=False, weights_only=True)
+    assert (found == expected) == ready
+    assert any("needs no setup('fit')" in str(one.message) for one in recwarn) == (not ready)

@@ -204,6 +204,11 @@ class MetaPerturbCallback(Callback):
                 callback was given.
         """
         existing = attachment_of(module)
+        if existing is not None and existing.model not in {*module.modules()}:
+            raise ConfigurationError(
+                f"a network of {type(module).__name__} is attached already, as a part of "
+                f"{type(existing.model).__name__}; call mp_lightning.detach(network) first"
+            )
         if existing is not None and self.persistent:
             return self._with_hooks(module, existing)  # what a module declares may have been loaded with its weights
         attachment = attach(

@@ -84,7 +84,12 @@ class CheckpointHooks:
         attachment = attachment_of(self._module)
         if attachment is None:
             return
-        checkpoint[KEY] = {**attachment.state(), "inference": self._inference, "module": _importable(self._module)}
+        checkpoint[KEY] = {
+            **attachment.state(),
+            "inference": self._inference,
+            "module": _importable(self._module),
+            "part": next(name for name, part in self._module.named_modules() if part is attachment.model),
+        }
         if self._marker and "state_dict" in checkpoint:
             # A copy, but one that keeps the versions of modules, which are an attribute of the dict.
             checkpoint["state_dict"] = copy.copy(checkpoint["state_dict"])
@@ -134,7 +139,8 @@ def attach_state(model: nn.Module, state: dict[str, Any], *, weights_follow: boo
             noise_per=state.get("noise_per", "element"),
             full_strength_at=state.get("fitting", {}).get("full_strength_at", 1.0),
         )
-        attachment = attach(model, phi, sites=SitePlan.from_dict(state["plan"]))
+        part = model.get_submodule(state.get("part", ""))  # that was attached by hand
+        attachment = attach(part, phi, sites=SitePlan.from_dict(state["plan"]))
     attachment.load_state(state, weights_follow=weights_follow)
     return attachment
 

@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -36,7 +37,8 @@ def reestimate(trainer: pl.Trainer, module: pl.LightningModule, attachment: Atta
     if data is None:
         rank_zero_warn(
             f"MetaPerturb: batch norm was not re-estimated for inference='{inference}', as this trainer has no "
-            "training data; evaluate with the trainer that trained, or use inference='mc'"
+            "training data; evaluate with the trainer that trained, give a datamodule with a train_dataloader that "
+            "needs no setup('fit'), or use inference='mc'"
         )
         return
     with (
@@ -51,14 +53,26 @@ def reestimate(trainer: pl.Trainer, module: pl.LightningModule, attachment: Atta
 
 
 def training_data(trainer: pl.Trainer) -> _TrainingData | None:
-    """The data that this trainer trains or has trained with."""
+    """The data that this trainer trains or has trained with, or else would train with."""
     current = trainer.fit_loop._combined_loader
     if current is not None:
         # A fresh one, for iterators of its own; the mode says how the batches of several loaders are put together.
         loader = CombinedLoader(current.iterables, current._mode)
         setattr(trainer, _TRAINING_DATA, _TrainingData(loader, trainer._data_connector._datahook_selector))
     data: _TrainingData | None = getattr(trainer, _TRAINING_DATA, None)
-    return data
+    return data or _own_training_data(trainer)
+
+
+def _own_training_data(trainer: pl.Trainer) -> _TrainingData | None:
+    """That of the datamodule or the module, where it can be had without ``fit``."""
+    for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
+        if is_overridden("train_dataloader", owner):
+            try:
+                loader = CombinedLoader(owner.train_dataloader(), "max_size_cycle")  # as Lightning does in fit
+            except Exception:  # it was set up for a test alone
+                continue
+            return _TrainingData(loader, trainer._data_connector._datahook_selector)
+    return None
 
 
 @contextmanager

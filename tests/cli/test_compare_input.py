@@ -38,7 +38,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     # Numbers and choices
     "no seeds": (["seeds=0"], ["seeds=0 cannot be used; give a positive whole number"]),
     "no jobs": (["jobs=0"], ["jobs=0 cannot be used; give a positive whole number"]),
-    "no steps": (["steps=0"], ["steps=0 cannot be used"]),
+    "no steps": (["steps=0"], ["mp_lightning: steps=0 cannot be used"]),
     "no images": (["n_per_class=0"], ["n_per_class=0 cannot be used", "or null"]),
     "too many values": (["tuning.values=9"], ["tuning.values=9 is too many"]),
     "metric": (["metric=loss"], ["metric=loss is unknown; use one of accuracy, nll"]),

@@ -99,7 +99,7 @@ def test_fold_as_onnx(mp: CommandLine, trained: dict[str, Path], tmp_path: Path)
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["to=a.onnx"], "ckpt is missing; give one, for example ckpt=last.ckpt"),
+        (["to=a.onnx"], "ckpt is missing; give one, for example ckpt=trained.ckpt"),
         (["ckpt=mean.ckpt"], "to is missing"),
         (["ckpt=mean.ckpt", "to=a.tflite"], "to=a.tflite cannot be used; give a file name that ends in .onnx or .pt2"),
         (["ckpt=none.ckpt", "to=a.pt2"], "checkpoint 'none.ckpt' does not exist"),

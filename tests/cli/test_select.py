@@ -149,6 +149,12 @@ def test_a_damaged_phi_has_no_score(mp: CommandLine, sweep: Path, tmp_path: Path
     assert "seed1-0.0003 (meta.lr=0.0003 seed=1) failed: " in done.stdout
 
 
+def test_runs_of_compare_are_told_from_those_of_fit(mp: CommandLine, tmp_path: Path) -> None:
+    RunFolder(tmp_path / "sweep" / "a", {"target": "a.npz", "tuning": {"values": 3, "seeds": 1}})
+    done = select(mp, tmp_path, f"sweep={tmp_path / 'sweep'}", code=2)
+    assert "are not of fit; what compare found is in its summary.md" in done.stderr
+
+
 def test_a_card_without_evaluation_is_no_score(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:
     path = sweep / "seed1-0.0003" / "phi.json"
     card = json.loads(path.read_text())

@@ -44,6 +44,10 @@ class Wrapped(Pair):
         return Output(self.student(x))
 
 number = 3
+
+class Other(Pair):
+    def forward(self, x):
+        return self.teacher(x)
 """
 
 
@@ -58,6 +62,11 @@ def sites(mp: CommandLine, folder: Path, *words: str, code: int = 0) -> Done:
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "own.py").write_text(OWN)
     return tmp_path
+
+
+def test_sites_that_no_forward_reaches_are_told(mp: CommandLine, folder: Path) -> None:
+    done = sites(mp, folder, "model=own.py:Other", "input=3x16x16", "sites=1", "target=student")
+    assert "9 of 9 sites were not reached by a forward of own.py:Other" in done.stdout
 
 
 def test_the_table_has_the_sites_their_sizes_and_costs(mp: CommandLine, folder: Path) -> None:

@@ -80,6 +80,8 @@ def test_a_share_is_taken_of_each_network():
 
     assert choose_sites(Two(), 0.5).names == ["student.2.2", "student.3.2", "critic.1.2"]
     assert choose_sites(Two(), 0.5, target="student").names == ["student.2.2", "student.3.2"]
+    # Names may be those within the target.
+    assert choose_sites(Two(), ["2.*", "student.3.*"], target="student").names == ["student.2.2", "student.3.2"]
 
 
 def test_phi_comes_with_a_share_of_the_sites_that_others_can_replace(resnet):

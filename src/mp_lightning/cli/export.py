@@ -52,7 +52,7 @@ def read(config: DictConfig) -> Request:
     if mode == "mc":
         raise ConfigurationError("mode=mc cannot be exported, as it draws noise in every forward; use mean or fold")
     return Request(
-        checkpoint=Path(required(config, "ckpt", "last.ckpt")),
+        checkpoint=Path(required(config, "ckpt", "trained.ckpt")),
         to=to,
         mode=None if mode is None else check_choice(mode, ("mean", "fold"), "mode"),
         model=check(config.model, str | None, "model"),

@@ -36,9 +36,9 @@ _EXAMPLES = {
         "model=train.py:Classifier target=student to=plan.yaml": "a part of it; the plan as a file that can be edited",
     },
     "export": {
-        "ckpt=last.ckpt to=model.onnx": "needs mp_lightning[export]",
-        "ckpt=last.ckpt to=model.pt2 mode=fold": "for torch.export.load; with constants in place of what was learned",
-        "ckpt=last.ckpt to=model.onnx model=train.py:Classifier": "where the checkpoint does not say what was trained",
+        "ckpt=trained.ckpt to=model.onnx": "needs mp_lightning[export]",
+        "ckpt=trained.ckpt to=model.pt2 mode=fold": "for torch.export.load; with constants",
+        "ckpt=trained.ckpt to=model.onnx model=train.py:Classifier": "where the checkpoint does not say it",
     },
 }
 _OPTIONS = {

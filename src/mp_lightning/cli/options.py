@@ -17,6 +17,8 @@ T = TypeVar("T")
 def settings(cls: type[T], section: dict[str, Any], name: str) -> T:
     """An instance of the dataclass ``cls`` from the section called ``name``, which holds its fields and nothing else.
 
+    The keys at the top are a section without a name.
+
     Integers must be positive, other numbers finite and not negative; None only where the field allows it.
 
     Raises:
@@ -24,8 +26,9 @@ def settings(cls: type[T], section: dict[str, Any], name: str) -> T:
     """
     hints = get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    check_keys(section, names, f"{name}.")
-    return cls(**{key: check(section.get(key), hints[key], f"{name}.{key}") for key in names})
+    prefix = f"{name}." if name else ""
+    check_keys(section, names, prefix)
+    return cls(**{key: check(section.get(key), hints[key], f"{prefix}{key}") for key in names})
 
 
 def plain_section(config: DictConfig, name: str) -> dict[str, Any]:

@@ -57,7 +57,9 @@ def run(config: DictConfig, path: Path) -> None:
     finished = ranked(runs, given.by)
     if not finished:
         raise RunsError(
-            f"none of the {len(runs)} runs below '{given.sweep}' is finished; repeat the command that started them"
+            f"the runs below '{given.sweep}' are not of fit; what compare found is in its summary.md"
+            if runs and all(run.settings.get("tuning.values") for run in runs)
+            else f"none of the {len(runs)} runs below '{given.sweep}' is finished; repeat the command that started them"
             if runs
             else f"there are no runs below '{given.sweep}'; start some with '{PROGRAM} fit seed=0,1,2 -m'"
         )

@@ -85,6 +85,11 @@ def run(config: DictConfig, path: Path) -> None:
         f"\nA training step without perturbation takes {plain_ms:.1f} ms here (median); the sites add {total:.1f} ms, "
         f"or {100 * total / plain_ms:.0f} %."
     )
+    if (missed := [site.name for site in plan if site.name not in costs]) != []:
+        console.print(
+            f"{len(missed)} of {len(plan)} sites were not reached by a forward of {escape(given.model)}, where nothing "
+            "would be perturbed unless training calls those parts."
+        )
     if given.to is not None:
         plan.save(given.to)
         console.print(

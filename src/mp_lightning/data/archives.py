@@ -32,5 +32,7 @@ def _read_member(path: Path, archive: np.lib.npyio.NpzFile, key: str) -> np.ndar
     except Exception as error:
         pickled = "allow_pickle" in str(error)
         fault = "holds Python objects, which are not read" if pickled else "is damaged"
-        raise DataError(f"array '{key}' of '{path}' {fault}: save plain numbers, or text for classes") from error
+        raise DataError(
+            f"array '{key}' of '{path}' {fault}: save numbers for images and labels, and text for names of classes"
+        ) from error
     return np.asarray(array)

@@ -100,7 +100,9 @@ def _labels(name: str, labels: np.ndarray, count: int) -> np.ndarray:
     if labels.shape != (count,):
         raise DataError(f"'{name}' has {count} images but labels of shape {labels.shape}: give one label per image")
     if labels.dtype.kind not in "iu":
-        raise DataError(f"labels of '{name}' are of type {labels.dtype}: give integers that count from 0")
+        raise DataError(
+            f"labels of '{name}' are of type {labels.dtype}: give integers that count from 0; names go into 'classes'"
+        )
     return labels.astype(np.int64)
 
 

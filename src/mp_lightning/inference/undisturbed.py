@@ -8,11 +8,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from mp_lightning.sites.attachment import NAME
+
 
 @contextmanager
 def undisturbed(module: nn.Module, loaders: list[Any]) -> Iterator[None]:
-    """Nothing that ``module`` logs is kept, and its metrics and the generators of the loaders come back as they were.
+    """Nothing that ``module`` logs is kept, and it and the generators of the loaders come back as they were.
 
+    That is its parameters and buffers, such as those of a momentum teacher that a step moves along, its metrics, and
+    those of its attributes that are plain numbers or text.
     Steps that optimize by hand (``manual_backward``, ``self.optimizers()``) go through all of it without any effect.
 
     Args:
@@ -25,6 +29,7 @@ def undisturbed(module: nn.Module, loaders: list[Any]) -> Iterator[None]:
     # Those of torchmetrics; its collections hold metrics and count nothing themselves.
     metrics: list[Any] = [m for m in module.modules() if hasattr(m, "metric_state") and hasattr(m, "_update_count")]
     states = [copy.deepcopy({**m.metric_state, "_update_count": m._update_count}) for m in metrics]
+    kept = [_Kept(part) for name, part in module.named_modules() if NAME not in name.split(".")]
     instead = {"log": _ignore}
     if not getattr(module, "automatic_optimization", True):
         instead |= {"manual_backward": _ignore, "clip_gradients": _ignore}
@@ -37,12 +42,36 @@ def undisturbed(module: nn.Module, loaders: list[Any]) -> Iterator[None]:
         for name in instead:
             del module.__dict__[name]
         module.__dict__.update(before)
+        for part in kept:
+            part.restore()
         for metric, state in zip(metrics, states, strict=True):
             for name, value in state.items():
                 setattr(metric, name, value)
             metric._computed = None
         for generator, state_ in generators.items():
             generator.set_state(state_)
+
+
+class _Kept:
+    """What one module holds itself: parameters, buffers and plain attributes."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        tensors: dict[str, Any] = {"_parameters": module._parameters, "_buffers": module._buffers}
+        self._tensors = {
+            kind: {name: (value, value.detach().clone()) for name, value in held.items() if value is not None}
+            for kind, held in tensors.items()
+        }
+        self._plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        for kind, held in self._tensors.items():
+            for name, (value, before) in held.items():
+                getattr(self._module, kind)[name] = value
+                if not torch.equal(value, before):
+                    value.copy_(before)
+        self._module.__dict__.update(self._plain)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> Any:

@@ -1,6 +1,7 @@
 """A perturbation at the sites of one model: what the sites share, and its state."""
 
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
@@ -88,6 +89,7 @@ class Attachment(GrowingStrength):
         self.depth = 0
         self.strays = 0
         self._told_of_strays = False
+        self._looked = False
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
         for name, value in {
@@ -143,6 +145,34 @@ class Attachment(GrowingStrength):
         """
         self.settle()
         self.count(loss, *self._shard())
+        if not self._looked:
+            self._looked = True
+            if len(self.unreached()) == len(self.plan) and self._shard()[0] == 0:
+                warnings.warn(
+                    "MetaPerturb: nothing was perturbed in the first training batch, as no forward of "
+                    f"{self._scopes()} was made by calling it; call it, and not its forward or other methods, or "
+                    "choose sites that are reached (sites=)",
+                    stacklevel=2,
+                )
+
+    def unreached(self) -> list[str]:
+        """The sites whose statistics are those of the beginning; of perturbations without statistics nothing is known.
+
+        Asks the device.
+        """
+        if self.frozen:
+            return []
+        names = []
+        for site in self._sites():
+            before = self.perturbation.initial_statistics(site.spec.channels)
+            now = site.statistics
+            if before and all(torch.equal(now[name].cpu(), before[name].to(now[name].dtype)) for name in before):
+                names.append(site.spec.name)
+        return names
+
+    def _scopes(self) -> str:
+        scopes = list(dict.fromkeys(f"self.{site.scope}" if site.scope else "the module" for site in self.plan))
+        return ", ".join(scopes[:3]) + (" and others" if len(scopes) > 3 else "")
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
@@ -155,7 +185,7 @@ class Attachment(GrowingStrength):
         self.shard = self._shard()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:
-            block.calls = 0
+            block.begin_forward()
         if image is not None:
             self._note_height(float(height_of(image)), _FINAL if training else _PROVISIONAL)
 
@@ -382,6 +412,7 @@ def _scopes(plan: SitePlan) -> list[str]:
 
 
 def _make_blocks(attachment: Attachment, model: nn.Module) -> list[Block]:
+    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
     blocks = []
     for scope in _scopes(attachment.plan):
         by_module: dict[str, dict[int, Site]] = {}
@@ -391,7 +422,11 @@ def _make_blocks(attachment: Attachment, model: nn.Module) -> list[Block]:
             if site.spec.scope == scope:
                 calls = functional if site.spec.activation is None else by_module.setdefault(site.spec.activation, {})
                 calls[site.spec.call] = site
-        modules = [ActivationModule(model.get_submodule(name), sites) for name, sites in by_module.items()]
+        container = type(model.get_submodule(scope)).forward is nn.Sequential.forward
+        modules = []
+        for name, sites in by_module.items():
+            module = model.get_submodule(name)
+            modules.append(ActivationModule(module, sites, container and set(sites) == {0} and paths[id(module)] == 1))
         blocks.append(Block(attachment, modules, functional))
     return blocks
 

@@ -78,11 +78,24 @@ class Block:
             self._modes.pop().__exit__(None, None, None)
         self._modes.clear()
 
-    def perturb(self, site: Site, x: Tensor, training: bool | None = None) -> Tensor:
-        """The perturbed x. The activation functions that a perturbation uses by itself are not calls of the model."""
+    def begin_forward(self) -> None:
+        """Called when a forward of the model begins."""
+        self.calls = 0
+        for activation in self._module_sites:
+            activation.calls_alone = 0
+
+    def perturb(self, site: Site, x: Tensor, training: bool | None = None, call: int | None = None) -> Tensor:
+        """The perturbed x. The activation functions that a perturbation uses by itself are not calls of the model.
+
+        Args:
+            site: of this block.
+            x: as for the site.
+            training: of the block; None for that of its forward in progress.
+            call: how many times the site was reached before; None where that is the number of forwards of the block.
+        """
         self.attachment.perturbing = True
         try:
-            return site(x, self.calls, self.training if training is None else training)
+            return site(x, self.calls if call is None else call, self.training if training is None else training)
         finally:
             self.attachment.perturbing = False
 
@@ -95,24 +108,42 @@ class Block:
 
 
 class ActivationModule:
-    """An activation module of a block, whose inputs at some calls are sites."""
+    """An activation module of a block, whose inputs at some calls are sites.
+
+    Args:
+        module: the activation.
+        sites: by index of its call within one forward of the block.
+        alone: the block is a container, which calls it once, and no other module does.
+    """
 
     block: Block
 
-    def __init__(self, module: nn.Module, sites: dict[int, Site]) -> None:
+    def __init__(self, module: nn.Module, sites: dict[int, Site], alone: bool) -> None:
         self.seen = 0
+        self.calls_alone = 0  # without the block, within the current forward of the model
         self._module = module
         self._sites = sites
+        self._alone = alone
 
     def register(self) -> RemovableHandle:
         return self._module.register_forward_pre_hook(self.before)
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self.block.active:
-            return self._replay(args) if in_backward() else None  # None: the same module serves another block as well
+            if in_backward():
+                return self._replay(args)
+            if self._alone:  # 'for layer in net', net[:5], checkpoint_sequential
+                return (self._perturb_alone(args[0], module.training), *args[1:])
+            return None  # the same module serves another block as well
         site = self._sites.get(self.seen)
         self.seen += 1
         return None if site is None else (self.block.perturb(site, args[0]), *args[1:])
+
+    def _perturb_alone(self, x: Tensor, training: bool) -> Tensor:
+        """As in a forward of the block, whose parts are called without it."""
+        self.block.attachment.begin_block(training)
+        self.calls_alone += 1
+        return self.block.perturb(self._sites[0], x, training, self.calls_alone - 1)
 
     def _replay(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A block that checkpoints a part of itself computes that part again without being called."""

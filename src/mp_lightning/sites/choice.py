@@ -90,6 +90,7 @@ class _Candidates:
 
     def __init__(self, model: nn.Module, target: str | None) -> None:
         self._model = model
+        self._target = target
         self._all = list(find_activations(model, target))
         try:
             found = {site.place: site for site in find_sites(model, target)}
@@ -119,7 +120,12 @@ class _Candidates:
         return [site for site in self._found if wish(site)]
 
     def _named(self, pattern: str, sites: list[SiteSpec]) -> list[SiteSpec]:
-        return [site for site in sites if fnmatchcase(site.name, pattern)]
+        start = f"{self._target}." if self._target else ""  # names within the target will do
+        return [
+            site
+            for site in sites
+            if fnmatchcase(site.name, pattern) or fnmatchcase(site.name.removeprefix(start), pattern)
+        ]
 
     def _at(self, name: str) -> nn.Module:
         return self._model.get_submodule(name)

@@ -104,7 +104,8 @@ class _Recorder(TorchFunctionMode):
 
     def run(self, shape: tuple[int, ...]) -> fx.Graph:
         parameter = next(self._module.parameters())
-        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _in_silence(), self._hooked():
+        eager = torch.compiler.set_stance("force_eager")  # parts that are compiled, too
+        with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), _in_silence(), eager, self._hooked():
             image = torch.empty(shape, device=parameter.device, dtype=parameter.dtype)
             self._know(image, self._graph.placeholder("image"))
             with self:

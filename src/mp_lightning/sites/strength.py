@@ -143,7 +143,8 @@ class GrowingStrength(KeepsPrecision):
     def idle(self) -> str | None:
         """Why hardly any of the strength acts when a training of some length has ended; None where enough does."""
         factor = float(self.fitting.factor())
-        if factor >= _IDLE or int(self.steps) < (self.ramp_steps or 0) or self.reached < _LONG_ENOUGH:
+        least = max(self.ramp_steps or 0, round(_LONG_ENOUGH * SHORTEST_RUN))
+        if factor >= _IDLE or int(self.steps) < least or self.reached < _LONG_ENOUGH:
             return None
         share = float(self.fitting.recent / self.fitting.first)
         return (

@@ -1,0 +1,128 @@
+"""Parts of containers that are called without them, and sites that no forward reaches."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+from mp_lightning import attach
+
+
+def layers(ch=8):
+    def stage(before, after):
+        return [nn.Conv2d(before, after, 3, padding=1), nn.BatchNorm2d(after), nn.ReLU()]
+
+    pool = [nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(ch, 4)]
+    return nn.Sequential(*stage(3, ch), *stage(ch, ch), *stage(ch, ch), *pool)
+
+
+def iterated(net, x):
+    for layer in net:
+        x = layer(x)
+    return x
+
+
+WAYS = {
+    "iterated": iterated,
+    "sliced": lambda net, x: net[5:](net[:5](x)),
+    "checkpointed in part": lambda net, x: net[6:](checkpoint(net[:6], x, use_reentrant=False)),
+    "checkpoint_sequential": lambda net, x: checkpoint_sequential(net, 2, x, use_reentrant=False),
+    "its forward": lambda net, x: net.forward(x),
+    "called": lambda net, x: net(x),
+}
+
+
+class Net(nn.Module):
+    def __init__(self, way):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = layers()
+        self.way = way
+
+    def forward(self, x):
+        return self.way(self.net, x)
+
+
+def trained(way, *, perturbed=True, steps=3):
+    """The parameters after a few steps."""
+    model = Net(way)
+    attachment = attach(model, sites=1, ramp_steps=0, full_strength_at=1) if perturbed else None
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(steps):
+        x = torch.randn(8, 3, 16, 16, generator=generator)
+        loss = F.cross_entropy(model(x), torch.arange(8) % 4)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        if attachment is not None:
+            attachment.step(loss.detach())
+    return torch.cat([parameter.detach().flatten() for parameter in model.net.parameters() if parameter.requires_grad])
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_a_container_may_be_taken_to_pieces(way):
+    """As it runs as a whole, bit for bit, with the same noise."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = trained(way)
+    assert torch.equal(found, trained(WAYS["called"]))
+    assert not torch.equal(found, trained(way, perturbed=False))
+
+
+class Shares(nn.Module):
+    """One activation, which is in a container and is called beside it, too."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        relu = nn.ReLU()
+        self.first, self.relu = nn.Conv2d(3, 8, 3), relu
+        self.net = nn.Sequential(nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), relu)
+
+    def forward(self, x):
+        return self.net(self.relu(self.first(x)))
+
+
+def test_an_activation_that_others_call_as_well_is_perturbed_in_its_container_alone():
+    model = Shares()
+    attachment = attach(model, sites=lambda site: site.scope == "net", ramp_steps=0, full_strength_at=1)
+    seen = []
+    attachment.sites[0].register_forward_hook(lambda *_: seen.append(True))
+    model(torch.randn(2, 3, 16, 16))
+    assert len(seen) == 1
+
+
+class Helper(nn.Module):
+    """Trained by calling another method than forward."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.head = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Linear(8, 4)
+
+    def encode(self, x):
+        return F.relu(self.norm(self.conv(x))).mean((2, 3))
+
+    def forward(self, x):
+        return self.head(self.encode(x))
+
+
+def test_a_first_batch_in_which_nothing_was_perturbed_is_told_once():
+    model = Helper()
+    attachment = attach(model, ramp_steps=0, full_strength_at=1)
+    model.head(model.encode(torch.randn(2, 3, 8, 8)))
+    with pytest.warns(
+        UserWarning, match="nothing was perturbed in the first training batch, as no forward of the module"
+    ):
+        attachment.step(1.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attachment.step(1.0)
+    reached = attach(Helper(), ramp_steps=0, full_strength_at=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        reached.model(torch.randn(2, 3, 8, 8))
+        reached.step(1.0)
