@@ -16,6 +16,7 @@ RAMP_FRACTION = 0.4  # Section 4 of the paper
 SHORTEST_RUN = 1200  # steps of the optimizer, from which on all of the strength is reached
 _HORIZON = 0.1  # of the ramp: the batches that the recent loss looks back over
 _IDLE = 0.1  # of the strength: hardly any of it acts
+_FEWEST = 20  # batches that a loss which has not fallen has been looked at for
 _LONG_ENOUGH = 0.4  # of the shortest run, for a loss that has not fallen to mean anything
 
 
@@ -143,7 +144,7 @@ class GrowingStrength(KeepsPrecision):
     def idle(self) -> str | None:
         """Why hardly any of the strength acts when a training of some length has ended; None where enough does."""
         factor = float(self.fitting.factor())
-        least = max(self.ramp_steps or 0, round(_LONG_ENOUGH * SHORTEST_RUN))
+        least = max(self.ramp_steps or 0, _FEWEST)
         if factor >= _IDLE or int(self.steps) < least or self.reached < _LONG_ENOUGH:
             return None
         share = float(self.fitting.recent / self.fitting.first)
