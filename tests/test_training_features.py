@@ -511,8 +511,10 @@ def test_ddp_on_two_processes(tmp_path):
 def test_an_error_in_a_watched_batch_leaves_no_hook(tmp_path):
     class Fails(Module):
         def training_step(self, batch, batch_idx=0):
-            self.net(batch[0])
-            raise ValueError("no")
+            loss = super().training_step(batch, batch_idx)
+            if batch_idx == 1:
+                raise ValueError("no")
+            return loss
 
     module = Fails()
     trainer = trainer_with(

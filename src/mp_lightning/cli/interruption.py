@@ -18,6 +18,7 @@ PATIENCE = 30.0
 _USUAL = signal.default_int_handler
 _came = False  # a library that it stops may make another error of it
 _said = False
+_saying = threading.Lock()
 
 
 def listen(what: str) -> None:
@@ -65,9 +66,10 @@ def _end_at_once(what: str) -> NoReturn:
 
 def _say(what: str) -> None:
     global _said
-    if rank() == 0 and not _said:
+    with _saying:
+        if rank() == 0 and not _said:
+            print(error_line(f"interrupted; the same command continues this {what}"), file=sys.stderr, flush=True)
         _said = True
-        print(error_line(f"interrupted; the same command continues this {what}"), file=sys.stderr)
 
 
 def rank() -> int:
