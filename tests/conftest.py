@@ -1,6 +1,7 @@
 """Shared by all tests: one torch thread (the numbers of tiny tests gain nothing from more), and the golden files."""
 
 import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,12 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     # Before anything imports Triton: its kernels then run on CPU tensors.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Not ignored, as a shell leaves it to what it starts in the background, and all that start from there inherit it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture
