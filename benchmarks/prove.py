@@ -33,7 +33,7 @@ PUBLISHED = "published.safetensors"
 ARMS = (
     *("none", f"fixed_noise:{DEFAULT_PHI}", f"shrink_only:{DEFAULT_PHI}", "dropblock"),
     *(f"metaperturb:{PUBLISHED}", f"metaperturb:{DEFAULT_PHI}"),
-    *("dropout", "manifold_mixup"),
+    *("dropout", "manifold_mixup", f"metaperturb:{DEFAULT_PHI}+manifold_mixup"),
 )
 _RATES = {"conv4": 3e-3, "resnet20": 3e-3}  # learning rates that go without saying in the name of a run folder
 _NAMES = {"scale_kernels": "stat_kernels"}  # in the authors' file

@@ -24,6 +24,7 @@ _ARMS = {
     "dropblock": ("DropBlock, tuned", "#d55e00", "v"),
     "dropout": ("Dropout, tuned", "#56b4e9", "P"),
     "manifold_mixup": ("Manifold Mixup, tuned", "#222222", "X"),
+    f"metaperturb:{DEFAULT_PHI}+manifold_mixup": (f"{DEFAULT_PHI} and Manifold Mixup", "#999999", "*"),
 }
 _WIDEST = {"accuracy": 20.0, "nll": 2.0}  # wider intervals are cut at the edge, or nothing else could be told apart
 _LINE, _BETWEEN = 0.115, 1.2  # inches an arm; arms between two comparisons

@@ -16,7 +16,7 @@ if not torch.cuda.is_available():
 
 @pytest.fixture(autouse=True)
 def ctrl_c():
-    """Not ignored, as a shell leaves it to what it starts in the background, and all that start from there inherit it."""
+    """Not ignored, as a shell leaves it for what it starts in the background, and for all that start from there."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
