@@ -3,10 +3,12 @@
 python -m benchmarks.against_control                  # over all seeds
 python -m benchmarks.against_control --from-seed 5    # over those that were run to test what the first five showed
 python -m benchmarks.against_control --rows benchmarks/results/positive_control/compare.csv
+python -m benchmarks.against_control --targets imagenette --seeds 5 --arms \\
+    metaperturb:tiny-imagenet-6+manifold_mixup fixed_noise:tiny-imagenet-6+manifold_mixup
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
@@ -21,19 +23,20 @@ TARGETS = ("imagenette", "cifar10")
 Values = tuple[list[float], list[float]]  # of the two arms, seed by seed
 
 
-def of_target(rows: list[Row], seeds: range, score: Callable[[Row], float]) -> Values:
+def of_target(rows: list[Row], arms: Sequence[str], seeds: range, score: Callable[[Row], float]) -> Values:
     """The scores of both arms on one target."""
     scores = {(row.arm, row.seed): score(row) for row in rows}
-    return tuple([scores[arm, seed] for seed in seeds] for arm in ARMS)  # type: ignore[return-value]
+    return tuple([scores[arm, seed] for seed in seeds] for arm in arms)  # type: ignore[return-value]
 
 
-def lines(comparisons: dict[str, list[Row]], seeds: range) -> list[str]:
+def lines(comparisons: dict[str, list[Row]], arms: Sequence[str], seeds: range) -> list[str]:
     """One for each target, and one for their mean; the difference with its 95 % interval and p value."""
     found = []
     for unit, score in (("points", lambda row: 100 * row.accuracy), ("nats of NLL", lambda row: row.nll)):
-        by_target = {name: of_target(rows, seeds, score) for name, rows in comparisons.items()}
+        by_target = {name: of_target(rows, arms, seeds, score) for name, rows in comparisons.items()}
         both = zip(*by_target.values(), strict=True)
-        by_target["mean"] = tuple([fmean(values) for values in zip(*arm, strict=True)] for arm in both)
+        if len(comparisons) > 1:
+            by_target["mean"] = tuple([fmean(values) for values in zip(*arm, strict=True)] for arm in both)
         for name, values in by_target.items():
             of = paired(*values)
             found.append(
@@ -46,16 +49,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=RESULTS)
     parser.add_argument("--from-seed", type=int, default=0, choices=range(14), metavar="0 to 13")
+    parser.add_argument("--arms", nargs=2, default=ARMS, help="the first minus the second")
+    parser.add_argument("--targets", nargs="+", default=TARGETS)
+    parser.add_argument("--seeds", type=int, default=15)
     given = parser.parse_args()
     if not given.rows.is_file():
         parser.error(f"--rows: '{given.rows}' does not exist")
     comparisons = read(given.rows)
     training = "50 images a class of 32 pixels, conv4, 1200 steps of 64, Adam 0.003"
     try:
-        chosen = {target: comparisons[f"{target}, {training}"] for target in TARGETS}
+        chosen = {target: comparisons[f"{target}, {training}"] for target in given.targets}
+        print("\n".join(lines(chosen, given.arms, range(given.from_seed, given.seeds))))
     except KeyError as error:
         parser.error(f"--rows: '{given.rows}' lacks {error}")
-    print("\n".join(lines(chosen, range(given.from_seed, 15))))
 
 
 if __name__ == "__main__":

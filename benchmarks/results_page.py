@@ -47,7 +47,8 @@ def judged(rows: list[Row]) -> Summary:
     """The verdict on the bundled phi, whose controls carry its name."""
     arms = list(dict.fromkeys(row.arm for row in rows))
     ours = [arm for arm in arms if arm.startswith("metaperturb:") and PUBLISHED not in arm]
-    return summarize(rows, focus=ours, controls=[arm for arm in arms if arm.partition(":")[0] in CONTROLS])
+    controls = [arm for arm in arms if arm.partition(":")[0] in CONTROLS and "+" not in arm]
+    return summarize(rows, focus=ours, controls=controls)
 
 
 def overview(summaries: dict[str, Summary]) -> str:
