@@ -55,6 +55,8 @@ def main() -> None:
     given = parser.parse_args()
     if not given.rows.is_file():
         parser.error(f"--rows: '{given.rows}' does not exist")
+    if given.seeds < given.from_seed + 2:
+        parser.error(f"--seeds {given.seeds}: a difference needs two seeds from --from-seed {given.from_seed} on")
     comparisons = read(given.rows)
     training = "50 images a class of 32 pixels, conv4, 1200 steps of 64, Adam 0.003"
     try:

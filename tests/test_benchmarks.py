@@ -342,5 +342,6 @@ def test_the_default_beside_its_control_is_told_by_target_and_in_their_mean(tmp_
     first, second, mean = (float(line.split()[1]) for line in said[:3])
     assert mean == pytest.approx((first + second) / 2, abs=0.011)
     assert "invalid choice: 14" in run("benchmarks.against_control", "--from-seed", "14", expect=2)
+    assert "needs two seeds" in run("benchmarks.against_control", "--from-seed", "5", "--seeds", "5", expect=2)
     (tmp_path / "none.csv").write_text(prove.RESULTS.read_text().splitlines()[0] + "\n")
     assert "lacks 'imagenette" in run("benchmarks.against_control", "--rows", str(tmp_path / "none.csv"), expect=2)

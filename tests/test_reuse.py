@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_modules import Classifier, loader, module, trainer
 from mp_lightning import MetaPerturbCallback, attach, attachment_of, detach
+from mp_lightning.checkpoints import KEY, CheckpointHooks
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import initial_phi
 from test_fit_edges import Late
@@ -257,11 +258,21 @@ def test_what_was_attached_to_a_part_by_hand_comes_back(tmp_path):
     run = trainer(tmp_path, [MetaPerturbCallback()])
     run.fit(model, loader(2), loader(1))
     run.save_checkpoint(tmp_path / "end.ckpt")
+    assert torch.load(tmp_path / "end.ckpt", weights_only=True)[KEY]["part"] == "net"
     restored = MetaPerturbCallback.restore(module(), tmp_path / "end.ckpt")
     assert attachment_of(restored).model is restored.net
     images = loader(1).dataset.tensors[0][:4]
     with torch.no_grad():
         assert torch.equal(restored(images), model.eval()(images))
+
+
+def test_the_part_of_a_compiled_network_is_called_as_before(tmp_path):
+    model = module()
+    attach(model.net, sites=1)
+    model.net = torch.compile(model.net, backend="eager")
+    checkpoint = {"state_dict": {}}
+    CheckpointHooks.install(model, {}, marker=False).on_save_checkpoint(checkpoint)
+    assert checkpoint[KEY]["part"] == "net"
 
 
 class Data(pl.LightningDataModule):

@@ -226,9 +226,9 @@ class MetaPerturbCallback(Callback):
             persistent=self.persistent,
             path=self.path,
         )
-        if existing is not None:  # how it is computed belongs to this run
-            attachment.path = self.path if self.path != "auto" else attachment.path
-            attachment.synchronize |= self.sync_statistics
+        if self.path != "auto":  # how it is computed belongs to this run, whoever attached it
+            attachment.path = self.path
+        attachment.synchronize |= self.sync_statistics
         return self._with_hooks(module, attachment)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

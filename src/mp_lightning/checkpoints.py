@@ -88,7 +88,7 @@ class CheckpointHooks:
             **attachment.state(),
             "inference": self._inference,
             "module": _importable(self._module),
-            "part": next(name for name, part in self._module.named_modules() if part is attachment.model),
+            "part": _path(self._module, attachment.model),
         }
         if self._marker and "state_dict" in checkpoint:
             # A copy, but one that keeps the versions of modules, which are an attribute of the dict.
@@ -107,6 +107,12 @@ class CheckpointHooks:
             self._replaced[name](checkpoint)
         elif hasattr(type(self._module), name):  # a plain nn.Module has none
             getattr(type(self._module), name)(self._module, checkpoint)
+
+
+def _path(module: nn.Module, part: nn.Module) -> str:
+    """Name of a part, as it is without ``torch.compile``; '' for the module itself, and where it is no part of it."""
+    name = next((name for name, each in module.named_modules() if each is part), "")
+    return ".".join(piece for piece in name.split(".") if piece != "_orig_mod")
 
 
 def _importable(module: nn.Module) -> str | None:

@@ -126,3 +126,29 @@ def test_a_first_batch_in_which_nothing_was_perturbed_is_told_once():
         warnings.simplefilter("error")
         reached.model(torch.randn(2, 3, 8, 8))
         reached.step(1.0)
+
+
+class Halves(nn.Module):
+    """A perturbation whose statistics are a constant."""
+
+    name = "halves"
+
+    def initial_statistics(self, channels):
+        return {"factor": torch.tensor(0.5)}
+
+    def measure(self, x, running, synchronize):
+        return running, None
+
+    def multiplier(self, x, eps, statistics, norms):
+        return statistics["factor"].to(x.dtype)
+
+
+def test_constant_statistics_do_not_mean_that_nothing_was_perturbed():
+    for reached in (True, False):
+        attachment = attach(Helper(), perturbation=Halves(), ramp_steps=0)
+        if reached:
+            attachment.model(torch.randn(2, 3, 8, 8))
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            attachment.step(1.0)
+        assert any("nothing was perturbed" in str(one.message) for one in told) == (not reached)

@@ -147,32 +147,25 @@ class Attachment(GrowingStrength):
         self.count(loss, *self._shard())
         if not self._looked:
             self._looked = True
-            if len(self.unreached()) == len(self.plan) and self._shard()[0] == 0:
+            if self._reached_nothing() and self._shard()[0] == 0:
                 warnings.warn(
                     "MetaPerturb: nothing was perturbed in the first training batch, as no forward of "
-                    f"{self._scopes()} was made by calling it; call it, and not its forward or other methods, or "
+                    f"{_in_words(self.plan)} was made by calling it; call it, and not its forward or other methods, or "
                     "choose sites that are reached (sites=)",
                     stacklevel=2,
                 )
 
-    def unreached(self) -> list[str]:
-        """The sites whose statistics are those of the beginning; of perturbations without statistics nothing is known.
-
-        Asks the device.
-        """
-        if self.frozen:
-            return []
-        names = []
-        for site in self._sites():
-            before = self.perturbation.initial_statistics(site.spec.channels)
-            now = site.statistics
-            if before and all(torch.equal(now[name].cpu(), before[name].to(now[name].dtype)) for name in before):
-                names.append(site.spec.name)
-        return names
-
-    def _scopes(self) -> str:
-        scopes = list(dict.fromkeys(f"self.{site.scope}" if site.scope else "the module" for site in self.plan))
-        return ", ".join(scopes[:3]) + (" and others" if len(scopes) > 3 else "")
+    def _reached_nothing(self) -> bool:
+        """Whether no site was reached in training yet. Asks the device."""
+        if int(self.forwards) == 0:
+            return True
+        if not isinstance(self.perturbation, MetaPerturb):
+            return False  # of others the statistics may be constants
+        return all(
+            torch.equal(site.statistics[name].cpu(), value.to(site.statistics[name].dtype))
+            for site in self._sites()
+            for name, value in self.perturbation.initial_statistics(site.spec.channels).items()
+        )
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
@@ -409,6 +402,11 @@ def check_path(path: str) -> None:
 
 def _scopes(plan: SitePlan) -> list[str]:
     return list(dict.fromkeys(spec.scope for spec in plan))
+
+
+def _in_words(plan: SitePlan) -> str:
+    scopes = [f"self.{scope}" if scope else "the module" for scope in _scopes(plan)]
+    return ", ".join(scopes[:3]) + (" and others" if len(scopes) > 3 else "")
 
 
 def _make_blocks(attachment: Attachment, model: nn.Module) -> list[Block]:
