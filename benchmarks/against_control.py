@@ -40,7 +40,7 @@ def lines(comparisons: dict[str, list[Row]], arms: Sequence[str], seeds: range) 
         for name, values in by_target.items():
             of = paired(*values)
             found.append(
-                f"{name:<12}{of.mean:+.2f} ({of.low:+.2f} to {of.high:+.2f}) {unit}, p = {of.p:.2g}, {of.n} seeds"
+                f"{name:<14}{of.mean:+.2f} ({of.low:+.2f} to {of.high:+.2f}) {unit}, p = {of.p:.2g}, {of.n} seeds"
             )
     return found
 
