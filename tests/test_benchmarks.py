@@ -1,6 +1,7 @@
 """The benchmarks run, keep what they measured, and refuse what they do not know."""
 
 import csv
+import json
 import subprocess
 import sys
 import warnings
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import positive_control, prove, results_page, results_picture, validation_targets, variants
+from benchmarks import headline, positive_control, prove, results_page, results_picture, validation_targets, variants
 from benchmarks.measure import interleaved
 from benchmarks.table import Table
 
@@ -345,3 +346,28 @@ def test_the_default_beside_its_control_is_told_by_target_and_in_their_mean(tmp_
     assert "needs two seeds" in run("benchmarks.against_control", "--from-seed", "5", "--seeds", "5", expect=2)
     (tmp_path / "none.csv").write_text(prove.RESULTS.read_text().splitlines()[0] + "\n")
     assert "lacks 'imagenette" in run("benchmarks.against_control", "--rows", str(tmp_path / "none.csv"), expect=2)
+
+
+def test_the_readme_and_the_card_of_the_default_phi_say_what_the_kept_rows_say():
+    comparisons = results_page.read(prove.RESULTS)
+    text = headline.README.read_text(encoding="utf-8")
+    assert headline.replaced(text, headline.readme_table(comparisons)) == text, "run python -m benchmarks.headline"
+    told = json.loads(headline.CARD.read_text(encoding="utf-8"))["results"]
+    assert {**told, **headline.card_results(comparisons)} == told, "run python -m benchmarks.headline"
+
+
+def test_a_difference_is_told_of_the_seeds_that_both_arms_have():
+    rows = [row("a", seed, 0.5 + seed / 100, 1.0) for seed in range(4)] + [
+        row("b", seed, 0.4, 1.5) for seed in range(3)
+    ]
+    accuracy, nll = headline.both(rows, "a", "b")
+    assert (accuracy.n, accuracy.mean) == (3, pytest.approx(11)) and nll.mean == pytest.approx(-0.5)
+    assert headline.words("t, all images of 8 pixels, net, 9 steps of 4, Adam 1", "a", "b", rows) == (
+        "t, net, 9 steps of 4, Adam 1: accuracy +11.0 (+8.5 to +13.5), NLL -0.50 (-0.50 to -0.50) (3 seeds)"
+    )
+    assert headline.both(rows[:2] + rows[4:], "a", "b") is None
+
+
+def test_arms_that_no_comparison_has_together_are_refused():
+    assert "no comparison has both; there are " in run("benchmarks.headline", "--arms", "none", "nothing", expect=2)
+    assert "imagenette, conv4, 1200 steps" in run("benchmarks.headline", "--arms", "dropout", "none")

@@ -138,3 +138,20 @@ def test_local_parts_are_recognised() -> None:
     assert local_parts("cd " + "/ho" + "me/someone/project")
     assert local_parts("htt" + "ps://py" + "pi.example/simple")
     assert not local_parts("https://arxiv.org/abs/2006.07540 network/working.py")
+
+
+def anchors(page: Path) -> set[str]:
+    """What links can name on a page of Markdown: its headings, as GitHub writes them."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize(
+    "page", [CHECKOUT / "README.md", *(CHECKOUT / "docs").glob("*.md")], ids=lambda page: page.name
+)
+def test_links_between_pages_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)]+)\)", page.read_text(encoding="utf-8")):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), f"{page.name} links to {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name} links to {link}"
