@@ -28,13 +28,15 @@ DROPS: dict[str, Callable[[], nn.Module]] = {
     "dropout": lambda: nn.Dropout(0.1),
     "dropblock": DropBlock,
 }
-ARMS = ("plain", *DROPS, "reference", "fast")
+ARMS = ("plain", *DROPS, "reference", "fast", "default")
 
 
 def perturbed(model: nn.Module, arm: str) -> nn.Module:
-    """``model`` with an arm of ARMS at its sites."""
+    """``model`` with an arm of ARMS at its sites, those of phi at all of them, but for the default as it comes."""
     if arm in DROPS:
         SiteLayers(model, lambda channels: DROPS[arm](), arm)
+    elif arm == "default":
+        attach(model)
     elif arm != "plain":
         attach(model, PHI, sites=1, path="auto" if arm == "fast" else "reference")
     return model

@@ -193,6 +193,19 @@ def test_a_gain_that_a_control_has_too_is_said() -> None:
     assert sentence.endswith("It has 1 seed in common with the best control, fixed_noise: too few to compare.")
 
 
+def test_a_combination_stands_beside_the_control_that_is_combined_alike() -> None:
+    arms = {"fixed_noise:a": 0.01, "metaperturb:a+mixup": 0.05, "dropout:0.1+fixed_noise:a": 0.09, "mixup": 0.03}
+    rows = [*none(), *(row for arm, gain in arms.items() for row in runs(arm, gain))]
+    alike = runs("mixup + fixed_noise:a", 0.04, noise=OTHER_NOISE)
+    for made, control in ((rows, "fixed_noise:a"), ([*rows, *alike], "mixup + fixed_noise:a")):
+        summary = summarize(made, controls=["fixed_noise:a"])
+        compared = {arm: of_arm.against_control["nll"].other for arm, of_arm in summary.arms.items() if "+" in arm}
+        assert compared["metaperturb:a+mixup"] == control
+        assert summary.arms["mixup"].against_control["nll"].other == "fixed_noise:a"
+    (sentence,) = summarize([*rows, *alike], focus=["metaperturb:a+mixup"]).headline
+    assert "accuracy +1.0 points against mixup + fixed_noise:a" in sentence
+
+
 def test_what_is_worse_than_the_best_control_is_said() -> None:
     (sentence,) = summarize([*none(), *runs("metaperturb", 0.02), *runs("fixed_noise", 0.04)]).headline
     assert sentence.startswith("metaperturb helps: accuracy +2.0 points against none (")

@@ -40,8 +40,8 @@ class ArmSummary:
         control: whether it is one of the controls.
         estimates: over all its seeds.
         against_baseline: its differences from the baseline; empty for the baseline.
-        against_control: its differences from the control that has the best mean of the metric; empty for the baseline
-            and for controls.
+        against_control: its differences from the control that has the best mean of the metric, of a combination from
+            controls that are combined alike, if there are any; empty for the baseline and for controls.
         verdicts: for the metrics that lead to a verdict; empty for the baseline.
     """
 
@@ -117,9 +117,10 @@ def summarize(
     for name in METRICS:
         if baseline in runs:
             from_baseline |= {(arm, name): baseline for arm in others}
-        best = _best([arm for arm in others if arm in controls], runs, name)
-        if best is not None:
-            from_control |= {(arm, name): best for arm in judged}
+        for arm in judged:
+            best = _best(_controls_of(arm, others, controls), runs, name)
+            if best is not None:
+                from_control[arm, name] = best
     against_baseline, against_control = _compared(runs, from_baseline), _compared(runs, from_control)
     reached = fmean(row.train_accuracy for row in runs[baseline].values()) if baseline in runs else math.nan
 
@@ -177,6 +178,24 @@ def _by_arm_and_seed(rows: Sequence[Row]) -> _Runs:
 
 def _values(runs: dict[int, Row], metric: str) -> list[float]:
     return [getattr(row, metric) for row in runs.values()]
+
+
+def _controls_of(arm: str, others: Sequence[str], controls: Collection[str]) -> list[str]:
+    """Those that tell whether learning is the reason: of a combination, where there are any, controls beside the rest.
+
+    'metaperturb+mixup' stands beside 'fixed_noise+mixup', and beside 'fixed_noise' if that was not run.
+    """
+    parts = _parts(arm)
+    matched = []
+    for other in others:
+        instead = [part for part in _parts(other) - parts if part.partition(":")[0] in CONTROLS]
+        if len(_parts(other)) == len(parts) > 1 and len(instead) == len(_parts(other) - parts) == 1:
+            matched.append(other)
+    return matched or [other for other in others if other in controls]
+
+
+def _parts(arm: str) -> set[str]:
+    return {part.strip() for part in arm.split("+")}
 
 
 def _best(arms: Sequence[str], runs: _Runs, metric: str) -> str | None:
