@@ -56,6 +56,11 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "unknown experiment": (["fit", "+experiment=nope"], ["no configuration 'experiment/nope'", "few_images"]),
     "unknown group": (["fit", "meta=nope"], ["no configuration 'meta/nope'", "joint"]),
     # Values
+    "clipping": (["fit", "+trainer.gradient_clip_val=1.0"], ["trainer.gradient_clip_val cannot be set", "meta.lr"]),
+    "accumulation": (["fit", "+trainer.accumulate_grad_batches=2"], ["accumulate_grad_batches", "meta.batch_size"]),
+    "steps of logging": (["fit", "trainer.log_every_n_steps=x"], ["trainer.log_every_n_steps=x cannot be used"]),
+    "a list of lists": (["fit", "tasks.architectures=[[conv4-2]]"], ["tasks.architectures=", "not a list of networks"]),
+    "a list of keys": (["fit", "tasks.architectures=[{a:1}]"], ["tasks.architectures=", "not a list of networks"]),
     "steps of text": (["fit", "meta.steps=abc"], ["meta.steps=abc cannot be used; give a positive whole number"]),
     "no steps": (["fit", "meta.steps=0"], ["meta.steps=0 cannot be used; give a positive whole number"]),
     "half a step": (["fit", "meta.steps=1.5"], ["meta.steps=1.5 cannot"]),

@@ -113,7 +113,7 @@ def test_the_same_command_says_that_the_run_is_finished(mp: CommandLine, finishe
     before = {path: path.stat().st_mtime_ns for path in only_run(folder).rglob("*") if ".hydra" not in path.parts}
     # Neither devices nor what is on the screen make another run of it.
     again = fit(mp, folder, "trainer.devices=auto", "trainer.log_every_n_steps=3")
-    assert "This run is finished; run.fresh=true starts it anew" in again.stdout
+    assert "This run is finished, and its images were not read again; run.fresh=true starts it anew" in again.stdout
     assert re.findall(r"NLL .*", again.stdout) == re.findall(r"NLL .*", first.stdout)
     assert CALLBACK_IN_USE.findall(again.stdout) == CALLBACK_IN_USE.findall(first.stdout)
     after = {path: path.stat().st_mtime_ns for path in only_run(folder).rglob("*") if ".hydra" not in path.parts}
@@ -207,6 +207,36 @@ transfer._train_and_test = lambda target, phi, *rest: judge(target, phi, *rest) 
     said = f"compare target=images.npz 'arms=[none,metaperturb:{only_run(tmp_path) / 'phi.safetensors'}]'"
     assert (said in done.stdout) == (not helps) == (without == 0.1)
     assert (said in fit(mp, tmp_path).stdout) == (not helps)  # from the report
+
+
+def test_a_judgement_that_fails_leaves_what_was_learned(mp: CommandLine, tmp_path: Path) -> None:
+    """Batch norm of one value, as in the last stage of a ResNet18 with images this small."""
+    words = ("evaluation.batch_size=1", "evaluation.architecture=torchvision:resnet18", "image_size=32")
+    (line,) = fit(mp, tmp_path, *words, code=2).stderr.splitlines()
+    phi = only_run(tmp_path) / "phi.safetensors"
+    assert f"phi was learned, and is in '{phi}'" in line and "Expected more than 1 value" in line
+    assert load_phi(phi).card["held_out"]["results"] == []
+
+
+def test_a_judgement_that_diverges_is_no_score(mp: CommandLine, tmp_path: Path) -> None:
+    for _ in range(2):
+        assert "Training with phi diverged on these images" in fit(mp, tmp_path, "evaluation.lr=1e30").stdout
+    assert json.loads((only_run(tmp_path) / "report.json").read_text())["nll"] is None
+    done = mp(tmp_path, "select", "sweep=runs")
+    assert done.code == 2 and "has a score (1 failed: its score is not finite)" in done.stderr
+
+
+def test_a_judgement_at_a_part_of_the_strength_says_so(mp: CommandLine, tmp_path: Path) -> None:
+    words = ("evaluation.full_strength_at=0.4", "evaluation.steps=12")
+    assert "In so short a training at most 1% of the strength acts." in fit(mp, tmp_path, *words).stdout
+
+
+def test_a_folder_with_brackets_passes_over_a_damaged_checkpoint(mp: CommandLine, tmp_path: Path) -> None:
+    words = ("hydra.run.dir='f[/x]'", "meta.steps=3")
+    fit(mp, tmp_path, *words, "+trainer.limit_train_batches=2", code=2)
+    newest = max((tmp_path / "f[/x]" / "checkpoints").iterdir())
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert "Continuing after meta-step 1" in fit(mp, tmp_path, *words).stdout
 
 
 def test_the_file_says_how_phi_is_to_be_used(mp: CommandLine, tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ def test_runs_of_other_images_or_another_seed_are_not_compared(
     [
         (["sweep=nowhere"], ["there are no runs below 'nowhere'", "start some with"]),
         (["sweep=empty"], ["there are no runs below 'empty'"]),
-        (["sweep=begun"], ["none of the 1 runs below 'begun' is finished", "repeat the command"]),
+        (["sweep=begun"], ["none of the 1 runs below 'begun' has a score (1 unfinished)", "repeat the command"]),
         (["by=loss"], ["by=loss cannot be used; give nll or accuracy"]),
         (["to=begun/run/phi.safetensors"], ["lies in the folder of a run"]),
         (["to=phi.pt"], ["to=phi.pt cannot be used", ".safetensors"]),

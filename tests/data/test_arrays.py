@@ -76,6 +76,7 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         (COLOUR[:, :4], LABELS, None, "4 x 5, not square.*image_size"),
         (COLOUR.astype(np.float32) * -1, LABELS, None, "values from"),
         (COLOUR.astype(np.int32) + 1000, LABELS, None, "values from"),
+        (COLOUR / 255 * 1.0001 / (COLOUR.max() / 255), LABELS, None, r"floats up to 1.0001: clip them to \[0, 1\]"),
         (COLOUR > 9, LABELS, None, "type bool"),
         ((COLOUR > 9).astype(np.uint8), LABELS, None, "integers of 0 and 1 alone.*multiply them by 255"),
         ((COLOUR > 9).astype(np.int64), LABELS, None, "integers of 0 and 1 alone.*multiply them by 255"),

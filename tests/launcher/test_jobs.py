@@ -1,6 +1,7 @@
 """The jobs of a sweep: what runs, how many at a time, and what becomes of their results."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import hydra
@@ -107,3 +108,16 @@ def test_values_and_folders_survive(folder: str, tmp_path: Path, monkeypatch: py
     assert config.hydra.run.dir == f"{folder}/name" and config.hydra.verbose is True and config.hydra.mode is None
     assert list(config.data) == [f"{folder}.npz", "b.npz"] and config.seed == 2
     assert list(config.tasks.architectures) == ["conv4-2", "resnet20-2"]
+
+
+def test_a_job_of_other_settings_in_the_folder_of_another_fails(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """It would be given the score of a run that is not its own."""
+    once = 'echo \'{"nll": 1.5}\' > "$0/report.json"'
+    first = shell_job(0, tmp_path / "run", once)
+    other = replace(first, number=1, name="seed=1", config=OmegaConf.merge(CONFIG, {"seed": 1}))
+    done, refused = run([first, other])
+    assert done == Outcome(score=1.5)
+    assert "is that of job 0 (seed=0), which has other settings; leave out hydra.sweep.subdir=" in str(refused.error)
+    assert "Job 1 (seed=1) failed: its folder" in capfd.readouterr().out

@@ -130,7 +130,7 @@ def test_where_every_task_diverges_nothing_is_left_to_learn_from(tmp_path: Path,
     module = new_module(LEAVE_OUT, tasks=TASKS)
     before = deepcopy(module.state_dict())
     everyone = ", ".join(f"'{name}'" for name in NAMES)
-    with pytest.raises(DivergedError, match=f"^tasks {everyone} diverged at meta-step 1"):
+    with pytest.raises(DivergedError, match=f"^tasks {everyone} diverged at meta-step 1.* or look at the images$"):
         fit(module, tmp_path, BeforeStep(0, lambda m: WAYS[way](m, *NAMES)))
     assert_same(module.state_dict(), before)
 

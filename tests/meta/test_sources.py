@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from mp_lightning.data import ImageSet, list_datasets, may_mirror
+from mp_lightning.data import ImageSet, list_datasets, load_digits, may_mirror
 from mp_lightning.errors import DataError
 from mp_lightning.meta.sources import (
     Evaluation,
@@ -207,3 +207,46 @@ def test_what_needs_no_download_holds_five_digits_out(images: ImageSource, size:
     assert [(one.images.name, one.flip) for one in sources] == [("digits04", False), ("textures", True)]
     assert target.train.classes == ("5", "6", "7", "8", "9") and not target.flip
     assert {one.images.image_size for one in sources} == {target.train.image_size} == {size}
+
+
+@pytest.mark.parametrize("size", [16, 24])
+def test_a_dataset_by_name_is_compared_with_a_target_by_path(tmp_path: Path, images: ImageSource, size: int) -> None:
+    digits = load_digits(16)
+    np.savez(tmp_path / "mine.npz", x_train=digits.images.numpy(), y_train=digits.labels.numpy())
+    judged = replace(NO_TARGET, dataset=str(tmp_path / "mine.npz"))
+    with pytest.raises(DataError, match="images of 'mine', which phi is to be judged on, are in the source"):
+        from_settings([source("digits", image_size=size)], judged, images)
+
+
+@pytest.mark.parametrize("size", [16, 18])
+@pytest.mark.parametrize("classes", [3, 10])
+def test_what_is_twice_in_a_data_set_is_not_learned_from_and_judged_on(
+    tmp_path: Path, images: ImageSource, classes: int, size: int
+) -> None:
+    """Of few classes images are held out, of many classes, whose images then have two labels."""
+    pixels = np.random.default_rng(0).integers(0, 255, (120, 16, 16, 3), dtype=np.uint8)
+    labels = np.arange(240) % classes
+    np.savez(tmp_path / "twice.npz", x_train=np.concatenate([pixels, pixels]), y_train=labels)
+    path = str(tmp_path / "twice.npz")
+    sources, target = from_settings([source(path, "larger", image_size=size), source(path)], NO_TARGET, images)
+    held_out = {image.numpy().tobytes() for part in (target.train, target.test) for image in part.images}
+    assert not held_out & {image.numpy().tobytes() for image in sources[1].images.images}
+    assert len(sources[0].images) == len(sources[1].images) > 100
+
+
+def test_test_images_without_the_classes_that_are_held_out_are_not_tested_on(
+    tmp_path: Path, images: ImageSource
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 16, 16, 3), dtype=np.uint8)
+    labels = np.arange(40) % 5
+    np.savez(tmp_path / "a.npz", x_train=pixels, y_train=labels, x_test=pixels[:9] // 2, y_test=np.arange(9) % 3)
+    _, target = from_settings([source(str(tmp_path / "a.npz"))], NO_TARGET, images)
+    assert len(target.test) > 0 and target.test.num_classes == 2
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_mirroring_can_be_asked_for_without_a_download(images: ImageSource, flip: bool) -> None:
+    sources, target = built_in(SPLIT, replace(NO_TARGET, flip=flip), 0, images)
+    assert [one.flip for one in sources] == [flip, flip] and target.flip == flip
+    sources, target = built_in(SPLIT, NO_TARGET, 0, images)
+    assert [one.flip for one in sources] == [False, True] and not target.flip

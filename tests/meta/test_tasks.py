@@ -1,5 +1,6 @@
 """Tasks: who shares what with whom, and what a batch depends on."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -156,3 +157,12 @@ def test_classes_limits_every_group() -> None:
     assert [task.train.num_classes for task in tasks] == [2] * 4
     assert numbers(tasks[0].train) | numbers(tasks[0].valid) == {0, 1, 2, 3}
     assert numbers(tasks[2].train) | numbers(tasks[2].valid) == {6, 7, 8, 9}
+
+
+def test_a_source_that_is_called_like_a_group_of_another_is_refused() -> None:
+    """Their tasks would share a name, and one of them would never be learned from."""
+    split = Split(2, None, ["conv4-4"], None, None)
+    sources = [Source(numbered_images(name="set"), False, split)]
+    sources.append(Source(numbered_images(name="set-0"), False, replace(split, groups=1)))
+    with pytest.raises(DataError, match="2 tasks are called 'set-0-a'"):
+        make_tasks(sources, seed=0)

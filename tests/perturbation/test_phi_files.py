@@ -190,3 +190,34 @@ def test_the_share_of_the_sites_comes_back(saved, tmp_path):
     with pytest.raises(ConfigurationError, match="share_of_sites of phi 'x'=0 cannot be used"):
         load_phi(NamedPhi(initial_phi(3), "x", share_of_sites=0))
     assert not (tmp_path / "phi2.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"strength": torch.tensor(0.5 + 0j)}, "'strength' is not a single number"),
+        ({"noise_per_channel": torch.tensor(1 + 0j)}, "'noise_per_channel' is not 0 or 1"),
+        ({"op1_all": torch.full((3, 3), 1e300, dtype=torch.float64)}, "'op1_all' holds numbers that are not finite"),
+    ],
+)
+def test_numbers_that_cannot_be_used_as_they_are_stored_are_refused(saved, changes, reason):
+    rewrite(saved, **changes)
+    with pytest.raises(PhiError, match=reason):
+        load_phi(saved)
+
+
+def test_numbers_of_eight_bits_are_read(saved):
+    rewrite(saved, op1_all=torch.full((3, 3), 0.5).to(torch.float8_e4m3fn))
+    assert torch.equal(load_phi(saved).phi.op1_all, torch.full((3, 3), 0.5))
+
+
+@pytest.mark.parametrize(
+    ("name", "card", "reason"),
+    [("phi.json", {}, "ends in .safetensors"), ("phi.safetensors", {"made by": object()}, "cannot be written as JSON")],
+)
+def test_what_cannot_be_written_leaves_the_old_file_alone(tmp_path, name, card, reason):
+    before = save_phi(tmp_path / "phi.safetensors", initial_phi(0), {})
+    content = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ConfigurationError, match=reason):
+        save_phi(tmp_path / name, initial_phi(1), card)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == content and before["sha256"]

@@ -28,7 +28,7 @@ from hydra_plugins.mp_lightning_launcher._processes import (
 )
 from mp_lightning.cli.output import OUTPUT, error_line, last_error
 from mp_lightning.errors import UserError
-from mp_lightning.runs import REPORT
+from mp_lightning.runs import REPORT, relevant_settings
 
 TERMINATED = 143  # 128 + SIGTERM
 # What a job must not inherit from the sweep: how there are several of it, and where they lie.
@@ -98,15 +98,18 @@ def make_job(loader: ConfigLoader, sweep: DictConfig, number: int, overrides: li
 def run_jobs(jobs: Sequence[Job], at_a_time: int) -> list[tuple[Job, Outcome]]:
     """Run every job to its end, and say on the terminal which starts and how it ends.
 
-    Jobs that share a folder are the same run, which runs once.
+    Jobs that share a folder are the same run, which runs once; those of other settings in it fail.
 
     Raises:
         KeyboardInterrupt: the sweep was interrupted.
         SystemExit: the sweep was terminated.
     """
     first_of: dict[Path, Job] = {}
+    refused: dict[int, Outcome] = {}
     for job in jobs:
-        first_of.setdefault(job.folder, job)
+        first = first_of.setdefault(job.folder, job)
+        if _settings(job) != _settings(first):
+            refused[job.number] = _tell(job, Outcome(error=_taken(job, first)))
     waiting = list(first_of.values())
     running: dict[Path, ProcessGroup] = {}
     outcomes: dict[Path, Outcome] = {}
@@ -132,7 +135,7 @@ def run_jobs(jobs: Sequence[Job], at_a_time: int) -> list[tuple[Job, Outcome]]:
         raise SystemExit(TERMINATED)
     if received:
         raise KeyboardInterrupt
-    return [(job, outcomes[job.folder]) for job in jobs]
+    return [(job, refused.get(job.number) or outcomes[job.folder]) for job in jobs]
 
 
 def job_returns(outcomes: Sequence[tuple[Job, Outcome]], failed: list[str], total: int) -> list[JobReturn]:
@@ -190,6 +193,20 @@ def _outcome(folder: Path, group: ProcessGroup) -> Outcome:
     if code == 0:
         return Outcome(score=_score(folder))
     return Outcome(error=last_error(group.output()) or f"ended with {code}, see {shlex.quote(str(folder / OUTPUT))}")
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """What decides the result of a job."""
+    own = OmegaConf.masked_copy(job.config, [str(key) for key in job.config if key != "hydra"])
+    plain: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
+    return relevant_settings(plain)
+
+
+def _taken(job: Job, first: Job) -> str:
+    return (
+        f"its folder '{job.folder}' is that of job {first.number} ({first.name}), which has other settings; leave out "
+        "hydra.sweep.subdir=, or let it tell the jobs apart"
+    )
 
 
 def _unwritable(folder: Path, error: OSError) -> str:

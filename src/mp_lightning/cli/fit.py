@@ -29,9 +29,10 @@ from mp_lightning.meta.placement import place
 from mp_lightning.meta.sources import ImageSource, built_in, from_settings
 from mp_lightning.meta.table import training_table
 from mp_lightning.meta.tasks import Task, make_tasks
-from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, compare_transfer
+from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, TransferSettings, compare_transfer
 from mp_lightning.perturbation import NamedPhi, initial_phi, save_phi
 from mp_lightning.runs import RunFolder, unusable
+from mp_lightning.sites.strength import SHORTEST_RUN
 
 __all__ = ["read", "run"]
 
@@ -51,9 +52,10 @@ def run(config: DictConfig, path: Path) -> float:
     folder = RunFolder(path, given.relevant, fresh=given.fresh, owner=first)
     report = None if given.fresh and not first else folder.report()
     if report is not None and (path / PHI).is_file():
-        console.print(f"This run is finished; run.fresh=true starts it anew. It left in {_bold(path)}:")
+        console.print("This run is finished, and its images were not read again; run.fresh=true starts it anew.")
+        console.print(f"It left in {_bold(path)}:")
         _print_report(console, report, path)
-        return float(report["nll"])
+        return math.nan if report["nll"] is None else float(report["nll"])
     with reading_display(console) as on_progress:
         images = ImageSource(given.data_root, on_progress)
         if given.sources:
@@ -80,28 +82,41 @@ def run(config: DictConfig, path: Path) -> float:
         share_of_sites=given.meta.share_of_sites,
         full_strength_at=given.transfer.full_strength_at,
     )
-    results = _judge(console, given, target, final, trainer.strategy.root_device, path / "evaluation.json")
-    card = make_card(entries, module, trainer.world_size, target, results, given.transfer, given.evaluation.seed)
     descriptions = module.description["tasks"]
-    try:
+
+    def keep(results: list[ArmResult]) -> None:
+        card = make_card(entries, module, trainer.world_size, target, results, given.transfer, given.evaluation.seed)
         save_phi(path / PHI, final, card)
+
+    try:
+        keep([])  # what was learned is kept, whatever becomes of its judgement
         draw_training(history, path / "training.png", descriptions)
         draw_phi(final, path / "phi.png")
+        results = _judge(console, given, target, final, trainer.strategy.root_device, path / "evaluation.json")
+        keep(results)
     except OSError as error:
         raise unusable(path, error) from error
     table = training_table(history, descriptions)
-    return _finish(console, folder, target, results, table)
+    return _finish(console, folder, target, results, table, _reached(given.transfer))
 
 
-def _finish(console: Console, folder: RunFolder, target: Target, results: list[ArmResult], table: Table) -> float:
+def _reached(transfer: TransferSettings) -> float:
+    """The share of the strength that a training of this length can reach."""
+    return min(1.0, transfer.steps / SHORTEST_RUN) if transfer.full_strength_at < 1 else 1.0
+
+
+def _finish(
+    console: Console, folder: RunFolder, target: Target, results: list[ArmResult], table: Table, reached: float
+) -> float:
     """Mark the run as finished and say what it left; returns the score."""
     path = folder.path
     nll, *_, without = (fmean(result.nll) for result in results)
     report = {
-        "nll": nll,
-        "nll_without_phi": without,
+        "nll": nll if math.isfinite(nll) else None,
+        "nll_without_phi": without if math.isfinite(without) else None,
         "target": str(target),
         "results": [str(result) for result in results],
+        "reached": reached,
     }
     folder.finish(report)
     wide = console if console.is_terminal else Console(highlight=False, width=max(console.width, _LEAST_WIDTH))
@@ -161,14 +176,25 @@ def _judge(
             doing = "training" if steps else "testing"
             progress.update(bar, advance=steps, description=f"{doing} with {arm}, seed {number + 1}/{transfer.seeds}")
 
-        return compare_transfer(target, arms, transfer, given.evaluation.seed, device, advance, KeptRuns(kept))
+        try:
+            return compare_transfer(target, arms, transfer, given.evaluation.seed, device, advance, KeptRuns(kept))
+        except (RuntimeError, ValueError) as error:  # of torch, such as too little memory, or batch norm of one value
+            reason = str(error).partition("\n")[0]
+            raise ConfigurationError(
+                f"phi was learned, and is in '{kept.parent / PHI}', but could not be judged ({reason}); judge it by "
+                f"'{PROGRAM} compare', or start anew with other settings of evaluation."
+            ) from error
 
 
 def _print_report(console: Console, report: dict[str, Any], path: Path) -> None:
     console.print(f"\nTrained afresh on held-out images ({report['target']}; mean +- standard deviation over seeds):")
     for line in report["results"]:
         console.print(f"  {line}")
-    if report["nll"] > report.get("nll_without_phi", math.inf):
+    if report.get("reached", 1) < 1:
+        console.print(f"In so short a training at most {report['reached']:.0%} of the strength acts.")
+    if report["nll"] is None:
+        console.print("Training with phi diverged on these images: there is no score; lower evaluation.lr.")
+    elif report["nll"] > (report.get("nll_without_phi") or math.inf):
         console.print("It does not help so short a training. Whether it helps a longer one on images of yours:")
         arms = shlex.quote(f"arms=[none,metaperturb:{path / PHI}]")
         console.print(f"  {PROGRAM} compare target=images.npz {arms}", markup=False)

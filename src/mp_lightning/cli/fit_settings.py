@@ -132,7 +132,7 @@ def _source(name: str, values: dict[str, Any], key: str) -> SourceSettings:
     if image_size < _SMALLEST_IMAGES:
         raise ConfigurationError(f"{top}image_size={image_size} is too small; give at least {_SMALLEST_IMAGES} pixels")
     architectures = values.get("architectures")
-    if not isinstance(architectures, list) or not architectures:
+    if not isinstance(architectures, list) or not architectures or not all(isinstance(a, str) for a in architectures):
         raise ConfigurationError(
             f"{key}.architectures={architectures} is not a list of networks; write for example [conv4-16,resnet20-8]"
         )

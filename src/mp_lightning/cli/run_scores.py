@@ -115,7 +115,8 @@ def _read_run(folder: Path, name: str) -> Run:
         run.phi = load_phi(folder / PHI)
         held_out = run.phi.card["held_out"]
         (result,) = [result for result in held_out["results"] if result["arm"] == _ARM]
-        scores = {"nll": float(report["nll"]), "accuracy": statistics.fmean(result["accuracy"])}
+        nll = math.nan if report["nll"] is None else float(report["nll"])
+        scores = {"nll": nll, "accuracy": statistics.fmean(result["accuracy"])}
         run.target, run.evaluation = str(report["target"]), held_out.get("settings")
         if "images" in held_out:
             run.images = held_out["images"], held_out.get("seed")

@@ -1,5 +1,6 @@
 """``select``: name the best run of a sweep, and write its phi with a card that lists the others."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,8 @@ def run(config: DictConfig, path: Path) -> None:
         raise RunsError(
             f"the runs below '{given.sweep}' are not of fit; what compare found is in its summary.md"
             if runs and all(run.settings.get("tuning.values") for run in runs)
-            else f"none of the {len(runs)} runs below '{given.sweep}' is finished; repeat the command that started them"
+            else f"none of the {len(runs)} runs below '{given.sweep}' has a score ({states(runs)}); repeat the command "
+            "that started them, or start others"
             if runs
             else f"there are no runs below '{given.sweep}'; start some with '{PROGRAM} fit seed=0,1,2 -m'"
         )
@@ -75,6 +77,12 @@ def run(config: DictConfig, path: Path) -> None:
         f"{escape(_in_brackets(words[best.name]))}. {_NOTE}\n"
         f"Written to [bold]{escape(str(given.to.parent))}[/bold]: {given.to.name}, {given.to.stem}.json"
     )
+
+
+def states(runs: list[Run]) -> str:
+    """How many are in which state, and why."""
+    counts = Counter(f"{run.state}: {run.reason}" if run.reason else run.state for run in runs)
+    return "; ".join(f"{count} {state}" for state, count in counts.items())
 
 
 def ranked(runs: list[Run], by: str) -> list[Run]:

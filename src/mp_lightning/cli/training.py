@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from mp_lightning.cli.options import check_choice
+from mp_lightning.cli.options import check, check_choice
 from mp_lightning.cli.output import error_line
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.meta import strategy
@@ -32,6 +32,9 @@ _OWN = {
     "barebones": "fit needs callbacks",
     "logger": "choose one with logger=",
     "plugins": "fit adds its own",
+    "gradient_clip_val": "a joint step is not clipped; lower meta.lr",
+    "gradient_clip_algorithm": "a joint step is not clipped; lower meta.lr",
+    "accumulate_grad_batches": "a joint step is one of all tasks; meta.batch_size sets theirs",
     "use_distributed_sampler": "tasks are shared out, not images",
     "sync_batchnorm": "batch norm belongs to a task, which never leaves its process",
 }
@@ -52,6 +55,7 @@ def device_options(section: dict[str, Any]) -> dict[str, Any]:
         raise ConfigurationError(
             f"trainer.precision={section['precision']} cannot be used; meta-training runs in 32-true or bf16-mixed"
         )
+    check(section.get("log_every_n_steps") or None, int | None, "trainer.log_every_n_steps")
     given = str(section.get("strategy", "auto"))
     check_choice(given, _STRATEGIES, "trainer.strategy")
     accelerator, devices = section.get("accelerator", "auto"), section.get("devices", 1)
@@ -116,7 +120,7 @@ def meta_train(trainer: L.Trainer, module: JointMetaTraining, folder: RunFolder,
         KeyboardInterrupt: the user stopped it.
     """
     steps = module.settings.steps
-    found = None if fresh else newest_readable(folder.checkpoints, console.print)
+    found = None if fresh else newest_readable(folder.checkpoints, lambda line: console.print(line, markup=False))
     checkpoint, done = None, 0
     if found is not None:
         checkpoint, content = found

@@ -10,6 +10,8 @@ from mp_lightning.data.images import ImageSet
 from mp_lightning.data.resize import resize
 from mp_lightning.errors import ConfigurationError, DataError
 
+_BARELY_ABOVE = 2  # up to it, floats above 1 are meant to end at 1, as after a resize that overshoots
+
 
 def image_set(
     name: str,
@@ -23,7 +25,8 @@ def image_set(
     Args:
         name: what messages call the set.
         images: (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3; integers 0 to 255, or floats in [0, 1] or
-            [0, 255] (in [0, 1] if none is larger than 1). Grey is repeated to three channels.
+            [0, 255] (in [0, 1] if none is larger than 1; refused if the largest is hardly so). Grey is repeated to
+            three channels.
         labels: integers (N,) or (N, 1), 0 to K - 1.
         classes: the K names; without them K is the largest label plus one, and the names are the numbers.
         size: resize the shorter side to so many pixels and crop the centre; without it images must be square.
@@ -88,6 +91,10 @@ def _to_uint8(name: str, images: np.ndarray) -> np.ndarray:
         if low < high == 1:
             raise DataError(f"images of '{name}' hold integers of 0 and 1 alone, almost black: multiply them by 255")
         return images.astype(np.uint8, copy=False)
+    if 1 < high <= _BARELY_ABOVE:
+        raise DataError(
+            f"images of '{name}' hold floats up to {high:.6g}: clip them to [0, 1], or scale them to [0, 255]"
+        )
     scale = 255.0 if high <= 1 else 1.0
     rounded: np.ndarray = np.rint(images.astype(np.float32) * scale).astype(np.uint8)
     return rounded

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from mp_lightning.data.archives import read_archive
 from mp_lightning.data.arrays import image_set
@@ -51,6 +52,10 @@ def load_images(
     return train, test
 
 
+def _as_text(name: Any) -> str:
+    return name.decode(errors="replace") if isinstance(name, bytes) else str(name)
+
+
 def _load_archive(path: Path, size: int | None) -> tuple[ImageSet, ImageSet | None]:
     arrays = read_archive(path)
     found = ", ".join(sorted(arrays)) or "nothing"
@@ -60,7 +65,7 @@ def _load_archive(path: Path, size: int | None) -> tuple[ImageSet, ImageSet | No
     missing = [key for key in wanted if key not in arrays]
     if missing:
         raise DataError(f"'{path}' lacks {' and '.join(missing)} (found: {found}): save the arrays under those names")
-    classes = [str(name) for name in arrays["classes"].ravel()] if "classes" in arrays else None
+    classes = [_as_text(name) for name in arrays["classes"].ravel()] if "classes" in arrays else None
     train = image_set(path.stem, arrays["x_train"], arrays["y_train"], classes, size)
     if "x_test" not in arrays:
         return train, None

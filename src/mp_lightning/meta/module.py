@@ -165,9 +165,11 @@ class JointMetaTraining(L.LightningModule):
         names = ", ".join(f"'{self.names[number]}'" for number in invalid)
         what = f"task {names}" if len(invalid) == 1 else f"tasks {names}"
         if self.settings.on_divergence != LEAVE_OUT or len(invalid) == len(self.names):
+            given = self.settings.on_divergence == LEAVE_OUT
             raise DivergedError(
                 f"{what} diverged at meta-step {self.meta_step + 1}: loss or gradient is not finite; lower "
-                "meta.theta_lr or meta.lr, look at the images, or leave such tasks out by meta.on_divergence=leave_out"
+                "meta.theta_lr or meta.lr, or look at the images"
+                + ("" if given else ", or leave such tasks out of a new run by meta.on_divergence=leave_out")
             )
         self._tell(
             f"{what} diverged at meta-step {self.meta_step + 1} and left this step's mean; the network starts afresh"

@@ -81,6 +81,10 @@ class ImageSource:
         train = replace(train, name=settings.name or train.name)
         return Source(train, may_mirror(settings.dataset, settings.flip), settings.split), test
 
+    def at_size(self, size: int, source: Source, settings: SourceSettings) -> ImageSet:
+        """The images of a source at another size."""
+        return source.images if source.images.image_size == size else self.load(settings.dataset, size)[0]
+
     def target(self, evaluation: Evaluation) -> Target:
         """The images that phi is judged on."""
         assert evaluation.dataset is not None
@@ -112,15 +116,16 @@ def built_in(split: Split, evaluation: Evaluation, seed: int, images: ImageSourc
     """
     digits = load_digits(evaluation.image_size)
     textures = generate_textures(num_classes=8, per_class=120, size=evaluation.image_size, seed=seed)
+    flips = [default if evaluation.flip is None else evaluation.flip for default in (False, True)]
     sources = [
-        Source(digits.select_classes(range(5), name="digits04"), False, split),
-        Source(textures, True, split),
+        Source(digits.select_classes(range(5), name="digits04"), flips[0], split),
+        Source(textures, flips[1], split),
     ]
     if evaluation.dataset is not None:
         target = images.target(evaluation)
         return [_without(source, source.images, target) for source in sources], target
     held_out = digits.select_classes(range(5, 10), name="digits59")
-    return sources, _target(held_out, None, evaluation.train_per_class, evaluation.seed, flip=False)
+    return sources, _target(held_out, None, evaluation.train_per_class, evaluation.seed, flips[0])
 
 
 def from_settings(
@@ -130,8 +135,8 @@ def from_settings(
 
     The target is the dataset of ``evaluation`` where given; otherwise a fifth of the classes of the last source, which
     is not used as a source; or, where that has fewer than four classes, a fifth of its images of every class. They are
-    held out of every source of the same data set, whatever its size. A few images that another source happens to have
-    in common with the target are left out of that source.
+    held out of every source of the same data set, whatever its size, with what is there twice. A few images that
+    another source happens to have in common with the target are left out of that source.
 
     Raises:
         DataError: a dataset is unknown or missing, damaged, empty, or has one class only; the target holds images of a
@@ -140,16 +145,19 @@ def from_settings(
     loaded = [images.source(one) for one in settings]
     sources = [source for source, _ in loaded]
     if evaluation.dataset is not None:
-        cut, target = [False] * len(sources), images.target(evaluation)
+        judged_on, target = evaluation.dataset, images.target(evaluation)
     else:
-        cut = [same_data(one.dataset, settings[-1].dataset) for one in settings]
-        target = _held_out(sources[-1], loaded[-1][1], evaluation)
+        judged_on, target = settings[-1].dataset, _held_out(sources[-1], loaded[-1][1], evaluation)
     found = []
-    for source, one, is_cut in zip(sources, settings, cut, strict=True):
-        if is_cut:
-            found.append(replace(source, images=_cut(source.images, evaluation.seed)[1]))
+    for source, one in zip(sources, settings, strict=True):
+        if evaluation.dataset is None and same_data(one.dataset, judged_on):
+            at_size = images.at_size(target.train.image_size, source, one)
+            remains = [_cut(of_all, evaluation.seed)[1] for of_all in (source.images, at_size)]
+            found.append(_without(replace(source, images=remains[0]), remains[1], target, refuse=False))
+        elif {one.dataset, judged_on} <= {*list_datasets()}:  # two of them, known apart and slow to read
+            found.append(source)
         else:
-            found.append(_without(source, _at_size(target.train.image_size, source, one, images), target))
+            found.append(_without(source, images.at_size(target.train.image_size, source, one), target))
     return found, target
 
 
@@ -177,20 +185,14 @@ def _cut(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
     return images.few_per_class(max(2, round(HELD_OUT_FRACTION * fewest)), seed)
 
 
-def _at_size(size: int, source: Source, settings: SourceSettings, images: ImageSource) -> ImageSet:
-    """The images of a source at another size; datasets by name, slow to read and known apart, stay as they are."""
-    if source.images.image_size == size or settings.dataset in list_datasets():
-        return source.images
-    return images.load(settings.dataset, size)[0]
-
-
-def _without(source: Source, images: ImageSet, target: Target) -> Source:
+def _without(source: Source, images: ImageSet, target: Target, refuse: bool = True) -> Source:
     """A source without the few images that are in the target as well.
 
     Args:
         source: what is cut.
         images: those of the source, at the target's size.
         target: what phi is judged on.
+        refuse: them, where they are more than a few.
 
     Raises:
         DataError: they are more than a few.
@@ -200,7 +202,7 @@ def _without(source: Source, images: ImageSet, target: Target) -> Source:
     if not common:
         return source
     seen = sum(digest in common for digest in of_target)
-    if seen > _MOST_BY_CHANCE * len(of_target):
+    if refuse and seen > _MOST_BY_CHANCE * len(of_target):
         raise DataError(
             f"{seen} of the {len(of_target)} images of '{target.train.name}', which phi is to be judged on, are in the "
             f"source '{source.images.name}' as well; leave that source out, or give other evaluation.data="
@@ -216,7 +218,7 @@ def _digests(images: ImageSet) -> list[bytes]:
 
 def _target(train: ImageSet, test: ImageSet | None, train_per_class: int, seed: int, flip: bool) -> Target:
     fewest = min(int((train.labels == label).sum()) for label in range(train.num_classes))
-    if test is None:
+    if test is None or len(test) == 0:
         # Half of a small class at most, so that enough remains to be tested on.
         if fewest < 2:
             raise DataError(

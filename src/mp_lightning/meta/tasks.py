@@ -1,6 +1,7 @@
 """Tasks of meta-training: data, an architecture, and the split of the images into a training and a validation half."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -94,7 +95,7 @@ def make_tasks(sources: Sequence[Source], seed: int) -> list[Task]:
     dealt out so that both tasks of a group, and the same half of neighbouring groups, differ where there are several.
 
     Raises:
-        DataError: a source has too few classes or images for this split, or the name of another.
+        DataError: a source has too few classes or images for this split, or the name of another, or of its group.
         ConfigurationError: an architecture cannot be read, or there is none.
     """
     names = [source.images.name for source in sources]
@@ -121,6 +122,12 @@ def make_tasks(sources: Sequence[Source], seed: int) -> list[Task]:
                         flip=source.flip,
                     )
                 )
+    for name, count in Counter(task.name for task in tasks).items():
+        if count > 1:
+            raise DataError(
+                f"{count} tasks are called '{name}', as the groups of a source are called after it; give the sources "
+                "names of which none is another's with a number"
+            )
     return tasks
 
 

@@ -62,11 +62,14 @@ def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dic
 
     Raises:
         PhiError: the numbers are not those of a phi, or not finite.
-        ConfigurationError: it is no phi, or what it is meant for is out of range, or there is no such noise.
+        ConfigurationError: it is no phi, or what it is meant for is out of range, or there is no such noise; the path
+            does not end in .safetensors, or the card holds what JSON cannot.
     """
     if not isinstance(phi, Phi | NamedPhi):
         raise ConfigurationError(f"save_phi writes a Phi or a NamedPhi, not a {type(phi).__name__}; see load_phi")
     path, named = Path(path), load_phi(phi)
+    if path.suffix != ".safetensors":
+        raise ConfigurationError(f"phi file '{path}' cannot be written; give a name that ends in .safetensors")
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in named.phi._asdict().items()}
     meant_for = {key: float(getattr(named, key)) for key in (STRENGTH, SHARE, FULL_AT)}
     tensors |= {key: torch.tensor(value) for key, value in meant_for.items() if value != 1}
@@ -82,8 +85,12 @@ def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dic
         "file": path.name,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
+    try:
+        text = json.dumps(card, indent=2) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ConfigurationError(f"the card of phi file '{path}' cannot be written as JSON: {error}") from error
     _write_whole(path, content)
-    _write_whole(path.with_suffix(".json"), (json.dumps(card, indent=2) + "\n").encode())
+    _write_whole(path.with_suffix(".json"), text.encode())
     return card
 
 
@@ -175,7 +182,7 @@ def check_fraction(value: float, what: str) -> None:
 def _taken_fraction(tensors: dict[str, torch.Tensor], key: str, what: str) -> float:
     """The strength, or the share of the sites, taken out of the tensors of a file."""
     value = tensors.pop(key, torch.ones(()))
-    if value.dim() or not 0 < float(value) <= 1:  # NaN is neither
+    if value.dim() or value.is_complex() or not 0 < float(value) <= 1:  # NaN is neither
         raise PhiError(f"{what}: '{key}' is not a single number above 0 and at most 1; {_REMEDY}")
     return float(f"{float(value):.7g}")  # as it was written, and not as float32 holds it
 
@@ -183,7 +190,7 @@ def _taken_fraction(tensors: dict[str, torch.Tensor], key: str, what: str) -> fl
 def _taken_noise_per(tensors: dict[str, torch.Tensor], what: str) -> NoisePer:
     """What the noise is drawn for, taken out of the tensors of a file."""
     value = tensors.pop(PER_CHANNEL, torch.zeros(()))
-    if value.dim() or float(value) not in (0.0, 1.0):
+    if value.dim() or value.is_complex() or float(value) not in (0.0, 1.0):
         raise PhiError(f"{what}: '{PER_CHANNEL}' is not 0 or 1; {_REMEDY}")
     return "channel" if float(value) else "element"
 
@@ -197,7 +204,7 @@ def _check(tensors: dict[str, torch.Tensor], what: str) -> None:
             raise PhiError(
                 f"{what}: '{key}' is {tuple(value.shape)} {value.dtype}, expected {shape} of floating point; {_REMEDY}"
             )
-        if not bool(torch.isfinite(value).all()):
+        if not bool(torch.isfinite(value.float()).all()):  # as it is used; a double may be too large
             raise PhiError(f"{what}: '{key}' holds numbers that are not finite; {_REMEDY}")
 
 
