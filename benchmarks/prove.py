@@ -25,6 +25,7 @@ import torch
 
 from benchmarks.options import some_of
 from mp_lightning import Phi, save_phi
+from mp_lightning.compare.arms import KINDS
 from mp_lightning.perturbation.files import DEFAULT_PHI
 
 RESULTS = Path(__file__).parent / "results" / "compare.csv"
@@ -135,33 +136,55 @@ def keep(proof: Proof, runs: Path, results: Path) -> None:
     """Add the finished runs of a comparison that are not there yet; the file is replaced as a whole."""
     kept = _rows(results)
     known = {(row["comparison"], row["arm"], row["seed"]): row["settings"] for row in kept}
-    found = [{"comparison": str(proof), **row} for row in _rows(runs / proof.name / "results.csv")]
-    for row in found:
-        if known.get((str(proof), row["arm"], row["seed"]), row["settings"]) != row["settings"]:
-            raise SystemExit(
-                f"{results} has arm {row['arm']}, seed {row['seed']} of '{proof}' made with other settings; remove the "
-                "rows of that comparison, or name another file with --out"
-            )
+    new, other = [], []
+    for row in _rows(runs / proof.name / "results.csv"):
+        key = (str(proof), row["arm"], row["seed"])
+        if key not in known:
+            new.append({"comparison": str(proof), **row})
+        elif known[key] != row["settings"]:
+            other.append(f"arm {row['arm']}, seed {row['seed']}")
+        known.setdefault(key, row["settings"])
     _copy_new(runs / proof.name, _moments(proof, results))
-    new = [row for row in found if (str(proof), row["arm"], row["seed"]) not in known]
-    if not new:
-        return
-    partial = results.with_name(f"{results.name}.partial")
-    with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(new[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows([*kept, *new])
-    partial.replace(results)
+    if new:
+        partial = results.with_name(f"{results.name}.partial")
+        with partial.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(new[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows([*kept, *new])
+        partial.replace(results)
+    if other:
+        raise SystemExit(
+            f"{results} has {'; '.join(other)} of '{proof}' made with other settings than in {runs / proof.name}; "
+            f"remove those rows from either, or name another file with --out. {len(new)} others are kept"
+        )
 
 
 def make_and_keep(proof: Proof, given: argparse.Namespace, arms: list[str]) -> None:
     """Make one comparison, or go on with it, and keep what is finished however that ends."""
     keep(proof, given.runs, given.out)  # what was made before this command was killed
+    lost = _without_moments(proof, given, arms)
+    if lost:
+        print(f"Left out, as the moments of their rows were not kept: {', '.join(lost)}", flush=True)
+        arms = [arm for arm in arms if arm not in lost]
     bring_back(proof, given.runs, given.out)
     try:
         make(proof, given, arms)
     finally:
         keep(proof, given.runs, given.out)
+
+
+def _without_moments(proof: Proof, given: argparse.Namespace, arms: list[str]) -> list[str]:
+    """Controls that have rows, while the moments of these are neither kept nor in the run folder."""
+    places = (_moments(proof, given.out), given.runs / proof.name)
+    if any(True for place in places for _ in place.glob("moments-*.json")):
+        return []
+    rows = {row["arm"] for row in _rows(given.out) if row["comparison"] == str(proof)}
+    return [arm for arm in arms if arm in rows and any(map(_needs_moments, arm.split("+")))]
+
+
+def _needs_moments(part: str) -> bool:
+    kind = KINDS.get(part.partition(":")[0])
+    return kind is not None and kind.needs_moments
 
 
 def _moments(proof: Proof, results: Path) -> Path:

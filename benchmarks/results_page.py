@@ -23,12 +23,13 @@ Made by `python -m benchmarks.results_page` from [compare.csv](../benchmarks/res
 `metaperturb:published.safetensors` the one that the authors of the paper published, at full strength. The controls
 `fixed_noise:NAME` and `shrink_only:NAME` have constant noise, or none, with the moments that the multiplier of that phi
 has at each site at the end of one more run, and its strength, noise and sites; it is these that any other phi is
-compared with as well. These moments are in [moments](../benchmarks/results/moments), but for those on DTD and CUB and
-with ResNet20, which were not kept; another such run would give others, which intervals leave out. Where the strength of
-a phi follows the training loss, that of its controls does too, each by the loss of its own run. Scores are of one
-forward by expected noise, with batch norm re-estimated for it. Intervals are 95 % t intervals over seeds; p values of
-paired t tests are corrected by Holm's method over the arms and over accuracy and NLL. The csv file says what each run
-was made on; times were taken beside other work, and are not to be compared.
+compared with as well, and a combination with the control that is combined alike, where it was run. These moments are in
+[moments](../benchmarks/results/moments), but for those on DTD and CUB with Conv4 and on imagenette with ResNet20, which
+were not kept; another such run would give others, which intervals leave out. Where the strength of a phi follows the
+training loss, that of its controls does too, each by the loss of its own run. Scores are of one forward by expected
+noise, with batch norm re-estimated for it. Intervals are 95 % t intervals over seeds; p values of paired t tests are
+corrected by Holm's method over the arms and over accuracy and NLL. The csv file says what each run was made on; times
+were taken beside other work, and are not to be compared.
 """
 _CAPTION = "Differences from no regularizer in accuracy and NLL, with 95 % intervals over seeds, of each comparison"
 
@@ -36,10 +37,13 @@ _CAPTION = "Differences from no regularizer in accuracy and NLL, with 95 % inter
 def read(path: Path) -> dict[str, list[Row]]:
     """The rows of each comparison, in the order in which they were made."""
     kinds, found = get_type_hints(Row), {}
-    with path.open(newline="") as file:
-        for values in csv.DictReader(file):
-            row = Row(**{name: kinds[name](values[name]) for name in kinds})
-            found.setdefault(values["comparison"], []).append(row)
+    try:
+        with path.open(newline="") as file:
+            for values in csv.DictReader(file):
+                row = Row(**{name: kinds[name](values[name]) for name in kinds})
+                found.setdefault(values["comparison"], []).append(row)
+    except (KeyError, ValueError, TypeError) as error:
+        raise SystemExit(f"'{path}' is no table of benchmarks.prove ({error!r}); name another with --rows") from error
     return found
 
 
@@ -47,7 +51,7 @@ def judged(rows: list[Row]) -> Summary:
     """The verdict on the bundled phi, whose controls carry its name."""
     arms = list(dict.fromkeys(row.arm for row in rows))
     ours = [arm for arm in arms if arm.startswith("metaperturb:") and PUBLISHED not in arm]
-    controls = [arm for arm in arms if arm.partition(":")[0] in CONTROLS and "+" not in arm]
+    controls = [arm for arm in arms if any(part.partition(":")[0] in CONTROLS for part in arm.split("+"))]
     return summarize(rows, focus=ours, controls=controls)
 
 

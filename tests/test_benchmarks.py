@@ -1,5 +1,6 @@
 """The benchmarks run, keep what they measured, and refuse what they do not know."""
 
+import argparse
 import csv
 import json
 import subprocess
@@ -49,7 +50,15 @@ def test_overhead_writes_one_row_for_each_arm_and_continues(tmp_path):
     command = ["benchmarks.overhead", "--models", "conv4", "--out", str(out), *SMALL]
     printed = run(*command)
     found = rows(out)
-    assert [row["arm"] for row in found] == ["plain", "dropout2d", "dropout", "dropblock", "reference", "fast"]
+    assert [row["arm"] for row in found] == [
+        "plain",
+        "dropout2d",
+        "dropout",
+        "dropblock",
+        "reference",
+        "fast",
+        "default",
+    ]
     assert found[0]["ratio"] == "1.000" and all(float(row["floor_ms"]) > 0 for row in found)
     assert "byte floor" in printed and "| fast |" in printed
     content = out.read_text()
@@ -159,10 +168,31 @@ def test_a_run_of_other_settings_does_not_stand_beside_the_kept_one(tmp_path):
     path, proof = kept(tmp_path, **ARMS_KEPT)
     content = path.read_text()
     results = tmp_path / "runs" / proof.name / "results.csv"
-    results.write_text(results.read_text().replace("none,0,1,", "none,0,2,"))
-    with pytest.raises(SystemExit, match=r"has arm none, seed 0 of .* made with other settings; remove the rows"):
+    other = results.read_text().replace("none,0,1,", "none,0,2,")
+    results.write_text(other + other.splitlines()[-1].replace("metaperturb:new,4", "metaperturb:new,5") + "\n")
+    with pytest.raises(
+        SystemExit, match=r"has arm none, seed 0 of .* made with other settings than in .* 1 others are"
+    ):
         prove.keep(proof, tmp_path / "runs", path)
-    assert path.read_text() == content
+    assert path.read_text().startswith(content) and path.read_text().count("\n") == content.count("\n") + 1
+
+
+def test_controls_whose_moments_are_lost_are_not_made_beside_their_rows(tmp_path):
+    """They would be matched to others, and be refused when all is computed."""
+    path, proof = kept(tmp_path, **ARMS_KEPT)
+    given = argparse.Namespace(runs=tmp_path / "elsewhere", out=path)
+    arms = ["none", "fixed_noise:new", "shrink_only:new", "random_phi", "metaperturb:new"]
+    assert prove._without_moments(proof, given, arms) == ["fixed_noise:new"]
+    kept_moments = prove._moments(proof, path) / "moments-0123.json"
+    kept_moments.parent.mkdir(parents=True)
+    kept_moments.write_text("measured once")
+    assert prove._without_moments(proof, given, arms) == []
+
+
+def test_a_file_of_something_else_is_no_table(tmp_path):
+    (tmp_path / "a.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(SystemExit, match=r"is no table of benchmarks\.prove"):
+        results_page.read(tmp_path / "a.csv")
 
 
 def test_the_page_of_results_judges_the_bundled_phi_and_knows_its_controls(tmp_path):

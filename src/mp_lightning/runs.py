@@ -91,13 +91,22 @@ class RunFolder:
         settings: the run's :func:`relevant_settings`; a folder keeps those of its run.
         fresh: move what an earlier run left into a subfolder ``previous-K`` and start anew.
         owner: whether this process keeps the folder; of several that train together one does, and the others only read.
+        remedies: what the user writes to choose another folder, and to start anew.
 
     Raises:
         RunFolderError: the folder cannot be written, another process works in it, or it holds a run of other settings.
     """
 
-    def __init__(self, path: Path, settings: dict[str, Any], fresh: bool = False, owner: bool = True) -> None:
+    def __init__(
+        self,
+        path: Path,
+        settings: dict[str, Any],
+        fresh: bool = False,
+        owner: bool = True,
+        remedies: tuple[str, str] = ("hydra.run.dir=", "run.fresh=true"),
+    ) -> None:
         self.path = path
+        self._elsewhere, self._anew = remedies
         if not owner:
             return
         try:
@@ -146,7 +155,8 @@ class RunFolder:
             fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise RunFolderError(
-                f"another process works in run folder '{self.path}'; wait for it, or choose another with hydra.run.dir="
+                f"another process works in run folder '{self.path}'; wait for it, or choose another with "
+                f"{self._elsewhere}"
             ) from error
         except OSError:  # a file system without locks
             pass
@@ -165,7 +175,7 @@ class RunFolder:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise RunFolderError(
                 f"run folder '{self.path}' holds a run with {'; '.join(different[:3])}{more}: set it back, choose "
-                "another folder with hydra.run.dir=, or start anew with run.fresh=true"
+                f"another folder with {self._elsewhere}, or start anew with {self._anew}"
             )
 
     def _set_aside(self) -> None:

@@ -7,7 +7,7 @@ import hydra
 import pytest
 import torch
 from command_line import CommandLine
-from comparisons import compare, runs, succeed, table
+from comparisons import IMAGES, compare, runs, succeed, table
 from images_on_disk import save_archive
 from omegaconf import DictConfig, OmegaConf
 
@@ -90,6 +90,18 @@ def test_the_folder_follows_from_the_settings() -> None:
     assert {name("seeds=9"), name("arms=[none]"), name("jobs=1", "accelerator=cpu", "data_root=x")} == {name()}
     others = ["lr=0.01", "target=cifar10", "metric=nll", "tuning.seeds=2", "phi=my.safetensors", "precision=bf16-mixed"]
     assert len({name(), *map(name, others)}) == 1 + len(others)
+
+
+def test_runs_are_those_of_the_images_wherever_these_lie(mp: CommandLine, tmp_path: Path) -> None:
+    """As on another machine, to which the table of results was brought."""
+    words = ["arms=[none,label_smoothing:0.1]", "seeds=1"]
+    succeed(mp, tmp_path, *words)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / IMAGES).rename(tmp_path / "elsewhere" / IMAGES)
+    (tmp_path / "brought").mkdir()
+    (tmp_path / "run" / "results.csv").rename(tmp_path / "brought" / "results.csv")
+    done = succeed(mp, tmp_path, *words, f"target=elsewhere/{IMAGES}", "hydra.run.dir=brought")
+    assert "comparing: 2 of 2 runs are there already" in done.stdout
 
 
 def test_fine_tuning_starts_from_the_weights_that_are_given(mp: CommandLine, tmp_path: Path) -> None:

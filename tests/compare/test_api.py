@@ -9,10 +9,12 @@ from typing import Any
 
 import lightning as L
 import pytest
+import torch
 from rich.console import Console
 from small_runs import PHI, Small, SmallData
 
 import mp_lightning
+from mp_lightning.compare.summary import VERDICT_METRICS
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import load_phi
 from mp_lightning.runs import RunFolderError
@@ -145,3 +147,48 @@ def test_every_argument_is_described() -> None:
     described = mp_lightning.compare.__doc__ or ""
     for name in inspect.signature(mp_lightning.compare).parameters:
         assert f"{name}:" in described or f"{name}," in described or f", {name}" in described, name
+
+
+class Noise(L.Callback):
+    """What moves the parameters after each batch."""
+
+    def __init__(self, size: float) -> None:
+        self.size = size
+
+    def on_train_batch_end(self, trainer: Any, module: L.LightningModule, *rest: Any) -> None:
+        with torch.no_grad():
+            for parameter in module.parameters():
+                parameter += self.size
+
+
+def test_an_arm_that_was_changed_is_made_again(tmp_path: Path) -> None:
+    def run(arm: mp_lightning.Arm) -> dict[str, float]:
+        found, _ = compare(tmp_path, arms=["none", arm], seeds=1)
+        return {row.arm: row.nll for row in found.rows}
+
+    first = run(mp_lightning.Arm("mine", lambda seed: [Noise(0.0)]))
+    assert run(mp_lightning.Arm("mine", lambda seed: [Noise(0.0)])) == first
+    changed = run(mp_lightning.Arm("mine", lambda seed: [Noise(0.5)]))
+    assert changed["none"] == first["none"] and changed["mine"] != first["mine"]
+
+
+def test_another_scheduler_is_another_comparison(tmp_path: Path) -> None:
+    def factory(gamma: float) -> Any:
+        class Scheduled(Small):
+            def configure_optimizers(self) -> Any:
+                optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
+                return [optimizer], [torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma)]
+
+        return Scheduled
+
+    compare(tmp_path, module_factory=factory(1.0), arms=["none"], seeds=1)
+    with pytest.raises(RunFolderError, match=r"holds a run with module=.*folder=, or start anew with fresh=True"):
+        compare(tmp_path, module_factory=factory(0.5), arms=["none"], seeds=1)
+
+
+def test_another_metric_has_a_default_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = [
+        compare(tmp_path, folder=None, arms=["none"], seeds=1, **{"metric": m})[0].folder for m in VERDICT_METRICS
+    ]
+    assert len({*places}) == 2

@@ -70,7 +70,8 @@ def test_values_and_phi_are_read_from_the_name(tmp_path: Path) -> None:
     assert torch.equal(arm.parts[0].phi.phi.op1_all, initial_phi(7).op1_all)
     assert arm.parts[1].value == 0.7 and arm.parameters == "alpha=0.7"
     assert parse_arm("fixed_noise", PHI).parts[0].phi is PHI
-    assert parse_arm("random_phi", PHI).control and not parse_arm("random_phi+mixup", PHI).control
+    assert parse_arm("random_phi", PHI).control and parse_arm("random_phi+mixup", PHI).control
+    assert not arm.control
 
 
 @pytest.mark.parametrize("arm", [name for name, kind in KINDS.items() if kind.multiplies])

@@ -13,7 +13,15 @@ from matplotlib.figure import Figure
 from simulated import row
 
 from mp_lightning.compare import pictures as module
-from mp_lightning.compare.panels import draw_curves, draw_multipliers, draw_reliability, draw_scores, pooled, styles
+from mp_lightning.compare.panels import (
+    draw_curves,
+    draw_multipliers,
+    draw_reliability,
+    draw_scores,
+    pooled,
+    short,
+    styles,
+)
 from mp_lightning.compare.pictures import pictures, svg, write_png
 from mp_lightning.compare.results import Details, Row, SiteMultiplier
 from mp_lightning.compare.summary import summarize
@@ -166,3 +174,10 @@ def test_a_panel_in_a_page_is_small_and_has_the_ink_of_its_text() -> None:
         assert len(text) < 300_000
         assert "currentColor" in text
         assert "http" not in text
+
+
+def test_names_that_are_cut_alike_are_cut_later() -> None:
+    names = [f"metaperturb:runs/fit-seed0-{digest}/phi.safetensors" for digest in ("aaaa", "bbbb")]
+    found = short(["none", *names, names[0].replace("fit", "a-much-longer-name-of-fit")])
+    assert found["none"] == "none" and len(set(found.values())) == 4
+    assert all("..." in found[name] for name in names)

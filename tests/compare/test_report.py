@@ -17,6 +17,7 @@ from mp_lightning.compare.report import Repeat, write_report
 from mp_lightning.compare.results import Details, Row
 from mp_lightning.compare.summary import Summary, summarize
 from mp_lightning.compare.table import terminal_table
+from mp_lightning.compare.texts import number_text
 from mp_lightning.compare.tuning import Budget, Tuned
 from mp_lightning.runs import RunFolderError
 
@@ -220,3 +221,8 @@ def test_the_table_of_the_terminal_has_a_line_for_each_arm() -> None:
 def test_the_table_of_the_terminal_takes_a_name_as_it_is() -> None:
     rows = [replace(one, arm="[red]x[/red]") if one.arm == "dropout" else one for one in drawn_comparison(FIVE, 1)[0]]
     assert any(line.split()[:1] == ["[red]x[/red]"] for line in printed(rows))
+
+
+def test_the_end_of_an_interval_below_zero_is_shown_below_it() -> None:
+    assert number_text("accuracy", -0.0001, "+") == "+0.0"
+    assert number_text("accuracy", -0.0001, "+", signed_zero=True) == "-0.0"

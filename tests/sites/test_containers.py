@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from mp_lightning import attach
+from mp_lightning import attach, load_phi
+from mp_lightning.compare.controls import NoiseOnly
 
 
 def layers(ch=8):
@@ -152,3 +153,11 @@ def test_constant_statistics_do_not_mean_that_nothing_was_perturbed():
             warnings.simplefilter("always")
             attachment.step(1.0)
         assert any("nothing was perturbed" in str(one.message) for one in told) == (not reached)
+
+
+def test_noise_without_a_scale_has_no_statistics_and_perturbs():
+    attachment = attach(Helper(), perturbation=NoiseOnly(load_phi().phi), ramp_steps=0)
+    attachment.model(torch.randn(2, 3, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attachment.step(1.0)

@@ -15,6 +15,7 @@ from mp_lightning.compare.comparison import check_arms
 from mp_lightning.compare.summary import VERDICT_METRICS
 from mp_lightning.compare.tuning import MOST_VALUES, Budget
 from mp_lightning.compare.weights import Weights, load_weights, read_weights
+from mp_lightning.data import list_datasets
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import load_phi
 from mp_lightning.runs import relevant_settings
@@ -104,8 +105,13 @@ def read(config: DictConfig) -> CompareSettings:
         },
         fresh=check(folder.get("fresh"), bool, "run.fresh"),
         relevant=relevant,
-        of_runs={key: value for key, value in relevant.items() if key not in _OF_NO_RUN},
+        of_runs={key: value for key, value in relevant.items() if key not in _OF_NO_RUN and not _is_place(key, value)},
     )
+
+
+def _is_place(key: str, value: Any) -> bool:
+    """Whether a setting says where files lie; what they hold is a part of the key of a run."""
+    return key in ("target", "weights") and isinstance(value, str) and value not in list_datasets()
 
 
 def _per_class(value: Any, target: str) -> int | None:

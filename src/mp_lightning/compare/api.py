@@ -91,8 +91,9 @@ def compare(
             does not begin with images and labels, or the module's forward does not give the scores.
         output: what the scores are; None finds out.
         settings: anything else that decides the results, as plain values. A folder holds results of one set of
-            settings, one network, one set of optimizers' settings, and data with the same first batches; what cannot be
-            told by these, such as a callback's arguments, or what ``predict`` calls, belongs here.
+            settings, one network, one set of optimizers' and schedulers' settings, and data with the same first
+            batches; what cannot be told by these, such as the defaults of a callback, or what ``predict`` calls,
+            belongs here.
         target, model: what tables call the data and the module; None takes the names of their classes.
         folder: for the results; None: one in ``runs`` whose name follows from the settings.
         fresh: start anew; what is there is kept in a folder beside.
@@ -162,8 +163,11 @@ def compare(
         budget=Budget(tuning_values, tuning_seeds),
         processes=jobs,
     )
-    place = Path(folder) if folder is not None else Path("runs") / f"compare-{_digest(shared)}"
-    kept = RunFolder(place, {**shared, "metric": metric, "tuning": [tuning_values, tuning_seeds]}, fresh=fresh)
+    tuning = [tuning_values, tuning_seeds]
+    judged = {**shared, "metric": metric, "tuning": tuning}
+    unusual = (metric, tuning) != ("accuracy", [3, 1])  # older folders are named without
+    place = Path(folder) if folder is not None else Path("runs") / f"compare-{_digest(judged if unusual else shared)}"
+    kept = RunFolder(place, judged, fresh=fresh, remedies=("folder=", "fresh=True"))
     console = console or Console(highlight=False, soft_wrap=True)
     try:
         return conclude(plan, kept.path, console, "mp_lightning.compare(...), as it was called", shared)

@@ -130,8 +130,8 @@ class NamedArm:
 
     @property
     def control(self) -> bool:
-        """Whether every part is a control."""
-        return all(part.kind.role == "control" for part in self.parts)
+        """Whether a part is a control."""
+        return any(part.kind.role == "control" for part in self.parts)
 
     @property
     def parameters(self) -> str:

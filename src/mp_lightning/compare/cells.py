@@ -122,5 +122,5 @@ def _interval(metric: str, found: Estimate | Difference, sign: str = "") -> str:
     """Its ends, but where they are shown as the same number, which is the mean."""
     if found.low is None or found.high is None:
         return ""
-    low, high = (number_text(metric, end, sign) for end in (found.low, found.high))
+    low, high = (number_text(metric, end, sign, signed_zero=bool(sign)) for end in (found.low, found.high))
     return "" if low == high else f"{low} to {high}"

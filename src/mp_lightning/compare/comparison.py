@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, Context, NamedArm, Part, callbacks_of, follows_the_loss
 from mp_lightning.compare.at_sites import AtSites
 from mp_lightning.compare.calibration import matched_moments, moments_digest, phi_digest
+from mp_lightning.compare.fingerprint import identity
 from mp_lightning.compare.pool import perform_all
 from mp_lightning.compare.results import Details, Row
 from mp_lightning.compare.run import Experiment, Job, OnStep, fresh_module
@@ -212,6 +213,8 @@ def settings_digest(settings: dict[str, Any], arm: AnyArm, *, steps: int | None,
             parts.append(["halves of phi's sites"])  # before, of all sites
         if any(part.name in _AT_SITES for part in named):
             parts.append(["layers at all sites"])  # before, at phi's
+    if isinstance(arm, Arm):
+        parts.append([identity(arm.callbacks)])
     if isinstance(arm, Arm) or any(part.kind.multiplies for part in named):
         parts.append(["tested when training has ended"])  # before, runs were tested by one noisy forward
     text = json.dumps([settings, parts], sort_keys=True, default=str)

@@ -17,7 +17,7 @@ from mp_lightning.compare.run import Experiment, fresh_module, setup_seed
 
 
 def fingerprint(experiment: Experiment) -> dict[str, str]:
-    """Digests of the module of seed 0 with its optimizers' settings, and of its first training and test batches.
+    """Digests of the module of seed 0 with its optimizers' and schedulers' settings, and of the first batches.
 
     What cannot be read without a trainer is left out. The global generators are left as they were.
 
@@ -78,13 +78,19 @@ def _code(value: Any, within: frozenset[int] = frozenset()) -> Any:
 
 def _optimizers(module: L.LightningModule) -> list[Any]:
     try:
-        found = [leaf for leaf in tree_leaves(module.configure_optimizers()) if hasattr(leaf, "param_groups")]
+        found = [leaf for leaf in tree_leaves(module.configure_optimizers()) if hasattr(leaf, "state_dict")]
     except Exception:  # it may ask the trainer, which is not there yet
         return []
+    optimizers = [one for one in found if hasattr(one, "param_groups")]
+    schedulers = [one for one in found if one not in optimizers]
     return [
-        [type(one).__name__, *(sorted((k, v) for k, v in group.items() if k != "params") for group in one.param_groups)]
-        for one in found
+        *([type(one).__name__, *map(_plain_values, one.param_groups)] for one in optimizers),
+        *([type(one).__name__, _plain_values(one.state_dict())] for one in schedulers),
     ]
+
+
+def _plain_values(values: dict[str, Any]) -> list[tuple[str, Any]]:
+    return sorted((key, value) for key, value in values.items() if key != "params")
 
 
 def _first_batches(experiment: Experiment) -> list[Any]:

@@ -1,7 +1,7 @@
 """What the pictures of a comparison draw, each on one pair of axes."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from statistics import fmean, quantiles
 from typing import NamedTuple
 
@@ -41,8 +41,19 @@ def styles(arms: Sequence[str], baseline: str) -> dict[str, Style]:
     return {arm: looks[arm] for arm in arms}
 
 
-def short(name: str, longest: int = _LONGEST_NAME) -> str:
-    """A name that fits beside a panel, or into so many characters."""
+def short(names: Iterable[str], longest: int = _LONGEST_NAME) -> dict[str, str]:
+    """Names that fit beside a panel, or into so many characters; longer ones where they would be alike."""
+    whole = list(names)
+    found = {name: _cut(name, longest) for name in whole}
+    alike = [name for name in whole if list(found.values()).count(found[name]) > 1]
+    while alike and longest < max(map(len, alike)):
+        longest += 2
+        found |= {name: _cut(name, longest) for name in alike}
+        alike = [name for name in alike if list(found.values()).count(found[name]) > 1]
+    return found
+
+
+def _cut(name: str, longest: int) -> str:
     return name if len(name) <= longest else f"{name[: longest // 2 - 2]}...{name[1 - longest // 2 :]}"
 
 
@@ -90,7 +101,7 @@ def draw_scores(
     margin = 0.05 * (high - low)
     axes.set_xlim(low - margin, high + margin)
     axes.set_ylim(len(values) - 0.4, -0.6)
-    axes.set_yticks(range(len(values)), [short(arm) for arm in values], parse_math=False)
+    axes.set_yticks(range(len(values)), list(short(values).values()), parse_math=False)
     axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_xlabel(heading(metric))
     axes.grid(axis="x", alpha=_FAINT)
@@ -99,6 +110,7 @@ def draw_scores(
 
 def draw_curves(axes: Axes, details: Mapping[tuple[str, int], Details], looks: Mapping[str, Style]) -> None:
     """The training loss of each arm: the mean over its seeds, in a band from the least to the largest."""
+    names = short(looks)
     for arm, look in looks.items():
         points = _by_step([one.curve for (of, _), one in details.items() if of == arm])
         if not points:
@@ -107,7 +119,7 @@ def draw_curves(axes: Axes, details: Mapping[tuple[str, int], Details], looks: M
         marker = look.marker if len(points) == 1 else None
         axes.plot(
             steps, [fmean(own) for own in losses], color=look.colour, linestyle=look.line, linewidth=1.5,
-            marker=marker, label=short(arm),
+            marker=marker, label=names[arm],
         )  # fmt: skip
         axes.fill_between(
             steps, [min(own) for own in losses], [max(own) for own in losses], color=look.colour, alpha=_FAINT,
@@ -163,6 +175,7 @@ def draw_multipliers(
     place = {site: number for number, site in enumerate(sites, start=1)}
     shown = [arm for arm in looks if any(one.multiplier for (of, _), one in details.items() if of == arm)]
     axes.axhline(1, color=_BASELINE, linewidth=1, linestyle=(0, (4, 3)))
+    names = short(shown)
     for number, arm in enumerate(shown):
         found: dict[int, list[tuple[float, float]]] = {}
         for (of, _), one in details.items():
@@ -176,7 +189,7 @@ def draw_multipliers(
             [fmean(mean for mean, _ in found[depth]) for depth in depths],
             yerr=[fmean(std for _, std in found[depth]) for depth in depths],
             color=look.colour, linestyle=look.line, marker=look.marker, markersize=4.5, linewidth=1.1, capsize=2,
-            label=short(arm),
+            label=names[arm],
         )  # fmt: skip
     axes.set_xlim(0.5, max(1, len(sites)) + 0.5)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))

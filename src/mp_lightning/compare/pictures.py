@@ -200,11 +200,12 @@ def _multipliers(summary: Summary, details: Mapping[tuple[str, int], Details]) -
 def _reliability(summary: Summary, details: Mapping[tuple[str, int], Details]) -> Picture:
     looks = styles(list(summary.arms), summary.baseline)
     panels = []
+    titles = short(summary.arms, _LONGEST_TITLE)
     for name, arm in summary.arms.items():
         own = [one for (of, _), one in details.items() if of == name]
         draw = partial(draw_reliability, details=own, look=looks[name])
         error = number_text("ece", arm.estimates["ece"].mean)
-        panels.append(Panel(f"{short(name, _LONGEST_TITLE)}\nECE {error}", draw, _NARROW, _NARROW + 0.3))
+        panels.append(Panel(f"{titles[name]}\nECE {error}", draw, _NARROW, _NARROW + 0.3))
     return Picture(
         "reliability",
         "Reliability",

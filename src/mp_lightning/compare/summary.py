@@ -41,7 +41,7 @@ class ArmSummary:
         estimates: over all its seeds.
         against_baseline: its differences from the baseline; empty for the baseline.
         against_control: its differences from the control that has the best mean of the metric, of a combination from
-            controls that are combined alike, if there are any; empty for the baseline and for controls.
+            controls that are combined alike; empty where there is none, for the baseline and for controls.
         verdicts: for the metrics that lead to a verdict; empty for the baseline.
     """
 
@@ -102,7 +102,7 @@ def summarize(
         metric: what the headline is about, 'accuracy' or 'nll'.
         focus: arms of the headline; all that are neither the baseline nor a control if empty.
         baseline: the arm that all others are compared with.
-        controls: arms that show whether learning is the reason of a gain.
+        controls: arms that show whether learning is the reason of a gain, combinations included.
 
     Raises:
         ConfigurationError: no verdict is made of this metric, or the rows belong to several comparisons.
@@ -118,7 +118,7 @@ def summarize(
         if baseline in runs:
             from_baseline |= {(arm, name): baseline for arm in others}
         for arm in judged:
-            best = _best(_controls_of(arm, others, controls), runs, name)
+            best = _best(arm, _controls_of(arm, [other for other in others if other in controls]), runs, name)
             if best is not None:
                 from_control[arm, name] = best
     against_baseline, against_control = _compared(runs, from_baseline), _compared(runs, from_control)
@@ -180,29 +180,35 @@ def _values(runs: dict[int, Row], metric: str) -> list[float]:
     return [getattr(row, metric) for row in runs.values()]
 
 
-def _controls_of(arm: str, others: Sequence[str], controls: Collection[str]) -> list[str]:
-    """Those that tell whether learning is the reason: of a combination, where there are any, controls beside the rest.
+def _controls_of(arm: str, controls: Collection[str]) -> list[str]:
+    """Those that tell whether learning is the reason: of a combination, the controls beside the rest of it.
 
-    'metaperturb+mixup' stands beside 'fixed_noise+mixup', and beside 'fixed_noise' if that was not run.
+    'metaperturb+mixup' stands beside 'fixed_noise+mixup'; beside 'fixed_noise' it would be credited with mixup.
     """
     parts = _parts(arm)
-    matched = []
-    for other in others:
-        instead = [part for part in _parts(other) - parts if part.partition(":")[0] in CONTROLS]
-        if len(_parts(other)) == len(parts) > 1 and len(instead) == len(_parts(other) - parts) == 1:
-            matched.append(other)
-    return matched or [other for other in others if other in controls]
+    if len(parts) == 1:
+        return [control for control in controls if len(_parts(control)) == 1]
+    return [control for control in controls if len(_parts(control)) == len(parts) == len(_parts(control) & parts) + 1]
 
 
 def _parts(arm: str) -> set[str]:
     return {part.strip() for part in arm.split("+")}
 
 
-def _best(arms: Sequence[str], runs: _Runs, metric: str) -> str | None:
-    """The arm with the best mean; None if none has a finite one."""
-    means = {arm: estimate(_values(runs[arm], metric)).mean for arm in arms}
+def _best(arm: str, others: Sequence[str], runs: _Runs, metric: str) -> str | None:
+    """Of those that have most seeds in common with the arm, the one with the best mean over these.
+
+    None if none has a finite one.
+    """
+    common = {other: [seed for seed in runs[other] if seed in runs[arm]] for other in others}
+    most = max(map(len, common.values()), default=0)
+    means = {
+        other: estimate([getattr(runs[other][seed], metric) for seed in seeds]).mean
+        for other, seeds in common.items()
+        if len(seeds) == most > 0
+    }
     sign = 1 if METRICS[metric].higher_is_better else -1
-    return max((arm for arm in arms if is_finite(means[arm])), key=lambda arm: sign * means[arm], default=None)
+    return max((other for other in means if is_finite(means[other])), key=lambda one: sign * means[one], default=None)
 
 
 def _compared(runs: _Runs, pairs: dict[tuple[str, str], str]) -> _Comparisons:

@@ -8,13 +8,18 @@ from mp_lightning.compare.statistics import is_finite
 _ALL = 0.995  # of the strength, which is shown as 100 %
 
 
-def number_text(metric: str, value: float, sign: str = "") -> str:
-    """A value as it is shown, in the metric's unit; with ``sign='+'`` a difference."""
+def number_text(metric: str, value: float, sign: str = "", signed_zero: bool = False) -> str:
+    """A value as it is shown, in the metric's unit; with ``sign='+'`` a difference.
+
+    ``signed_zero`` keeps the side of zero of what is rounded to it, as of the end of an interval.
+    """
     if not is_finite(value):
         return "not finite"
     shown = METRICS[metric]
-    # Adding zero makes +0.0 of what is rounded to -0.0.
-    return f"{round(value * shown.scale, shown.digits) + 0.0:{sign}.{shown.digits}f}"
+    rounded = round(value * shown.scale, shown.digits)
+    if not signed_zero:
+        rounded += 0.0  # makes +0.0 of -0.0
+    return f"{rounded:{sign}.{shown.digits}f}"
 
 
 def p_text(p: float | None) -> str:

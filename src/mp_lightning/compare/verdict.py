@@ -134,7 +134,7 @@ def _numbers(comparison: Comparison) -> str:
     text = f"{METRICS[metric].label} {_size(metric, difference.mean, '+')} against {comparison.other}"
     if difference.low is None or difference.high is None or comparison.p is None:
         return text
-    low, high = (number_text(metric, end, "+") for end in (difference.low, difference.high))
+    low, high = (number_text(metric, end, "+", signed_zero=True) for end in (difference.low, difference.high))
     corrected = f"corrected for {_count(comparison.arms, 'arm')} and {_count(comparison.metrics, 'metric')}"
     return f"{text} (95 % interval {low} to {high}, {p_text(comparison.p)} {corrected}, {_count(difference.n, 'seed')})"
 

@@ -159,8 +159,8 @@ class Attachment(GrowingStrength):
         """Whether no site was reached in training yet. Asks the device."""
         if int(self.forwards) == 0:
             return True
-        if not isinstance(self.perturbation, MetaPerturb):
-            return False  # of others the statistics may be constants
+        if not isinstance(self.perturbation, MetaPerturb) or not self.perturbation.initial_statistics(1):
+            return False  # of others the statistics may be constants, and some have none
         return all(
             torch.equal(site.statistics[name].cpu(), value.to(site.statistics[name].dtype))
             for site in self._sites()
