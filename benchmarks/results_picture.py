@@ -25,9 +25,11 @@ _ARMS = {
     "dropout": ("Dropout, tuned", "#56b4e9", "P"),
     "manifold_mixup": ("Manifold Mixup, tuned", "#222222", "X"),
     f"metaperturb:{DEFAULT_PHI}+manifold_mixup": (f"{DEFAULT_PHI} and Manifold Mixup", "#999999", "*"),
+    f"fixed_noise:{DEFAULT_PHI}+manifold_mixup": ("constant noise and Manifold Mixup", "#8c6d31", "p"),
 }
 _WIDEST = {"accuracy": 20.0, "nll": 2.0}  # wider intervals are cut at the edge, or nothing else could be told apart
 _LINE, _BETWEEN = 0.115, 1.2  # inches an arm; arms between two comparisons
+_LEAST = 1.7  # arms of the height of a comparison, or the names of two touch
 _TICKS = 7  # at most, or their labels touch
 _LOOK = {"font.size": 7, "axes.titlesize": 8, "axes.spines.top": False, "axes.spines.right": False}
 
@@ -55,7 +57,7 @@ def write(summaries: Mapping[str, Summary], path: Path) -> bool:
         own = [arm for arm in _ARMS if arm in summary.arms and len(summary.arms[arm].seeds) >= SEEDS_NEEDED]
         heights |= {(name, arm): top + number for number, arm in enumerate(own)}
         ticks[name] = top + (len(own) - 1) / 2
-        top += len(own) + _BETWEEN
+        top += max(len(own), _LEAST) + _BETWEEN
     with rc_context(_LOOK):
         figure = Figure((8, top * _LINE + 1.1), dpi=130, layout="constrained", facecolor="white")
         FigureCanvasAgg(figure)
@@ -63,7 +65,7 @@ def write(summaries: Mapping[str, Summary], path: Path) -> bool:
         for axes, metric in zip(panels, VERDICT_METRICS, strict=True):
             _draw(axes, metric, found, heights)
             axes.set_ylim(top - _BETWEEN, -1)
-            axes.set_yticks(list(ticks.values()), [_two_lines(name) for name in ticks])
+            axes.set_yticks(list(ticks.values()), [_two_lines(name, found[name].underfitted) for name in ticks])
             axes.tick_params(axis="y", length=0)
         handles = {
             label: line for axes in panels for line, label in zip(*axes.get_legend_handles_labels(), strict=True)
@@ -96,8 +98,9 @@ def _draw(axes: Axes, metric: str, summaries: Mapping[str, Summary], heights: Ma
     axes.grid(axis="x", linewidth=0.4, alpha=0.5)
 
 
-def _two_lines(name: str) -> str:
+def _two_lines(name: str, underfitted: bool) -> str:
     """'target, images, network, training' as a name of two lines."""
     target, _, rest = name.partition(", ")
     images, network, *training = rest.split(", ")
-    return f"{target.replace('_', ' ')}, {network}, {images.removesuffix(' of 32 pixels')}\n{', '.join(training)}"
+    first = f"{target.replace('_', ' ')}, {network}, {images.removesuffix(' of 32 pixels')}"
+    return "\n".join([first, ", ".join([*training, *(["underfitted"] if underfitted else [])])])
