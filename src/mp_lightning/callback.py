@@ -66,7 +66,7 @@ class MetaPerturbCallback(Callback):
             phi comes with, and 1 for any other perturbation.
         full_strength_at: share of the loss of the first batches at or below which the whole strength acts; above, it
             acts in proportion to how far the training loss has come down, so that a network that cannot fit its images
-            is left alone. 1 for a strength that does not follow the loss; None takes what phi comes with, and 1 for
+            is harmed less. 1 for a strength that does not follow the loss; None takes what phi comes with, and 1 for
             any other perturbation.
         inference: 'mean' makes one forward with the expected noise, and re-estimates batch norm for it on at most 50
             training batches when training ends. 'fold' multiplies by a constant for each channel, estimated at the same

@@ -68,8 +68,8 @@ def attach(
             multiplied by ``1 + strength * (multiplier - 1)``. None takes the one that phi comes with; of any other
             perturbation 1.
         full_strength_at: share of the loss of the first batches at or below which the whole strength acts; above, it
-            acts in proportion to how far the loss has come down, so that a network that cannot fit its images is left
-            alone. 1 for a strength that does not follow the loss. None takes what phi comes with; of any other
+            acts in proportion to how far the loss has come down, so that a network that cannot fit its images is
+            harmed less. 1 for a strength that does not follow the loss. None takes what phi comes with; of any other
             perturbation 1.
         input_size: height of the network's input in pixels; None takes it from the first forward.
         seed: seed of the noise.
