@@ -31,7 +31,10 @@ def words(text: str) -> list[str]:
 
 
 # Fields of NamedPhi that can be varied, and how they are read.
-VARIED = {"strength": numbers, "noise_per": words, "share_of_sites": numbers, "full_strength_at": numbers}
+VARIED = {
+    **{"strength": numbers, "noise_per": words, "share_of_sites": numbers},
+    **{"full_strength_at": numbers, "acts_below": numbers},
+}
 
 
 def variants(phi: NamedPhi, varied: dict[str, list[float] | list[str]]) -> Iterator[NamedPhi]:

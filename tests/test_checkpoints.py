@@ -140,10 +140,11 @@ def test_a_second_fit_computes_by_the_path_that_it_is_given(tmp_path):
 
 def test_restore_brings_the_loss_that_the_strength_follows_back(tmp_path):
     model = module()
-    run = trainer(tmp_path, [MetaPerturbCallback(initial_phi(0), full_strength_at=0.5)], max_epochs=8)
+    run = trainer(tmp_path, [MetaPerturbCallback(initial_phi(0), full_strength_at=0.5, acts_below=0.9)], max_epochs=8)
     run.fit(model, loader(4), loader(2))
     run.save_checkpoint(tmp_path / "end.ckpt")
     restored = MetaPerturbCallback.restore(module(seed=1), tmp_path / "end.ckpt")
+    assert float(attachment_of(restored).fitting.acts_below) == pytest.approx(0.9)
     assert attachment_of(restored).fitting.state() == attachment_of(model).fitting.state()
     assert 0 < float(attachment_of(restored).coeff) == float(attachment_of(model).coeff) < 1
     assert torch.equal(logits(restored), logits(model))

@@ -26,6 +26,7 @@ def stays_in_force(
     phi: NamedPhi | None,
     strength: float | None,
     full_strength_at: float | None,
+    acts_below: float | None,
     seed: int | None,
     clip: float | None,
     input_size: int | None,
@@ -37,6 +38,8 @@ def stays_in_force(
         kept.append((f"at strength {trained:g}", f"{strength:g}"))
     if _differ(full_strength_at, follows):
         kept.append((f"with full_strength_at={follows:g}", f"{full_strength_at:g}"))
+    if _differ(acts_below, below := float(attachment.fitting.acts_below)):
+        kept.append((f"with acts_below={below:g}", f"{acts_below:g}"))
     if seed not in (None, attachment.seed):
         kept.append((f"with seed={attachment.seed}", f"{seed}"))
     if clip not in (CLIP, attachment.clip):

@@ -68,6 +68,8 @@ class MetaPerturbCallback(Callback):
             acts in proportion to how far the training loss has come down, so that a network that cannot fit its images
             is harmed less. 1 for a strength that does not follow the loss; None takes what phi comes with, and 1 for
             any other perturbation.
+        acts_below: share of that loss at or above which nothing acts, so that such a network is left alone; above
+            ``full_strength_at``. None takes what phi comes with, and 1 where ``full_strength_at`` is given.
         inference: 'mean' makes one forward with the expected noise, and re-estimates batch norm for it on at most 50
             training batches when training ends. 'fold' multiplies by a constant for each channel, estimated at the same
             time, so that nothing learned is left to compute. 'mc' averages the class probabilities of several noisy
@@ -98,6 +100,7 @@ class MetaPerturbCallback(Callback):
         ramp_steps: int | None = None,
         strength: float | None = None,
         full_strength_at: float | None = None,
+        acts_below: float | None = None,
         inference: Literal["mean", "mc", "fold"] = "mean",
         samples: int = 20,
         fit_samples: int = 5,
@@ -123,6 +126,7 @@ class MetaPerturbCallback(Callback):
         self.ramp_steps = ramp_steps
         self.strength = strength
         self.full_strength_at = full_strength_at
+        self.acts_below = acts_below
         self.inference = inference
         self.samples = samples
         self.fit_samples = fit_samples
@@ -139,6 +143,7 @@ class MetaPerturbCallback(Callback):
         shares = {
             "strength": strength,
             "full_strength_at": full_strength_at,
+            "acts_below": acts_below,
             "sites": sites if is_share(sites) else None,
         }
         for name, share in shares.items():
@@ -219,6 +224,7 @@ class MetaPerturbCallback(Callback):
             target=self.target,
             strength=self.strength,
             full_strength_at=self.full_strength_at,
+            acts_below=self.acts_below,
             input_size=self.input_size,
             seed=int(os.environ.get("PL_GLOBAL_SEED", 0)) if self.seed is None else self.seed,
             clip=self.clip,
@@ -246,7 +252,7 @@ class MetaPerturbCallback(Callback):
         phi = self.phi if self.perturbation is None else None
         rank_zero_info(f"MetaPerturb: {opening(attachment, phi, total)}")
         asked = self.phi if self._phi_given else None
-        given = (self.strength, self.full_strength_at, self.seed, self.clip, self.input_size)
+        given = (self.strength, self.full_strength_at, self.acts_below, self.seed, self.clip, self.input_size)
         for kept in stays_in_force(attachment, asked, *given):
             rank_zero_warn(f"MetaPerturb: {kept}")
 

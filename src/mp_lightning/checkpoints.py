@@ -144,6 +144,7 @@ def attach_state(model: nn.Module, state: dict[str, Any], *, weights_follow: boo
             strength=state.get("strength", 1.0),
             noise_per=state.get("noise_per", "element"),
             full_strength_at=state.get("fitting", {}).get("full_strength_at", 1.0),
+            acts_below=state.get("fitting", {}).get("acts_below", 1.0),
         )
         part = model.get_submodule(state.get("part", ""))  # that was attached by hand
         attachment = attach(part, phi, sites=SitePlan.from_dict(state["plan"]))

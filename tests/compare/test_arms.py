@@ -78,7 +78,13 @@ def test_values_and_phi_are_read_from_the_name(tmp_path: Path) -> None:
 def test_all_that_stands_in_place_of_phi_acts_at_its_strength(arm: str) -> None:
     """A control at another strength, with other noise, or at other sites, would be matched to nothing."""
     phi = NamedPhi(
-        initial_phi(0), "weaker", strength=0.6, noise_per="channel", share_of_sites=0.25, full_strength_at=0.3
+        initial_phi(0),
+        "weaker",
+        strength=0.6,
+        noise_per="channel",
+        share_of_sites=0.25,
+        full_strength_at=0.3,
+        acts_below=0.7,
     )
     parsed = parse_arm(arm, phi)
     parsed = replace(parsed, parts=(replace(parsed.parts[0], moments=[]),))
@@ -87,6 +93,7 @@ def test_all_that_stands_in_place_of_phi_acts_at_its_strength(arm: str) -> None:
     attachment = callback.attach(build_backbone("conv4", 3, width=4, image_size=16))
     assert float(attachment.strength) == pytest.approx(0.6)
     assert float(attachment.fitting.full_strength_at) == pytest.approx(0.3)
+    assert float(attachment.fitting.acts_below) == pytest.approx(0.7)
     assert arm == "shrink_only" or attachment.perturbation.noise_per == "channel"
     assert len(attachment.plan) == 1
 

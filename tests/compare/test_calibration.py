@@ -45,6 +45,7 @@ def test_they_are_measured_once_for_each_phi_and_again_if_the_file_is_damaged(tm
     other = load_phi(initial_phi(9))
     assert phi_digest(other) != phi_digest(PHI)
     uses = [{}, {"strength": 0.5}, {"share_of_sites": 0.5}, {"noise_per": "channel"}, {"full_strength_at": 0.5}]
+    uses += [{"full_strength_at": 0.5, "acts_below": 0.8}]
     assert len({phi_digest(replace(PHI, **use)) for use in uses}) == len(uses)
     matched_moments(what, other, tmp_path)
     assert len(made) == 2 and len(list(tmp_path.iterdir())) == 2

@@ -104,7 +104,11 @@ def test_what_was_made_with_other_settings_is_not_taken_for_ours(tmp_path: Path)
 
 
 @pytest.mark.parametrize(
-    "meant_for", [{"strength": 0.5}, {"noise_per": "channel"}, {"share_of_sites": 0.5}, {"full_strength_at": 0.4}]
+    "meant_for",
+    [
+        *({"strength": 0.5}, {"noise_per": "channel"}, {"share_of_sites": 0.5}, {"full_strength_at": 0.4}),
+        {"full_strength_at": 0.4, "acts_below": 0.6},
+    ],
 )
 def test_a_random_phi_that_acts_otherwise_is_made_again(tmp_path: Path, meant_for: dict[str, Any]) -> None:
     """Its numbers are drawn by seed, so that nothing but what phi is meant for tells the two apart."""

@@ -180,6 +180,18 @@ def test_the_loss_from_which_all_of_the_strength_acts_comes_back(saved, tmp_path
     assert not (tmp_path / "phi2.safetensors").exists()
 
 
+def test_the_loss_below_which_it_acts_comes_back(saved, tmp_path):
+    assert load_phi(saved).acts_below == 1
+    path = tmp_path / "other.safetensors"
+    card = save_phi(path, mine(full_strength_at=0.4, acts_below=0.6), {})
+    assert (load_phi(path).acts_below, card["acts_below"]) == (pytest.approx(0.6), pytest.approx(0.6))
+    with pytest.raises(ConfigurationError, match=r"acts_below of phi 'x'=0.4 cannot be used with full_strength_at=0.4"):
+        save_phi(path, mine(full_strength_at=0.4, acts_below=0.4), {})
+    rewrite(path, full_strength_at=torch.tensor(0.4), acts_below=torch.tensor(0.3))
+    with pytest.raises(PhiError, match="'acts_below' is not above 'full_strength_at'"):
+        load_phi(path)
+
+
 def test_the_share_of_the_sites_comes_back(saved, tmp_path):
     assert load_phi(saved).share_of_sites == 1
     card = save_phi(tmp_path / "other.safetensors", mine(share_of_sites=0.3), {})

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mp_lightning.backbones import build_backbone
+from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import NamedPhi, initial_phi
 from mp_lightning.sites import attach
 from mp_lightning.sites.fitting import OFF, Fitting
@@ -67,6 +68,22 @@ def test_the_factor_is_between_none_and_all(full_at, loss, factor):
     assert float(fitted(full_at, *[2] * 5, *[loss] * 300).factor()) == pytest.approx(factor, abs=1e-4)
 
 
+@pytest.mark.parametrize(("share", "factor"), [(0.7, 0), (0.6, 0), (0.55, 0.25), (0.5, 0.5), (0.4, 1), (0.2, 1)])
+def test_nothing_acts_above_the_share_below_which_it_is_to_act(share, factor):
+    fitting = Fitting(0.4, persistent=False, acts_below=0.6)
+    for loss in [2.0] * 5 + [2.0 * share] * 300:
+        fitting.note(loss, 10, synchronize=False)
+    assert float(fitting.factor()) == pytest.approx(factor, abs=1e-4)
+
+
+def test_a_state_from_before_there_was_another_share_acts_below_all_of_the_loss():
+    state = Fitting(0.4, persistent=False).state()
+    del state["acts_below"]
+    other = Fitting(0.4, persistent=False, acts_below=0.6)
+    other.load_state(state)
+    assert float(other.acts_below) == 1
+
+
 def test_it_looks_back_over_the_horizon_and_at_least_ten_batches():
     for horizon, expected in ((0, 10), (10, 10), (40, 40)):
         fitting = fitted(0.4, *[2] * 5, *[1] * 20, horizon=horizon)
@@ -106,3 +123,33 @@ def test_without_a_loss_it_warns_once_and_the_ramp_decides():
             attachment.step()
     told = [one for one in got if "ramp alone" in str(one.message)]
     assert len(told) == 1 and float(attachment.coeff) == pytest.approx(0.8)
+
+
+def test_phi_says_below_which_loss_it_acts_and_the_user_overrules_it():
+    phi = NamedPhi(initial_phi(0), "late", full_strength_at=0.4, acts_below=0.6)
+
+    def shares(**options):
+        fitting = attach(build_backbone("conv4", 3, width=4, image_size=16), phi, ramp_steps=4, **options).fitting
+        return float(fitting.full_strength_at), float(fitting.acts_below)
+
+    assert shares() == pytest.approx((0.4, 0.6))
+    assert shares(acts_below=0.8) == pytest.approx((0.4, 0.8))
+    assert shares(full_strength_at=0.7) == pytest.approx((0.7, 1))
+    assert shares(full_strength_at=1) == (1, 1)
+    for options in ({"acts_below": 0.4}, {"full_strength_at": 0.6, "acts_below": 0.5}):
+        with pytest.raises(
+            ConfigurationError, match=r"acts_below=0\.[45] cannot be used with full_strength_at=0\.[46]"
+        ):
+            shares(**options)
+
+
+def test_a_model_that_is_attached_acts_below_the_same_loss_or_is_refused():
+    phi = NamedPhi(initial_phi(0), "late", full_strength_at=0.4, acts_below=0.6)
+    model = build_backbone("conv4", 3, width=4, image_size=16)
+    attachment = attach(model, phi, ramp_steps=4)
+    assert attach(model, phi) is attach(model, acts_below=0.6) is attach(model, full_strength_at=0.4) is attachment
+    with pytest.raises(ConfigurationError, match=r"with acts_below=0\.6 and not 0\.8; pass acts_below=0\.6 to keep"):
+        attach(model, acts_below=0.8)
+    assert "less while the training loss is above 40% of its first value and nothing from 60% on" in (
+        attachment.outlook(None)
+    )

@@ -103,8 +103,9 @@ class Arm:
 class Part:
     """One part of a combination: its kind, the value of its hyperparameter where it is fixed, and its phi.
 
-    ``strength``, ``noise_per``, ``sites``, the share of them, and ``full_strength_at`` are those of what stands at the
-    sites in place of phi: of the part's phi, or, for a random phi, of the phi for the arms that name none.
+    ``strength``, ``noise_per``, ``sites``, the share of them, ``full_strength_at`` and ``acts_below`` are those of
+    what stands at the sites in place of phi: of the part's phi, or, for a random phi, of the phi for the arms that
+    name none.
     """
 
     name: str
@@ -115,6 +116,7 @@ class Part:
     noise_per: NoisePer = "element"
     sites: float = 1.0
     full_strength_at: float = 1.0
+    acts_below: float = 1.0
 
     @property
     def kind(self) -> Kind:
@@ -279,6 +281,7 @@ def _use(phi: NamedPhi) -> dict[str, Any]:
         "noise_per": phi.noise_per,
         "sites": phi.share_of_sites,
         "full_strength_at": phi.full_strength_at,
+        "acts_below": phi.acts_below,
     }
 
 
@@ -292,6 +295,7 @@ def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
         "strength": part.strength,
         "sites": part.sites,
         "full_strength_at": part.full_strength_at,
+        "acts_below": part.acts_below,
     }
     if part.name == "random_phi":
         random = NamedPhi(initial_phi(SEED_OF_RANDOM_PHI), part.name, noise_per=part.noise_per)

@@ -45,6 +45,8 @@ def phi_digest(phi: NamedPhi) -> str:
         digest.update(f"sites {phi.share_of_sites}".encode())
     if phi.full_strength_at != 1:
         digest.update(f"full strength at {phi.full_strength_at}".encode())
+    if phi.acts_below != 1:
+        digest.update(f"acts below {phi.acts_below}".encode())
     return digest.hexdigest()[:12]
 
 

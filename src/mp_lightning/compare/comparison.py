@@ -228,6 +228,7 @@ def _identity(part: Part) -> list[Any]:
     unusual += [part.noise_per] if part.noise_per != "element" else []
     unusual += ["sites", part.sites] if part.sites != 1 else []
     unusual += ["full strength at", part.full_strength_at] if part.full_strength_at != 1 else []
+    unusual += ["acts below", part.acts_below] if part.acts_below != 1 else []
     return [part.name, part.value, None, *unusual]
 
 

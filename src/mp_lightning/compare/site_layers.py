@@ -52,6 +52,7 @@ class _Beside(Attachment):
             input_size=1,
             strength=1.0,
             full_strength_at=OFF,
+            acts_below=OFF,
             seed=0,
             clip=None,
             synchronize=False,

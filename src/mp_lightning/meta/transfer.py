@@ -163,6 +163,7 @@ def _key(target: Target, arm: str, phi: NamedPhi | None, settings: TransferSetti
         digest.update(f"{phi.strength}{'' if phi.noise_per == 'element' else phi.noise_per}".encode())
         digest.update(b"" if phi.share_of_sites == 1 else str(phi.share_of_sites).encode())
         digest.update(b"" if phi.full_strength_at == 1 else f"full at {phi.full_strength_at}".encode())
+        digest.update(b"" if phi.acts_below == 1 else f"acts below {phi.acts_below}".encode())
         for value in phi.phi:
             digest.update(value.detach().cpu().numpy().tobytes())
     return f"{arm}/{number}/{digest.hexdigest()[:16]}"

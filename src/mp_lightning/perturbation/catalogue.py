@@ -42,6 +42,7 @@ class PhiDescription:
         share_of_sites: at how many of a network's sites it acts, counted from the last one.
         full_strength_at: share of the first training loss at or below which the whole strength acts; 1: it does not
             follow the loss.
+        acts_below: share of it at or above which nothing acts.
         default: whether it is the one that is taken where none is named.
         card: plain values: sources, settings, seeds, how it was chosen, results, SHA-256 of the file, ...
         picture: a PNG of its filters and its response; None if there is none.
@@ -52,6 +53,7 @@ class PhiDescription:
     noise_per: NoisePer
     share_of_sites: float
     full_strength_at: float
+    acts_below: float
     default: bool
     card: dict[str, Any]
     picture: Path | None
@@ -62,6 +64,7 @@ class PhiDescription:
         strength = f"strength {self.strength:g}"
         if self.full_strength_at != 1:
             strength += f" from {100 * self.full_strength_at:g} % of the first loss down"
+            strength += f", none above {100 * self.acts_below:g} %" if self.acts_below != 1 else ""
         lines = [f"{self.name}{default}, {strength}, noise per {self.noise_per}, at {sites}"]
         width = max(map(len, _HEADINGS.values()))
         for key, heading in _HEADINGS.items():
@@ -101,6 +104,7 @@ def describe_phi(name: str = DEFAULT_PHI) -> PhiDescription:
         noise_per=phi.noise_per,
         share_of_sites=phi.share_of_sites,
         full_strength_at=phi.full_strength_at,
+        acts_below=phi.acts_below,
         default=name == DEFAULT_PHI,
         card=phi.card,
         picture=picture if picture.is_file() else None,

@@ -25,6 +25,7 @@ STRENGTH = "strength"
 PER_CHANNEL = "noise_per_channel"
 SHARE = "share_of_sites"
 FULL_AT = "full_strength_at"
+BELOW = "acts_below"
 _REMEDY = "give a phi.safetensors written by 'python -m mp_lightning.meta fit'"
 
 
@@ -33,7 +34,8 @@ class NamedPhi:
     """phi with the name it is shown under, its card (empty if there was none), and what it is meant for.
 
     That is the strength at which it acts, what its noise is drawn for, the share of the sites of a network at which it
-    acts, counted from the last one, and the share of the first training loss from which all of that strength acts.
+    acts, counted from the last one, the share of the first training loss from which all of that strength acts, and the
+    one below which any of it does.
     """
 
     phi: Phi
@@ -43,6 +45,7 @@ class NamedPhi:
     noise_per: NoisePer = "element"
     share_of_sites: float = 1.0
     full_strength_at: float = 1.0
+    acts_below: float = 1.0
 
     def __str__(self) -> str:
         return f"{self.name} ({self.card['status']})" if self.card.get("status") else self.name
@@ -71,7 +74,7 @@ def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dic
     if path.suffix != ".safetensors":
         raise ConfigurationError(f"phi file '{path}' cannot be written; give a name that ends in .safetensors")
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in named.phi._asdict().items()}
-    meant_for = {key: float(getattr(named, key)) for key in (STRENGTH, SHARE, FULL_AT)}
+    meant_for = {key: float(getattr(named, key)) for key in (STRENGTH, SHARE, FULL_AT, BELOW)}
     tensors |= {key: torch.tensor(value) for key, value in meant_for.items() if value != 1}
     if named.noise_per == "channel":
         tensors[PER_CHANNEL] = torch.tensor(1.0)
@@ -82,6 +85,7 @@ def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dic
         "noise_per": named.noise_per,
         "share_of_sites": meant_for[SHARE],
         "full_strength_at": meant_for[FULL_AT],
+        **({"acts_below": meant_for[BELOW]} if meant_for[BELOW] != 1 else {}),
         "file": path.name,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -111,6 +115,8 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
         check_noise_per(source.noise_per, f"noise_per of phi '{source.name}'")
         check_fraction(source.share_of_sites, f"{SHARE} of phi '{source.name}'")
         check_fraction(source.full_strength_at, f"{FULL_AT} of phi '{source.name}'")
+        check_fraction(source.acts_below, f"{BELOW} of phi '{source.name}'")
+        check_following(source.full_strength_at, source.acts_below, f"{BELOW} of phi '{source.name}'")
         _check(source.phi._asdict(), f"phi '{source.name}'")
         return source
     if isinstance(source, Phi):
@@ -141,6 +147,9 @@ def _read(path: Path, name: str) -> NamedPhi:
     strength = _taken_fraction(tensors, STRENGTH, f"phi file '{path}'")
     share_of_sites = _taken_fraction(tensors, SHARE, f"phi file '{path}'")
     full_strength_at = _taken_fraction(tensors, FULL_AT, f"phi file '{path}'")
+    acts_below = _taken_fraction(tensors, BELOW, f"phi file '{path}'")
+    if full_strength_at < 1 and acts_below <= full_strength_at:
+        raise PhiError(f"phi file '{path}': '{BELOW}' is not above '{FULL_AT}'; {_REMEDY}")
     noise_per = _taken_noise_per(tensors, f"phi file '{path}'")
     _check(tensors, f"phi file '{path}'")
     card = _read_card(path.with_suffix(".json"))
@@ -150,7 +159,7 @@ def _read(path: Path, name: str) -> NamedPhi:
             f"phi file '{path}' is not the one its card describes (SHA-256 differs); restore it, or {_REMEDY}"
         )
     phi = Phi(**{key: tensors[key].float() for key in SHAPES})
-    return NamedPhi(phi, name, card, strength, noise_per, share_of_sites, full_strength_at)
+    return NamedPhi(phi, name, card, strength, noise_per, share_of_sites, full_strength_at, acts_below)
 
 
 def _read_card(path: Path) -> dict[str, Any]:
@@ -177,6 +186,18 @@ def check_fraction(value: float, what: str) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
         raise ConfigurationError(f"{what}={value} cannot be used; give a number above 0 and at most 1")
+
+
+def check_following(full_strength_at: float, acts_below: float, what: str) -> None:
+    """Refuse a share of the first loss below which a strength is to act that is not above the one of all of it.
+
+    Raises:
+        ConfigurationError: the message names the share as ``what``.
+    """
+    if full_strength_at < 1 and acts_below <= full_strength_at:
+        raise ConfigurationError(
+            f"{what}={acts_below:g} cannot be used with full_strength_at={full_strength_at:g}; give a number above it"
+        )
 
 
 def _taken_fraction(tensors: dict[str, torch.Tensor], key: str, what: str) -> float:

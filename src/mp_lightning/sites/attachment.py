@@ -57,6 +57,7 @@ class Attachment(GrowingStrength):
         input_size: int | None,
         strength: float,
         full_strength_at: float,
+        acts_below: float,
         seed: int,
         clip: float | None,
         synchronize: bool,
@@ -64,7 +65,7 @@ class Attachment(GrowingStrength):
         path: PathName = "auto",
         distributed: bool = True,
     ) -> None:
-        super().__init__(strength, full_strength_at, persistent)
+        super().__init__(strength, persistent, full_strength_at, acts_below)
         check_path(path)
         check_noise_per(getattr(perturbation, "noise_per", "element"))
         self.plan = plan

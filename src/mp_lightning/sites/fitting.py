@@ -20,14 +20,15 @@ OFF = 1.0
 class Fitting(nn.Module):
     """The recent training loss beside the first one.
 
-    With ``share = recent / first``, the strength is multiplied by ``(1 - share) / (1 - full_strength_at)``, at least 0
-    and at most 1. Losses that are not finite are passed over, and first ones above twice their median. Where the first
-    loss is not above 0, a share of it means nothing, and the factor is 1.
+    With ``share = recent / first``, the strength is multiplied by ``(acts_below - share) / (acts_below -
+    full_strength_at)``, at least 0 and at most 1. Losses that are not finite are passed over, and first ones above
+    twice their median. Where the first loss is not above 0, a share of it means nothing, and the factor is 1.
 
     Args:
         full_strength_at: share of the first loss at or below which the whole strength acts; 1 for a strength that does
             not follow the loss.
         persistent: keep all of it in the model's ``state_dict``.
+        acts_below: share of the first loss at or above which nothing acts, above ``full_strength_at``.
 
     Attributes:
         follows: whether the strength follows the loss.
@@ -35,16 +36,18 @@ class Fitting(nn.Module):
     """
 
     full_strength_at: Tensor
+    acts_below: Tensor
     first_losses: Tensor
     recent: Tensor
     losses: Tensor
     follows: bool
     told: bool
 
-    def __init__(self, full_strength_at: float, persistent: bool) -> None:
+    def __init__(self, full_strength_at: float, persistent: bool, acts_below: float = 1.0) -> None:
         super().__init__()
         for name, value in {
             "full_strength_at": torch.tensor(float(full_strength_at), dtype=torch.float32),
+            "acts_below": torch.tensor(float(acts_below), dtype=torch.float32),
             "first_losses": torch.zeros(_FIRST, dtype=torch.float32),
             "recent": torch.zeros((), dtype=torch.float32),
             "losses": torch.zeros((), dtype=torch.int64),
@@ -91,7 +94,8 @@ class Fitting(nn.Module):
     def factor(self) -> Tensor:
         """What the strength is multiplied by, a float32 tensor without dimensions; 1 before any loss is known."""
         first = self.first
-        factor = ((1 - self.recent / first) / (1 - self.full_strength_at).clamp(min=1e-6)).clamp(0, 1)
+        span = (self.acts_below - self.full_strength_at).clamp(min=1e-6)
+        factor = ((self.acts_below - self.recent / first) / span).clamp(0, 1)
         follows = (self.full_strength_at < OFF) & (self.losses > 0) & (first > 0)
         return torch.where(follows, factor, torch.ones_like(factor))
 
@@ -102,7 +106,8 @@ class Fitting(nn.Module):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
         for name, value in self.named_buffers():
-            value.copy_(torch.tensor(state[name], dtype=value.dtype))
+            kept = state.get(name, 1.0) if name == "acts_below" else state[name]  # before there was another, it was 1
+            value.copy_(torch.tensor(kept, dtype=value.dtype))
         self._refresh()
 
     def _refresh(self) -> None:

@@ -25,8 +25,8 @@ class GrowingStrength(KeepsPrecision):
 
     Args:
         strength: when the ramp has ended, above 0 and at most 1.
-        full_strength_at: see :class:`~mp_lightning.sites.fitting.Fitting`.
         persistent: keep all of it in the model's ``state_dict``.
+        full_strength_at, acts_below: see :class:`~mp_lightning.sites.fitting.Fitting`.
 
     Attributes:
         strength: a float32 tensor without dimensions.
@@ -41,7 +41,7 @@ class GrowingStrength(KeepsPrecision):
     coeff: Tensor
     steps: Tensor
 
-    def __init__(self, strength: float, full_strength_at: float, persistent: bool) -> None:
+    def __init__(self, strength: float, persistent: bool, full_strength_at: float, acts_below: float) -> None:
         super().__init__()
         for name, value in {
             "strength": torch.tensor(float(strength), dtype=torch.float32),
@@ -49,7 +49,7 @@ class GrowingStrength(KeepsPrecision):
             "steps": torch.zeros((), dtype=torch.int64),
         }.items():
             self.register_buffer(name, value, persistent=persistent)
-        self.fitting = Fitting(full_strength_at, persistent)
+        self.fitting = Fitting(full_strength_at, persistent, acts_below)
         self.ramp_steps: int | None = None
         self.reached = 1.0
         self._warned = False
@@ -139,6 +139,8 @@ class GrowingStrength(KeepsPrecision):
             words = f"strength grows{to} over the first {ramp}{of} training batches"
         if (full_at := float(self.fitting.full_strength_at)) < OFF:
             words += f", less while the training loss is above {full_at:.0%} of its first value"
+            if (below := float(self.fitting.acts_below)) < OFF:
+                words += f" and nothing from {below:.0%} on"
         return words
 
     def idle(self) -> str | None:

@@ -18,7 +18,15 @@ import torch.distributed
 from torch import nn
 
 from mp_lightning.errors import ConfigurationError, SiteError
-from mp_lightning.perturbation import MetaPerturb, NamedPhi, Perturbation, Phi, check_fraction, load_phi
+from mp_lightning.perturbation import (
+    MetaPerturb,
+    NamedPhi,
+    Perturbation,
+    Phi,
+    check_following,
+    check_fraction,
+    load_phi,
+)
 from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName
 from mp_lightning.sites.calls import Block
 from mp_lightning.sites.choice import Sites, choose_sites
@@ -39,6 +47,7 @@ def attach(
     ramp_steps: int | None = None,
     strength: float | None = None,
     full_strength_at: float | None = None,
+    acts_below: float | None = None,
     input_size: int | None = None,
     seed: int = 0,
     clip: float | None = CLIP,
@@ -71,6 +80,8 @@ def attach(
             acts in proportion to how far the loss has come down, so that a network that cannot fit its images is
             harmed less. 1 for a strength that does not follow the loss. None takes what phi comes with; of any other
             perturbation 1.
+        acts_below: share of that loss at or above which nothing acts, so that such a network is left alone; above
+            ``full_strength_at``. None takes what phi comes with, and 1 where ``full_strength_at`` is given.
         input_size: height of the network's input in pixels; None takes it from the first forward.
         seed: seed of the noise.
         clip: upper bound of a perturbed feature map, in training and in evaluation; None for no bound.
@@ -89,16 +100,21 @@ def attach(
         PhiError: phi cannot be loaded.
         SiteError: no site was found, or the plan does not fit the model.
         ConfigurationError: the model is attached already, with another phi, strength, perturbation or plan; or
-            ``path`` is unknown, or ``strength`` or ``full_strength_at`` out of range.
+            ``path`` is unknown, or ``strength``, ``full_strength_at`` or ``acts_below``
+            out of range.
     """
     existing = attachment_of(model)
     named = None if perturbation is not None else load_phi(phi)
-    for name, value in (("strength", strength), ("full_strength_at", full_strength_at)):
+    for name, value in (("strength", strength), ("full_strength_at", full_strength_at), ("acts_below", acts_below)):
         if value is not None:
             check_fraction(value, name)
+    follows = _following(named, full_strength_at, acts_below)
     if existing is not None:
         wanted = None if sites is None and target is None else choose_sites(existing.model, sites, target)
-        _check_same(existing, None if phi is None else named, perturbation, wanted, strength, full_strength_at)
+        asked = {"full_strength_at": full_strength_at, "acts_below": acts_below}
+        if phi is not None:
+            asked = dict(zip(asked, follows, strict=True))
+        _check_same(existing, None if phi is None else named, perturbation, wanted, strength, asked)
         return existing
     if sites is None and named is not None and named.share_of_sites != 1:
         sites = named.share_of_sites
@@ -116,7 +132,8 @@ def attach(
         channel_norm=channel_norm,
         input_size=input_size,
         strength=strength if strength is not None else 1.0 if named is None else named.strength,
-        full_strength_at=full_strength_at or (OFF if named is None else named.full_strength_at),
+        full_strength_at=follows[0],
+        acts_below=follows[1],
         seed=seed,
         clip=clip,
         synchronize=synchronize,
@@ -135,6 +152,18 @@ def attach(
     model.add_module(NAME, attachment)
     _guard_compiled_code()
     return attachment
+
+
+def _following(named: NamedPhi | None, full_strength_at: float | None, acts_below: float | None) -> tuple[float, float]:
+    """From which share of the first loss all of the strength acts, and below which any: as given, or as phi has it.
+
+    Raises:
+        ConfigurationError: nothing lies between the two.
+    """
+    full = full_strength_at or (OFF if named is None else named.full_strength_at)
+    below = acts_below or (named.acts_below if named is not None and full_strength_at is None else OFF)
+    check_following(full, below, "acts_below")
+    return full, below
 
 
 def _guard_compiled_code() -> None:
@@ -173,7 +202,7 @@ def _check_same(
     perturbation: Perturbation | None,
     sites: SitePlan | None,
     strength: float | None,
-    full_strength_at: float | None,
+    follows: dict[str, float | None],
 ) -> None:
     """Refuse to return an attachment that is not the one asked for (None: anything will do)."""
     other = perturbation is not None and perturbation is not existing.perturbation
@@ -200,13 +229,13 @@ def _check_same(
             f"the model is attached already, at strength {float(existing.strength):g} and not {wanted:g}; pass "
             f"strength={float(existing.strength):g} to keep it, or call detach() before attaching again"
         )
-    wanted = named.full_strength_at if full_strength_at is None and named is not None else full_strength_at
-    follows = float(existing.fitting.full_strength_at)
-    if wanted is not None and not math.isclose(wanted, follows, rel_tol=1e-6):
-        raise ConfigurationError(
-            f"the model is attached already, with full_strength_at={follows:g} and not {wanted:g}; pass "
-            f"full_strength_at={follows:g} to keep it, or call detach() before attaching again"
-        )
+    for name, asked in follows.items():
+        kept = float(getattr(existing.fitting, name))
+        if asked is not None and not math.isclose(asked, kept, rel_tol=1e-6):
+            raise ConfigurationError(
+                f"the model is attached already, with {name}={kept:g} and not {asked:g}; pass {name}={kept:g} to keep "
+                "it, or call detach() before attaching again"
+            )
     if sites is not None and sites != existing.plan:
         raise ConfigurationError("the model is attached already, at other sites; call detach() before attaching again")
 
