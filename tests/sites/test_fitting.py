@@ -141,6 +141,10 @@ def test_phi_says_below_which_loss_it_acts_and_the_user_overrules_it():
             ConfigurationError, match=r"acts_below=0\.[45] cannot be used with full_strength_at=0\.[46]"
         ):
             shares(**options)
+    with pytest.raises(
+        ConfigurationError, match=r"acts_below=0\.6 cannot be used with full_strength_at=1; .* follows the"
+    ):
+        shares(full_strength_at=1, acts_below=0.6)  # it would be without effect
 
 
 def test_a_model_that_is_attached_acts_below_the_same_loss_or_is_refused():

@@ -148,7 +148,7 @@ def _read(path: Path, name: str) -> NamedPhi:
     share_of_sites = _taken_fraction(tensors, SHARE, f"phi file '{path}'")
     full_strength_at = _taken_fraction(tensors, FULL_AT, f"phi file '{path}'")
     acts_below = _taken_fraction(tensors, BELOW, f"phi file '{path}'")
-    if full_strength_at < 1 and acts_below <= full_strength_at:
+    if _at_odds(full_strength_at, acts_below):
         raise PhiError(f"phi file '{path}': '{BELOW}' is not above '{FULL_AT}'; {_REMEDY}")
     noise_per = _taken_noise_per(tensors, f"phi file '{path}'")
     _check(tensors, f"phi file '{path}'")
@@ -191,13 +191,20 @@ def check_fraction(value: float, what: str) -> None:
 def check_following(full_strength_at: float, acts_below: float, what: str) -> None:
     """Refuse a share of the first loss below which a strength is to act that is not above the one of all of it.
 
+    Where the strength does not follow the loss, such a share would be without effect.
+
     Raises:
         ConfigurationError: the message names the share as ``what``.
     """
-    if full_strength_at < 1 and acts_below <= full_strength_at:
+    if _at_odds(full_strength_at, acts_below):
         raise ConfigurationError(
-            f"{what}={acts_below:g} cannot be used with full_strength_at={full_strength_at:g}; give a number above it"
+            f"{what}={acts_below:g} cannot be used with full_strength_at={full_strength_at:g}; give it a number above "
+            "the other, which is below 1 where the strength follows the loss"
         )
+
+
+def _at_odds(full_strength_at: float, acts_below: float) -> bool:
+    return acts_below <= full_strength_at and (full_strength_at < 1 or acts_below < 1)
 
 
 def _taken_fraction(tensors: dict[str, torch.Tensor], key: str, what: str) -> float:
