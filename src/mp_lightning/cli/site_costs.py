@@ -61,7 +61,7 @@ def measure(
     attachment = attach(model, phi, sites=plan)
     try:
         reached = _shapes_at_sites(attachment, model, batch)
-        sites = [site for site in attachment.sites if isinstance(site, Site) and site.spec.name in reached]
+        sites = [site for site in attachment.all_sites() if site.spec.name in reached]
         return {site.spec.name: _cost(site, reached[site.spec.name], device) for site in sites}, plain
     finally:
         attachment.detach()

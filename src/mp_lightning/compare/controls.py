@@ -17,7 +17,6 @@ from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import MetaPerturb, NoisePer, Norms, Phi, Statistics, check_noise_per, mathematics
 from mp_lightning.sites import Attachment
-from mp_lightning.sites.site import Site
 
 
 @runtime_checkable
@@ -46,7 +45,7 @@ def set_constants(attachment: Attachment, moments: Iterable[SiteMoments]) -> Non
         raise ConfigurationError(
             f"perturbation '{perturbation.name}' has no constants to set; attach FixedNoise, ShrinkOnly or MeanOne"
         )
-    sites = {site.spec.name: site for site in attachment.sites if isinstance(site, Site)}
+    sites = {site.spec.name: site for site in attachment.all_sites()}
     for name, mean, var in moments:
         if name not in sites:
             raise ConfigurationError(

@@ -116,7 +116,7 @@ class SiteHooks:
 
 
 def _by_place(attachment: Attachment) -> dict[tuple[str, str | None, int], Site]:
-    return {site.spec.place: site for site in attachment.sites if isinstance(site, Site)}
+    return {site.spec.place: site for site in attachment.all_sites()}
 
 
 class SiteLayer(nn.Module):

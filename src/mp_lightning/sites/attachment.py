@@ -1,7 +1,6 @@
 """A perturbation at the sites of one model: what the sites share, and its state."""
 
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
 
@@ -12,11 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, MetaPerturb, Perturbation, check_noise_per
-from mp_lightning.sites.calls import ActivationModule, Block
-from mp_lightning.sites.fitting import OFF, Fitting
+from mp_lightning.sites.blocks import make_blocks, scopes_in_words, scopes_of
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, entry_names
+from mp_lightning.sites.saving import state_of, take_over
 from mp_lightning.sites.site import Site, in_backward
 from mp_lightning.sites.strength import GrowingStrength
 
@@ -105,7 +104,7 @@ class Attachment(GrowingStrength):
         self.register_load_state_dict_post_hook(_weights_loaded)
         self.sites = nn.ModuleList(Site(spec, index, self, persistent) for index, spec in enumerate(plan))
         self.__dict__["_model"] = model
-        self._blocks = _make_blocks(self, model)
+        self._blocks = make_blocks(self, model)
         self._entries = [Entry(self, name) for name in entry_names(model, plan)]
         self._handles = self._register(model)
 
@@ -151,8 +150,8 @@ class Attachment(GrowingStrength):
             if self._reached_nothing() and self._shard()[0] == 0:
                 warnings.warn(
                     "MetaPerturb: nothing was perturbed in the first training batch, as no forward of "
-                    f"{_in_words(self.plan)} was made by calling it; call it, and not its forward or other methods, or "
-                    "choose sites that are reached (sites=)",
+                    f"{scopes_in_words(self.plan)} was made by calling it; call it, and not its forward or other "
+                    "methods, or choose sites that are reached (sites=)",
                     stacklevel=2,
                 )
 
@@ -164,7 +163,7 @@ class Attachment(GrowingStrength):
             return False  # of others the statistics may be constants, and some have none
         return all(
             torch.equal(site.statistics[name].cpu(), value.to(site.statistics[name].dtype))
-            for site in self._sites()
+            for site in self.all_sites()
             for name, value in self.perturbation.initial_statistics(site.spec.channels).items()
         )
 
@@ -272,6 +271,10 @@ class Attachment(GrowingStrength):
         if model._modules.get(NAME) is self:
             del model._modules[NAME]
 
+    def all_sites(self) -> list[Site]:
+        """In the order of the plan."""
+        return [site for site in self.sites if isinstance(site, Site)]
+
     @property
     def model(self) -> nn.Module:
         """The module that the perturbation is attached to."""
@@ -291,7 +294,7 @@ class Attachment(GrowingStrength):
         for name, value in (self.evaluation_buffers or {}).items():
             path, _, leaf = name.rpartition(".")
             self.model.get_submodule(path)._buffers[leaf] = value.detach().clone()
-        for site in self._sites():
+        for site in self.all_sites():
             if folding:
                 assert self.constants is not None
                 constants = self.constants[site.spec.name].to(self.coeff.device)
@@ -302,28 +305,7 @@ class Attachment(GrowingStrength):
 
     def state(self) -> dict[str, Any]:
         """Everything that a checkpoint needs, as tensors, dicts, lists, strings and numbers only."""
-        state: dict[str, Any] = {
-            "phi_name": self.phi_name,
-            "plan": self.plan.to_dict(),
-            "channel_norm": self.channel_norm,
-            "seed": self.seed,
-            "clip": self.clip,
-            "strength": float(self.strength),
-            "ramp_steps": self.ramp_steps,
-            "reached": self.reached,
-            "fitting": self.fitting.state(),
-            "input_size": float(self.input_size),
-            "sites": {
-                site.spec.name: {k: v.detach().clone() for k, v in site.statistics.items()} for site in self._sites()
-            },
-            "evaluation_buffers": self.evaluation_buffers,
-            "constants": self.constants,
-            "counters": {name: int(getattr(self, name)) for name in ("steps", "forwards")},
-        }
-        if isinstance(self.perturbation, MetaPerturb):
-            state["phi"] = {key: value.detach().clone() for key, value in self.perturbation.phi._asdict().items()}
-            state["noise_per"] = self.perturbation.noise_per
-        return state
+        return state_of(self)
 
     def load_state(self, state: dict[str, Any], *, weights_follow: bool = True) -> None:
         """Take over what :meth:`state` gave.
@@ -334,39 +316,10 @@ class Attachment(GrowingStrength):
 
         Raises:
             SiteError: it was saved with other sites.
+            ConfigurationError: it was saved with another kind of perturbation.
         """
-        saved, own = SitePlan.from_dict(state["plan"]), self.plan
-        if saved != own:
-            changed = sorted(set(saved.names) ^ set(own.names)) or list(own.names)
-            raise SiteError(
-                f"the checkpoint was made with other sites (they differ in {', '.join(changed[:5])}); attach with the "
-                "checkpoint's plan (sites=1 for all that are found), or use MetaPerturbCallback.restore(model, "
-                "checkpoint)"
-            )
-        kept, has = set(next(iter(state["sites"].values()))), set(self._sites()[0].statistics)
-        if kept != has or ("phi" in state) != isinstance(self.perturbation, MetaPerturb):
-            raise ConfigurationError(
-                f"the checkpoint was made with perturbation '{state['phi_name']}', not with '{self.phi_name}'; "
-                "attach the same one"
-            )
-        with torch.no_grad():
-            for site in self._sites():
-                for name, value in state["sites"][site.spec.name].items():
-                    getattr(site, name).copy_(value)
-            if isinstance(self.perturbation, MetaPerturb):
-                for key, value in state["phi"].items():
-                    getattr(self.perturbation, key).copy_(value)
-                self.perturbation.noise_per = state.get("noise_per", "element")
-            for name, value in state["counters"].items():
-                getattr(self, name).fill_(value)
-            self.input_size.fill_(state["input_size"])
-            self.strength.fill_(state.get("strength", 1.0))  # before there were others it was 1
-        self.fitting.load_state(state.get("fitting") or Fitting(OFF, False).state())
+        take_over(self, state)
         self._set_size_source(_FINAL if state["input_size"] > 0 else 0)
-        self.phi_name, self.channel_norm = state["phi_name"], state["channel_norm"]
-        self.seed, self.clip, self.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
-        self.reached = state.get("reached", 1.0)  # before there was one, a short run had a longer ramp
-        self.evaluation_buffers, self.constants = state["evaluation_buffers"], state.get("constants")
         self._weights_follow = weights_follow
         self.update_coeff()
 
@@ -376,14 +329,11 @@ class Attachment(GrowingStrength):
             return torch.distributed.get_rank(), torch.distributed.get_world_size()
         return 0, 1
 
-    def _sites(self) -> list[Site]:
-        return [site for site in self.sites if isinstance(site, Site)]
-
     def _register(self, model: nn.Module) -> list[RemovableHandle]:
         handles: list[RemovableHandle] = []
         for entry in self._entries:
             handles += entry.register(model.get_submodule(entry.name))
-        for scope, block in zip(_scopes(self.plan), self._blocks, strict=True):
+        for scope, block in zip(scopes_of(self.plan), self._blocks, strict=True):
             handles += block.register(model.get_submodule(scope))
         return handles
 
@@ -399,35 +349,6 @@ def check_path(path: str) -> None:
     """
     if path not in get_args(PathName):
         raise ConfigurationError(f"path={path!r} is unknown; use one of {', '.join(get_args(PathName))}")
-
-
-def _scopes(plan: SitePlan) -> list[str]:
-    return list(dict.fromkeys(spec.scope for spec in plan))
-
-
-def _in_words(plan: SitePlan) -> str:
-    scopes = [f"self.{scope}" if scope else "the module" for scope in _scopes(plan)]
-    return ", ".join(scopes[:3]) + (" and others" if len(scopes) > 3 else "")
-
-
-def _make_blocks(attachment: Attachment, model: nn.Module) -> list[Block]:
-    paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
-    blocks = []
-    for scope in _scopes(attachment.plan):
-        by_module: dict[str, dict[int, Site]] = {}
-        functional: dict[int, Site] = {}
-        for site in attachment.sites:
-            assert isinstance(site, Site)
-            if site.spec.scope == scope:
-                calls = functional if site.spec.activation is None else by_module.setdefault(site.spec.activation, {})
-                calls[site.spec.call] = site
-        container = type(model.get_submodule(scope)).forward is nn.Sequential.forward
-        modules = []
-        for name, sites in by_module.items():
-            module = model.get_submodule(name)
-            modules.append(ActivationModule(module, sites, container and set(sites) == {0} and paths[id(module)] == 1))
-        blocks.append(Block(attachment, modules, functional))
-    return blocks
 
 
 def _weights_loaded(module: nn.Module, incompatible: Any) -> None:

@@ -1,0 +1,75 @@
+"""What a checkpoint holds of an attachment, and how one takes it over."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mp_lightning.errors import ConfigurationError, SiteError
+from mp_lightning.perturbation import MetaPerturb
+from mp_lightning.sites.fitting import OFF, Fitting
+from mp_lightning.sites.plan import SitePlan
+
+if TYPE_CHECKING:
+    from mp_lightning.sites.attachment import Attachment
+
+
+def state_of(attachment: "Attachment") -> dict[str, Any]:
+    """Everything that a checkpoint needs, as tensors, dicts, lists, strings and numbers only."""
+    state: dict[str, Any] = {
+        "phi_name": attachment.phi_name,
+        "plan": attachment.plan.to_dict(),
+        "channel_norm": attachment.channel_norm,
+        "seed": attachment.seed,
+        "clip": attachment.clip,
+        "strength": float(attachment.strength),
+        "ramp_steps": attachment.ramp_steps,
+        "reached": attachment.reached,
+        "fitting": attachment.fitting.state(),
+        "input_size": float(attachment.input_size),
+        "sites": {
+            site.spec.name: {k: v.detach().clone() for k, v in site.statistics.items()}
+            for site in attachment.all_sites()
+        },
+        "evaluation_buffers": attachment.evaluation_buffers,
+        "constants": attachment.constants,
+        "counters": {name: int(getattr(attachment, name)) for name in ("steps", "forwards")},
+    }
+    if isinstance(attachment.perturbation, MetaPerturb):
+        state["phi"] = {key: value.detach().clone() for key, value in attachment.perturbation.phi._asdict().items()}
+        state["noise_per"] = attachment.perturbation.noise_per
+    return state
+
+
+def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
+    """Set an attachment to what :func:`state_of` gave; see :meth:`Attachment.load_state`."""
+    saved, own = SitePlan.from_dict(state["plan"]), attachment.plan
+    if saved != own:
+        changed = sorted(set(saved.names) ^ set(own.names)) or list(own.names)
+        raise SiteError(
+            f"the checkpoint was made with other sites (they differ in {', '.join(changed[:5])}); attach with the "
+            "checkpoint's plan (sites=1 for all that are found), or use MetaPerturbCallback.restore(model, "
+            "checkpoint)"
+        )
+    kept, has = set(next(iter(state["sites"].values()))), set(attachment.all_sites()[0].statistics)
+    if kept != has or ("phi" in state) != isinstance(attachment.perturbation, MetaPerturb):
+        raise ConfigurationError(
+            f"the checkpoint was made with perturbation '{state['phi_name']}', not with '{attachment.phi_name}'; "
+            "attach the same one"
+        )
+    with torch.no_grad():
+        for site in attachment.all_sites():
+            for name, value in state["sites"][site.spec.name].items():
+                getattr(site, name).copy_(value)
+        if isinstance(attachment.perturbation, MetaPerturb):
+            for key, value in state["phi"].items():
+                getattr(attachment.perturbation, key).copy_(value)
+            attachment.perturbation.noise_per = state.get("noise_per", "element")
+        for name, value in state["counters"].items():
+            getattr(attachment, name).fill_(value)
+        attachment.input_size.fill_(state["input_size"])
+        attachment.strength.fill_(state.get("strength", 1.0))  # before there were others it was 1
+    attachment.fitting.load_state(state.get("fitting") or Fitting(OFF, False).state())
+    attachment.phi_name, attachment.channel_norm = state["phi_name"], state["channel_norm"]
+    attachment.seed, attachment.clip, attachment.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
+    attachment.reached = state.get("reached", 1.0)  # before there was one, a short run had a longer ramp
+    attachment.evaluation_buffers, attachment.constants = state["evaluation_buffers"], state.get("constants")
