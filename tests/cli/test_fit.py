@@ -245,11 +245,12 @@ def test_the_file_says_how_phi_is_to_be_used(mp: CommandLine, tmp_path: Path) ->
         "meta.noise_per=channel",
         "meta.share_of_sites=0.5",
         "evaluation.full_strength_at=0.4",
+        "evaluation.acts_below=0.7",
     )
     fit(mp, tmp_path, *words)
     phi = load_phi(only_run(tmp_path) / "phi.safetensors")
-    found = phi.strength, phi.share_of_sites, phi.full_strength_at
-    assert found == pytest.approx((0.9, 0.5, 0.4)) and phi.noise_per == "channel"
+    found = phi.strength, phi.share_of_sites, phi.full_strength_at, phi.acts_below
+    assert found == pytest.approx((0.9, 0.5, 0.4, 0.7)) and phi.noise_per == "channel"
     assert phi.card["held_out"]["settings"]["full_strength_at"] == 0.4
 
 

@@ -166,11 +166,19 @@ def test_the_network_of_the_evaluation_need_not_fit_the_size_of_no_target() -> N
         settings(*words, *SMALL, "+sources.x.image_size=16", "evaluation.data=t.npz")
 
 
-@pytest.mark.parametrize("key", ["meta.share_of_sites", "meta.strength", "evaluation.full_strength_at"])
+@pytest.mark.parametrize(
+    "key", ["meta.share_of_sites", "meta.strength", "evaluation.full_strength_at", "evaluation.acts_below"]
+)
 @pytest.mark.parametrize("value", ["0", "1.5"])
 def test_a_share_that_is_none_is_named(key: str, value: str) -> None:
     with pytest.raises(ConfigurationError, match=rf"{re.escape(key)}={value}.* cannot be used; give a number above"):
         settings(f"{key}={value}")
+
+
+@pytest.mark.parametrize("words", [("0.4", "0.4"), ("0.4", "0.3"), ("1", "0.5")])
+def test_acts_below_must_be_above_full_strength_at(words: tuple[str, str]) -> None:
+    with pytest.raises(ConfigurationError, match=r"evaluation\.acts_below=0\.\d cannot be used with full_strength_at="):
+        settings(f"evaluation.full_strength_at={words[0]}", f"evaluation.acts_below={words[1]}")
 
 
 @pytest.mark.parametrize("value", ["row", "true", "3", "null"])

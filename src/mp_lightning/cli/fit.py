@@ -29,10 +29,10 @@ from mp_lightning.meta.placement import place
 from mp_lightning.meta.sources import ImageSource, built_in, from_settings
 from mp_lightning.meta.table import training_table
 from mp_lightning.meta.tasks import Task, make_tasks
-from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, TransferSettings, compare_transfer
+from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, compare_transfer
 from mp_lightning.perturbation import NamedPhi, initial_phi, save_phi
 from mp_lightning.runs import RunFolder, unusable
-from mp_lightning.sites.strength import SHORTEST_RUN
+from mp_lightning.sites.strength import share_reached
 
 __all__ = ["read", "run"]
 
@@ -81,6 +81,7 @@ def run(config: DictConfig, path: Path) -> float:
         noise_per=given.meta.noise_per,
         share_of_sites=given.meta.share_of_sites,
         full_strength_at=given.transfer.full_strength_at,
+        acts_below=given.transfer.acts_below,
     )
     descriptions = module.description["tasks"]
 
@@ -97,12 +98,8 @@ def run(config: DictConfig, path: Path) -> float:
     except OSError as error:
         raise unusable(path, error) from error
     table = training_table(history, descriptions)
-    return _finish(console, folder, target, results, table, _reached(given.transfer))
-
-
-def _reached(transfer: TransferSettings) -> float:
-    """The share of the strength that a training of this length can reach."""
-    return min(1.0, transfer.steps / SHORTEST_RUN) if transfer.full_strength_at < 1 else 1.0
+    reached = share_reached(given.transfer.steps) if given.transfer.full_strength_at < 1 else 1.0
+    return _finish(console, folder, target, results, table, reached)
 
 
 def _finish(

@@ -14,7 +14,7 @@ from mp_lightning.meta.settings import POLICIES, MetaSettings
 from mp_lightning.meta.sources import Evaluation, SourceSettings, plain_name, same_data
 from mp_lightning.meta.tasks import Split
 from mp_lightning.meta.transfer import TransferSettings
-from mp_lightning.perturbation import check_fraction
+from mp_lightning.perturbation import check_following, check_fraction
 from mp_lightning.runs import relevant_settings
 
 _SMALLEST_IMAGES = 8
@@ -72,6 +72,8 @@ def read(config: DictConfig) -> FitSettings:
     check_fraction(meta.strength, "meta.strength")
     check_fraction(meta.share_of_sites, "meta.share_of_sites")
     check_fraction(transfer.full_strength_at, "evaluation.full_strength_at")
+    check_fraction(transfer.acts_below, "evaluation.acts_below")
+    check_following(transfer.full_strength_at, transfer.acts_below, "evaluation.acts_below")
     sources = _sources(config, shared)
     if target is None and sources:
         _check_held_out(transfer.architecture, sources[-1])

@@ -57,6 +57,7 @@ class TransferSettings:
         samples: number of noisy forwards that are averaged at evaluation.
         full_strength_at: share of the first training loss at or below which the whole strength of phi acts; 1 for a
             strength that does not follow the loss. Nothing of it enters meta-training, so it is no setting of that.
+        acts_below: share of it, above the other, at or above which nothing acts, likewise.
     """
 
     architecture: str
@@ -67,6 +68,7 @@ class TransferSettings:
     weight_decay: float
     samples: int
     full_strength_at: float = 1.0
+    acts_below: float = 1.0
 
 
 @dataclass(frozen=True)

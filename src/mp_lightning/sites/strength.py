@@ -85,7 +85,7 @@ class GrowingStrength(KeepsPrecision):
             self.ramp_over(round(RAMP_FRACTION * total_steps))
         if self.fitting.follows:
             length = max(before + total_steps, int(self.steps))
-            self.reached = min(1.0, length / (SHORTEST_RUN * accumulated))
+            self.reached = share_reached(length / accumulated)
             self.update_coeff()
 
     def count(self, loss: Tensor | float | None, rank: int, world: int) -> None:
@@ -162,6 +162,11 @@ class GrowingStrength(KeepsPrecision):
             for name, value in Fitting(OFF, True).state_dict().items():  # and none followed the loss
                 state_dict.setdefault(f"{prefix}fitting.{name}", value)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def share_reached(steps: float) -> float:
+    """The share of the strength, where it follows the loss, that a training of so many optimizer steps reaches."""
+    return min(1.0, steps / SHORTEST_RUN)
 
 
 def _percent(share: float) -> str:
