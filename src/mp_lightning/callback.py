@@ -3,18 +3,17 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch import Tensor, nn
 
 from mp_lightning.announcements import opening, stays_in_force
 from mp_lightning.checkpoints import CheckpointHooks
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.evaluation_epochs import begin_evaluation, end_evaluation
-from mp_lightning.inference import INFERENCE_MODES, Fold, Mean, MonteCarlo, Output, OutputAverage
+from mp_lightning.evaluation_epochs import EvaluationEpochs
+from mp_lightning.inference import INFERENCE_MODES, InferenceMode, MonteCarlo, Output
 from mp_lightning.neighbours import (
     AfterConfigureModel,
     act_last,
@@ -33,7 +32,7 @@ from mp_lightning.sites.attachment import CLIP, PathName, check_path
 from mp_lightning.sites.choice import is_file, is_share
 
 
-class MetaPerturbCallback(Callback):
+class MetaPerturbCallback(EvaluationEpochs):
     """Regularizes the training of any convolutional network by learned, input-dependent noise on its feature maps.
 
     One tiny network of 82 numbers, phi, which was meta-trained elsewhere and stays frozen, multiplies the feature maps
@@ -101,7 +100,7 @@ class MetaPerturbCallback(Callback):
         strength: float | None = None,
         full_strength_at: float | None = None,
         acts_below: float | None = None,
-        inference: Literal["mean", "mc", "fold"] = "mean",
+        inference: InferenceMode = "mean",
         samples: int = 20,
         fit_samples: int = 5,
         output: Output | None = None,
@@ -113,9 +112,11 @@ class MetaPerturbCallback(Callback):
         path: PathName = "auto",
         log_every: int | None = None,
     ) -> None:
-        super().__init__()
         if inference not in INFERENCE_MODES:
             raise ConfigurationError(f"inference={inference!r} is unknown; use one of {', '.join(INFERENCE_MODES)}")
+        for number in (samples, fit_samples):
+            MonteCarlo(number, output)  # the same checks, early
+        super().__init__(inference, samples, fit_samples, output)
         if phi is not None and perturbation is not None:
             raise ConfigurationError("phi= and perturbation= are both given; give one of them")
         self.phi = load_phi(phi)  # now, so that a bad file is known before data is prepared
@@ -127,10 +128,6 @@ class MetaPerturbCallback(Callback):
         self.strength = strength
         self.full_strength_at = full_strength_at
         self.acts_below = acts_below
-        self.inference = inference
-        self.samples = samples
-        self.fit_samples = fit_samples
-        self.output = output
         self.input_size = input_size
         self.seed = seed
         self.clip = clip
@@ -154,8 +151,6 @@ class MetaPerturbCallback(Callback):
                 raise ConfigurationError(f"{name}={value}: give a whole number of batches, or 0 for {off}")
         self.log_every = log_every
         self._site_log: SiteLog | None = None
-        for number in (samples, fit_samples):
-            MonteCarlo(number, output)  # the same checks, early
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Attach for training. A model that is only evaluated stays plain unless its checkpoint says otherwise."""
@@ -302,24 +297,6 @@ class MetaPerturbCallback(Callback):
         if self._site_log is not None:
             self._site_log.stop()
 
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module)
-
-    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module)
-
-    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin_evaluation(trainer, pl_module)
-
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        end_evaluation(pl_module, self.inference)
-
-    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        end_evaluation(pl_module, self.inference)
-
-    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        end_evaluation(pl_module, self.inference)
-
     @staticmethod
     def restore(model: pl.LightningModule, checkpoint: str | Path) -> pl.LightningModule:
         """Bring a trained model back from a checkpoint: its weights, and the perturbation attached as it was saved.
@@ -348,9 +325,7 @@ class MetaPerturbCallback(Callback):
         set_to_evaluation(model)
         return model
 
-    def switch_inference(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, inference: Literal["mean", "mc", "fold"]
-    ) -> None:
+    def switch_inference(self, trainer: pl.Trainer, pl_module: pl.LightningModule, inference: InferenceMode) -> None:
         """Evaluate in another way from now on, after training and before the trainer lets go of the module.
 
         Args:
@@ -363,12 +338,6 @@ class MetaPerturbCallback(Callback):
         if inference != "mc":
             reestimate(trainer, pl_module, attachment, self.inference)
         attachment.inference = self.make_inference()
-
-    def make_inference(self) -> Mean | MonteCarlo:
-        """The inference that this callback was asked for."""
-        if self.inference == "mc":
-            return MonteCarlo(self.samples, self.output)
-        return Fold(self.samples) if self.inference == "fold" else Mean(self.samples)
 
     def _with_hooks(self, module: nn.Module, attachment: Attachment) -> Attachment:
         self._install_hooks(module).remove_with(attachment)
@@ -390,15 +359,6 @@ class MetaPerturbCallback(Callback):
                 f"{type(module).__name__} was detached while it trained; detach after fit, or remove the callback"
             )
         return attachment
-
-    def _begin_evaluation(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        begin_evaluation(trainer, module, self.inference, self._inference_of_epoch(trainer))
-
-    def _inference_of_epoch(self, trainer: pl.Trainer) -> Mean | MonteCarlo:
-        if trainer.state.fn != "fit":
-            return self.make_inference()
-        kind = OutputAverage if self.inference != "mc" and self.output is None else MonteCarlo
-        return kind(self.fit_samples, self.output)
 
 
 def _loss(trainer: pl.Trainer, outputs: Any) -> Tensor | None:

@@ -1,12 +1,61 @@
 """Evaluation epochs of a trainer: what an attached model needs before one, and what must hold after it."""
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.inference import Mean, MonteCarlo
+from mp_lightning.inference import Fold, InferenceMode, Mean, MonteCarlo, Output, OutputAverage
 from mp_lightning.reestimation_steps import reestimate
 from mp_lightning.sites import attachment_of
+
+
+class EvaluationEpochs(Callback):
+    """The hooks around the epochs that validate, test and predict.
+
+    Args:
+        inference, samples, fit_samples, output: see :class:`~mp_lightning.MetaPerturbCallback`.
+    """
+
+    def __init__(self, inference: InferenceMode, samples: int, fit_samples: int, output: Output | None) -> None:
+        super().__init__()
+        self.inference: InferenceMode = inference
+        self.samples = samples
+        self.fit_samples = fit_samples
+        self.output = output
+
+    def make_inference(self) -> Mean | MonteCarlo:
+        """The inference that was asked for."""
+        if self.inference == "mc":
+            return MonteCarlo(self.samples, self.output)
+        return Fold(self.samples) if self.inference == "fold" else Mean(self.samples)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._begin(trainer, pl_module)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_evaluation(pl_module, self.inference)
+
+    def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_evaluation(pl_module, self.inference)
+
+    def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        end_evaluation(pl_module, self.inference)
+
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        begin_evaluation(trainer, module, self.inference, self._inference_of_epoch(trainer))
+
+    def _inference_of_epoch(self, trainer: pl.Trainer) -> Mean | MonteCarlo:
+        if trainer.state.fn != "fit":
+            return self.make_inference()
+        kind = OutputAverage if self.inference != "mc" and self.output is None else MonteCarlo
+        return kind(self.fit_samples, self.output)
 
 
 def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str, inference: Mean | MonteCarlo) -> None:
