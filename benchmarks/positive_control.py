@@ -1,6 +1,6 @@
 """Does constant noise do as well when it is matched to what passes the activation, and to phi's noise alone?
 
-    python -m benchmarks.positive_control --data FOLDER --only imagenette-conv4
+    python -m benchmarks.positive_control --data FOLDER --only imagenette-conv4 --phi tiny-imagenet-6
 
 The control ``fixed_noise`` of ``compare`` has the mean and the variance of phi's multiplier over all elements. Those of
 negative features are discarded by the ReLU behind the site, and a part of the variance is no noise: the multiplier
@@ -27,8 +27,6 @@ from mp_lightning.perturbation.files import DEFAULT_PHI
 from mp_lightning.sites import Attachment
 
 OUT = RESULTS.parent / "positive_control" / RESULTS.name  # in a folder of its own, as its moments are others
-OTHERS = ["none", f"metaperturb:{DEFAULT_PHI}"]
-ARMS = ",".join([*OTHERS, f"fixed_noise:{DEFAULT_PHI}"])
 
 
 def positive_moments(attachment: Attachment, forwards: Iterable[Callable[[], Any]]) -> list[SiteMoments]:
@@ -58,6 +56,7 @@ def main() -> None:
     names = [proof.name for proof in PROOFS]
     parser.add_argument("--data", type=Path, required=True, help="folder with the npz files of the targets")
     parser.add_argument("--only", required=True, help="one of the comparisons")
+    parser.add_argument("--phi", default=DEFAULT_PHI, help="name of a bundled one")
     parser.add_argument("--seeds", type=int, default=15)
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=Path("runs/positive_control"))
@@ -68,10 +67,12 @@ def main() -> None:
     for folder in (given.runs, given.out.parent):
         folder.mkdir(parents=True, exist_ok=True)
     runs, out = given.runs.resolve(), given.out.resolve()
+    others = ["none", f"metaperturb:{given.phi}"]
     bring_back(proof, runs, out)
-    bring_back(proof, runs, RESULTS, OTHERS)  # where there is nothing yet
+    bring_back(proof, runs, RESULTS, others)  # where there is nothing yet
     calibration.site_moments = positive_moments
-    words = [*proof.words(given.data), f"arms=[{ARMS}]", f"seeds={given.seeds}", f"jobs={given.jobs}"]
+    arms = ",".join([*others, f"fixed_noise:{given.phi}"])
+    words = [*proof.words(given.data), f"arms=[{arms}]", f"seeds={given.seeds}", f"jobs={given.jobs}"]
     os.chdir(runs)
     try:
         command(["compare", *words, f"hydra.run.dir={proof.name}"])

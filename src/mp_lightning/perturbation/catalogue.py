@@ -63,8 +63,7 @@ class PhiDescription:
         sites = "all sites" if self.share_of_sites == 1 else f"the last {100 * self.share_of_sites:.0f} % of the sites"
         strength = f"strength {self.strength:g}"
         if self.full_strength_at != 1:
-            strength += f" from {100 * self.full_strength_at:g} % of the first loss down"
-            strength += f", none above {100 * self.acts_below:g} %" if self.acts_below != 1 else ""
+            strength += f" at {100 * self.full_strength_at:g} % of the first loss, 0 at {100 * self.acts_below:g} %"
         lines = [f"{self.name}{default}, {strength}, noise per {self.noise_per}, at {sites}"]
         width = max(map(len, _HEADINGS.values()))
         for key, heading in _HEADINGS.items():

@@ -19,7 +19,7 @@ from mp_lightning.errors import ConfigurationError, PhiError
 from mp_lightning.perturbation.noise import NoisePer, check_noise_per
 from mp_lightning.perturbation.phi import SHAPES, Phi
 
-DEFAULT_PHI = "tiny-imagenet-6"
+DEFAULT_PHI = "tiny-imagenet-7"
 BUNDLED = Path(__file__).parent / "bundled"
 STRENGTH = "strength"
 PER_CHANNEL = "noise_per_channel"
