@@ -134,6 +134,8 @@ def _sentence(verb: str, word: str, error: Exception, known: DictConfig) -> str:
     key = word.partition("=")[0].lstrip("+~")
     text = str(error)
     if re.search(r"Could not (override|delete)|is not in struct|Key '.*' not in", text):
+        if word.startswith("~") and key in _keys(known):
+            return f"'{word}' takes a setting away that '{verb}' needs; leave '{word}' out"
         near = difflib.get_close_matches(key, _keys(known), n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         return f"unknown key '{key}'; {hint}'{PROGRAM} {verb} --help' shows every key"
