@@ -16,6 +16,7 @@ except ImportError:  # not on Windows, where two processes in one folder are not
 REPORT = "report.json"
 SETTINGS = "settings.json"
 _LOCK = ".lock"
+ASIDE = "previous-"
 _NOT_RELEVANT: dict[str, set[str] | None] = {
     "run": None,
     "hydra": None,
@@ -33,7 +34,10 @@ _NOT_RELEVANT: dict[str, set[str] | None] = {
 
 
 # Settings that are younger than run folders, and what was the rule before there were any.
-_BEFORE = {"meta": {"noise_per": "element", "share_of_sites": 1.0}}
+_BEFORE: dict[str, dict[str, Any]] = {
+    "meta": {"noise_per": "element", "share_of_sites": 1.0},
+    "evaluation": {"acts_below": 1.0},
+}
 
 
 class RunFolderError(UserError):
@@ -179,16 +183,26 @@ class RunFolder:
             )
 
     def _set_aside(self) -> None:
-        kept = (".hydra", _LOCK, "output.log")  # the log is being written
-        old = [p for p in self.path.iterdir() if p.name not in kept and not p.name.startswith("previous-")]
+        old = _left(self.path)
         if not old:
             return
-        numbers = [p.name.removeprefix("previous-") for p in self.path.glob("previous-*")]
-        number = 1 + max((int(number) for number in numbers if number.isdecimal()), default=0)
-        aside = self.path / f"previous-{number}"
+        aside = self.path / f"{ASIDE}{1 + runs_aside(self.path)}"
         aside.mkdir()
         for entry in old:
             entry.rename(aside / entry.name)
+
+
+def runs_aside(path: Path, fresh: bool = False) -> int:
+    """The number of the last run that was set aside in a folder, or, with ``fresh``, is about to be; 0 if none was."""
+    numbers = [entry.name.removeprefix(ASIDE) for entry in path.glob(f"{ASIDE}*")]
+    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
+    return last + 1 if fresh and path.is_dir() and _left(path) else last
+
+
+def _left(path: Path) -> list[Path]:
+    """What a run left in its folder."""
+    kept = (".hydra", _LOCK, "output.log")  # the log is being written
+    return [entry for entry in path.iterdir() if entry.name not in kept and not entry.name.startswith(ASIDE)]
 
 
 def unusable(path: Path, error: OSError) -> RunFolderError:

@@ -17,8 +17,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from mp_lightning import MetaPerturbCallback
+from mp_lightning.cli.fit import make_logger
 from mp_lightning.meta.checkpoint import checkpoints, read_checkpoint
 from mp_lightning.perturbation import load_phi
+from mp_lightning.runs import RunFolder
 
 CALLBACK_IN_USE = re.compile(r"^ *(trainer = L\.Trainer\(.*\))$", re.MULTILINE)
 
@@ -118,6 +120,21 @@ def test_the_same_command_says_that_the_run_is_finished(mp: CommandLine, finishe
     assert CALLBACK_IN_USE.findall(again.stdout) == CALLBACK_IN_USE.findall(first.stdout)
     after = {path: path.stat().st_mtime_ns for path in only_run(folder).rglob("*") if ".hydra" not in path.parts}
     assert {p for p in before if before[p] != after[p]} <= {only_run(folder) / ".lock"}
+
+
+def test_a_run_that_starts_anew_logs_under_an_id_of_its_own(tmp_path: Path) -> None:
+    """W&B drops what a run logs for steps that it has behind it."""
+    described, settings = {"_target_": "types.SimpleNamespace", "id": "fit-1"}, {"seed": 0}
+
+    def logged(fresh: bool) -> str:
+        made: str = make_logger(described, tmp_path, fresh).id
+        RunFolder(tmp_path, settings, fresh=fresh).finish({})
+        return made
+
+    assert [logged(fresh) for fresh in (True, False, True, False, True)] == [
+        *("fit-1", "fit-1"),  # there was nothing to set aside
+        *("fit-1-2", "fit-1-2", "fit-1-3"),
+    ]
 
 
 def test_fresh_starts_anew_and_keeps_the_old(mp: CommandLine, tmp_path: Path) -> None:

@@ -155,6 +155,14 @@ def test_runs_of_compare_are_told_from_those_of_fit(mp: CommandLine, tmp_path: P
     assert "are not of fit; what compare found is in its summary.md" in done.stderr
 
 
+def test_runs_from_before_a_setting_of_the_judgement_compare_with_later_ones(mp: CommandLine, tmp_path: Path) -> None:
+    make_run(tmp_path / "sweep", 0, 1.5, 0.4, judged={"settings": {"steps": 9}})
+    make_run(tmp_path / "sweep", 1, 1.2, 0.3, judged={"settings": {"steps": 9, "acts_below": 1.0}})
+    select(mp, tmp_path, "sweep=sweep")
+    make_run(tmp_path / "sweep", 2, 1.2, 0.3, judged={"settings": {"steps": 9, "acts_below": 0.6}})
+    assert "judged with different settings of evaluation" in select(mp, tmp_path, "sweep=sweep", code=2).stderr
+
+
 def test_a_card_without_evaluation_is_no_score(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:
     path = sweep / "seed1-0.0003" / "phi.json"
     card = json.loads(path.read_text())

@@ -218,5 +218,7 @@ def test_killed_during_a_save_the_checkpoint_before_is_what_it_was(tmp_path: Pat
 def test_runs_that_are_older_than_other_noise_and_sites_go_on() -> None:
     settings = {"meta": {"lr": 0.1, "noise_per": "element", "share_of_sites": 1.0}}
     assert relevant_settings(settings) == {"meta": {"lr": 0.1}} != relevant_settings({"meta": {"noise_per": "channel"}})
+    judged = {"evaluation": {"steps": 9, "acts_below": 1.0}}
+    assert relevant_settings(judged) == {"evaluation": {"steps": 9}}
     assert "noise_per" not in new_module().description["meta"]
     assert new_module(replace(SETTINGS, noise_per="channel")).description["meta"]["noise_per"] == "channel"

@@ -31,7 +31,7 @@ from mp_lightning.meta.table import training_table
 from mp_lightning.meta.tasks import Task, make_tasks
 from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, compare_transfer
 from mp_lightning.perturbation import NamedPhi, initial_phi, save_phi
-from mp_lightning.runs import RunFolder, unusable
+from mp_lightning.runs import RunFolder, runs_aside, unusable
 from mp_lightning.sites.strength import share_reached
 
 __all__ = ["read", "run"]
@@ -46,7 +46,7 @@ def run(config: DictConfig, path: Path) -> float:
     """
     given = read(config)
     console = Console(highlight=False, soft_wrap=True)
-    trainer = make_trainer(given.trainer, given.meta.steps, path, console, _logger(given.logger, path))
+    trainer = make_trainer(given.trainer, given.meta.steps, path, console, make_logger(given.logger, path, given.fresh))
     first = trainer.is_global_zero
     console.quiet = not first
     folder = RunFolder(path, given.relevant, fresh=given.fresh, owner=first)
@@ -123,10 +123,13 @@ def _finish(
     return nll
 
 
-def _logger(section: dict[str, Any], path: Path) -> Any:
-    """The logger that the section describes, with its files in the run folder."""
+def make_logger(section: dict[str, Any], path: Path, fresh: bool) -> Any:
+    """The logger that the section describes, with its files in the run folder, and an ``id`` of its own where it has
+    one: a run that starts anew would have to go back in the curves of the one before."""
     if not section:
         return None
+    if section.get("id") is not None and (before := runs_aside(path, fresh)):
+        section = {**section, "id": f"{section['id']}-{before + 1}"}
     try:
         return hydra.utils.instantiate({"save_dir": str(path), **section})
     # Whatever a logger raises in its constructor, such as for a package that is not installed.

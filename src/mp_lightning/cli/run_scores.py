@@ -13,10 +13,11 @@ from mp_lightning.cli.card import without_folders
 from mp_lightning.cli.output import OUTPUT, last_error, only_stopped
 from mp_lightning.errors import PhiError, UserError
 from mp_lightning.perturbation import NamedPhi, load_phi
-from mp_lightning.runs import REPORT, SETTINGS
+from mp_lightning.runs import ASIDE, REPORT, SETTINGS
 
 PHI = "phi.safetensors"
 _ARM = "final phi"
+_BEFORE = {"full_strength_at": 1.0, "acts_below": 1.0}  # what held before there were these settings of a judgement
 
 
 class RunsError(UserError):
@@ -55,7 +56,7 @@ def _run_folders(sweep: Path) -> Iterator[Path]:
             inner.clear()
             continue
         seen.add(folder.resolve())
-        inner[:] = sorted(name for name in inner if not name.startswith("previous-"))
+        inner[:] = sorted(name for name in inner if not name.startswith(ASIDE))
         if SETTINGS in files or OUTPUT in files:
             yield folder
 
@@ -117,7 +118,7 @@ def _read_run(folder: Path, name: str) -> Run:
         (result,) = [result for result in held_out["results"] if result["arm"] == _ARM]
         nll = math.nan if report["nll"] is None else float(report["nll"])
         scores = {"nll": nll, "accuracy": statistics.fmean(result["accuracy"])}
-        run.target, run.evaluation = str(report["target"]), held_out.get("settings")
+        run.target, run.evaluation = str(report["target"]), {**_BEFORE, **(held_out.get("settings") or {})}
         if "images" in held_out:
             run.images = held_out["images"], held_out.get("seed")
     except PhiError as error:
