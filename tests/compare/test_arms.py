@@ -11,7 +11,8 @@ from torch import nn
 
 from mp_lightning.backbones import build_backbone
 from mp_lightning.callback import MetaPerturbCallback
-from mp_lightning.compare.arms import KINDS, Arm, Context, NamedArm, callbacks_of, parse_arm
+from mp_lightning.compare.arm_callbacks import Context, callbacks_of
+from mp_lightning.compare.arms import KINDS, Arm, NamedArm, parse_arm
 from mp_lightning.compare.at_sites import AtSites
 from mp_lightning.compare.mixing import MixUp
 from mp_lightning.compare.moments import SiteMoments

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from small_runs import PHI, Small, SmallData, experiment
 from torch.utils.data import DataLoader, TensorDataset
 
-from mp_lightning.compare import arms
+from mp_lightning.compare import arm_callbacks
 from mp_lightning.compare.arms import parse_arm
 from mp_lightning.compare.pairing import PairedLoader, RandomStream, paired
 from mp_lightning.compare.run import Job, perform
@@ -67,7 +67,7 @@ def observed(
 
     parsed = parse_arm(arm, PHI)
     if "fixed_noise" in arm:
-        monkeypatch.setattr(arms, "set_constants", lambda attachment, moments: None)
+        monkeypatch.setattr(arm_callbacks, "set_constants", lambda attachment, moments: None)
         parsed = replace(parsed, parts=tuple(replace(part, moments=[]) for part in parsed.parts))
     what = experiment(module_factory=factory, data=UserData(Watched()))
     perform(what, Job(RunKey("t", "m", arm, seed, ""), parsed))

@@ -1,7 +1,8 @@
-"""The arms of a comparison by name: what is known, what may be combined, and the callbacks that each stands for.
+"""The arms of a comparison by name: what is known, and what may be combined.
 
 An arm is written as one name, ``dropout``, with a value where it takes one, ``dropout:0.3`` or
-``metaperturb:phi.safetensors``, and combined with others by ``+``. Each is callbacks that can be used without us.
+``metaperturb:phi.safetensors``, and combined with others by ``+``. Each stands for callbacks: see
+:mod:`mp_lightning.compare.arm_callbacks`.
 
 Layers (``dropout``, ``dropblock`` and the like) act at all sites that :func:`~mp_lightning.find_sites` gives, alone and
 in combinations. What stands in place of phi acts at the share of them that phi comes with, a third for the default one.
@@ -14,24 +15,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from lightning.pytorch.callbacks import Callback
-from torch import nn
 
-from mp_lightning.callback import MetaPerturbCallback
-from mp_lightning.compare.at_sites import AtSites, InformationDropoutCallback
-from mp_lightning.compare.controls import FixedNoise, MeanOne, NoiseOnly, ScaleOnly, ShrinkOnly, set_constants
-from mp_lightning.compare.layers import DropBlock, GaussianDropout
-from mp_lightning.compare.mixing import LabelSmoothing, ManifoldMixup, MixUp
 from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.perturbation import NamedPhi, NoisePer, Perturbation, initial_phi, load_phi
-from mp_lightning.sites import Attachment, SitePlan, find_sites
-from mp_lightning.sites.choice import is_share
+from mp_lightning.perturbation import NamedPhi, NoisePer, load_phi
 
 BASELINE = "none"
 Role = Literal["baseline", "regularizer", "learned", "control", "ablation"]
-Inference = Literal["mc", "mean"]
-SEED_OF_RANDOM_PHI = 0
-_HALF = 0.5
 
 
 @dataclass(frozen=True)
@@ -149,26 +139,6 @@ class NamedArm:
 AnyArm = Arm | NamedArm
 
 
-@dataclass(frozen=True)
-class Context:
-    """What an arm's callbacks depend on beside the arm.
-
-    Attributes:
-        seed: of the noise.
-        num_classes: of the target; None where it is not known.
-        inference: how arms with noise in evaluation classify.
-        samples: noisy forwards of 'mc'.
-        ramp: whether the strength of what stands in place of phi grows over the first 40 % of the run, or longer, as
-            for the callback.
-    """
-
-    seed: int
-    num_classes: int | None
-    inference: Inference
-    samples: int
-    ramp: bool = True
-
-
 def follows_the_loss(arm: AnyArm) -> bool:
     """Whether the strength of something in this arm follows the training loss, by the phi that it stands for."""
     return isinstance(arm, NamedArm) and any(part.full_strength_at < 1 for part in arm.parts)
@@ -197,56 +167,6 @@ def parse_arm(text: str, phi: NamedPhi) -> NamedArm:
             "with other regularizers"
         )
     return NamedArm(text, parts)
-
-
-def callbacks_of(arm: AnyArm, context: Context) -> tuple[list[Callback], MetaPerturbCallback | None]:
-    """The callbacks of an arm in their order, and the one whose noise acts in evaluation as well, if there is one.
-
-    Raises:
-        ConfigurationError: the arm needs the number of classes, which is not known.
-    """
-    if isinstance(arm, Arm):
-        made = list(arm.callbacks(context.seed))
-        return made, next((one for one in made if isinstance(one, MetaPerturbCallback)), None)
-    first: list[Callback] = []
-    perturbation = None
-    for part in arm.parts:
-        if part.kind.multiplies:
-            perturbation = _perturbation(part, context)
-        elif part.name != BASELINE:
-            first.append(_regularizer(part, arm, context))
-    # The one with noise in evaluation comes last: what mixes batches is gone when it re-estimates batch norm.
-    return ([*first, perturbation] if perturbation is not None else first), perturbation
-
-
-class FirstSites(MetaPerturbCallback):
-    """:class:`MetaPerturbCallback` at the first half of the sites that it would take; of three, the first two."""
-
-    def attach(self, module: nn.Module) -> Attachment:
-        share = self.phi.share_of_sites if self.sites is None else self.sites
-        if is_share(share):
-            taken = list(find_sites(module, self.target, share))
-            self.sites = SitePlan(taken[: math.ceil(_HALF * len(taken))])
-        return super().attach(module)
-
-
-class MatchedPerturbation(MetaPerturbCallback):
-    """A perturbation whose constants at each site follow from moments of phi's multiplier.
-
-    Args:
-        perturbation: one of :mod:`mp_lightning.compare.controls` that has constants.
-        moments: of :func:`~mp_lightning.compare.moments.site_moments`.
-        options: as for :class:`MetaPerturbCallback`.
-    """
-
-    def __init__(self, perturbation: Perturbation, moments: list[SiteMoments], **options: Any) -> None:
-        super().__init__(perturbation=perturbation, **options)
-        self._moments = moments
-
-    def attach(self, module: nn.Module) -> Attachment:
-        attachment = super().attach(module)
-        set_constants(attachment, self._moments)
-        return attachment
 
 
 def _part(arm: str, word: str, phi: NamedPhi) -> Part:
@@ -283,61 +203,3 @@ def _use(phi: NamedPhi) -> dict[str, Any]:
         "full_strength_at": phi.full_strength_at,
         "acts_below": phi.acts_below,
     }
-
-
-def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
-    options: dict[str, Any] = {
-        "inference": context.inference,
-        "samples": context.samples,
-        "seed": context.seed,
-        "marker": False,
-        "ramp_steps": None if context.ramp else 0,
-        "strength": part.strength,
-        "sites": part.sites,
-        "full_strength_at": part.full_strength_at,
-        "acts_below": part.acts_below,
-    }
-    if part.name == "random_phi":
-        random = NamedPhi(initial_phi(SEED_OF_RANDOM_PHI), part.name, noise_per=part.noise_per)
-        return MetaPerturbCallback(random, **options)
-    assert part.phi is not None
-    match part.name:
-        case "metaperturb":
-            return MetaPerturbCallback(part.phi, **options)
-        case "first_sites":
-            return FirstSites(part.phi, **options)
-        case "last_sites":
-            return MetaPerturbCallback(part.phi, **{**options, "sites": _HALF * part.sites})
-        case "noise_only":
-            return MetaPerturbCallback(perturbation=NoiseOnly(part.phi.phi, noise_per=part.noise_per), **options)
-        case "scale_only":
-            return MetaPerturbCallback(perturbation=ScaleOnly(part.phi.phi, noise_per=part.noise_per), **options)
-    assert part.moments is not None
-    controls: dict[str, Callable[[], Perturbation]] = {
-        "fixed_noise": lambda: FixedNoise(part.noise_per),
-        "shrink_only": ShrinkOnly,
-        "mean_one": lambda: MeanOne(part.phi.phi, noise_per=part.noise_per),  # type: ignore[union-attr]
-    }
-    return MatchedPerturbation(controls[part.name](), part.moments, **options)
-
-
-def _regularizer(part: Part, arm: NamedArm, context: Context) -> Callback:
-    value = part.kind.values[0] if part.value is None else part.value
-    match part.name:
-        case "dropout":
-            return AtSites(lambda channels: nn.Dropout(value), "dropout")
-        case "dropblock":
-            return AtSites(lambda channels: DropBlock(value), "dropblock")
-        case "gaussian":
-            return AtSites(lambda channels: GaussianDropout(value), "gaussian")
-        case "information_dropout":
-            return InformationDropoutCallback(value)
-    if context.num_classes is None:
-        raise ConfigurationError(f"arm '{arm.name}' needs the number of classes; pass num_classes=")
-    match part.name:
-        case "mixup":
-            return MixUp(context.num_classes, value)
-        case "label_smoothing":
-            return LabelSmoothing(context.num_classes, value)
-        case _:
-            return ManifoldMixup(context.num_classes, value)

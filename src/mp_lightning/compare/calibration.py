@@ -15,7 +15,8 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from mp_lightning.compare.arms import Context, callbacks_of, parse_arm
+from mp_lightning.compare.arm_callbacks import Context, callbacks_of
+from mp_lightning.compare.arms import parse_arm
 from mp_lightning.compare.cost import Cost
 from mp_lightning.compare.examine import Predict, forward
 from mp_lightning.compare.moments import SiteMoments, site_moments

@@ -10,7 +10,8 @@ from typing import Any
 
 from lightning.pytorch.utilities.seed import isolate_rng
 
-from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, Context, NamedArm, Part, callbacks_of, follows_the_loss
+from mp_lightning.compare.arm_callbacks import Context, callbacks_of
+from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, NamedArm, Part, follows_the_loss
 from mp_lightning.compare.at_sites import AtSites
 from mp_lightning.compare.calibration import matched_moments, moments_digest, phi_digest
 from mp_lightning.compare.fingerprint import identity

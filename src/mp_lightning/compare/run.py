@@ -14,7 +14,8 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mp_lightning.callback import MetaPerturbCallback
-from mp_lightning.compare.arms import AnyArm, Context, Inference, NamedArm, callbacks_of
+from mp_lightning.compare.arm_callbacks import Context, Inference, callbacks_of
+from mp_lightning.compare.arms import AnyArm, NamedArm
 from mp_lightning.compare.cost import Cost
 from mp_lightning.compare.examine import Examination, Examined, Predict, predict_pair
 from mp_lightning.compare.pairing import PairedSteps, seed_all
@@ -57,7 +58,7 @@ class Experiment:
         steps: training batches of a run where known, for progress.
         num_classes: of the target where known.
         inference, samples: how arms with noise in evaluation classify.
-        ramp: see :class:`~mp_lightning.compare.arms.Context`.
+        ramp: see :class:`~mp_lightning.compare.arm_callbacks.Context`.
         predict, output: see :class:`~mp_lightning.compare.examine.Examination`.
 
     Raises:
