@@ -4,7 +4,7 @@ import pytest
 import timm
 import torchvision
 
-from mp_lightning.sites.discovery import PLAIN, PRE_ACTIVATION, RESIDUAL, UNNORMALIZED
+from mp_lightning.sites.rules import PLAIN, PRE_ACTIVATION, RESIDUAL, UNNORMALIZED
 
 # Every classifier of torchvision. Residual blocks; inverted residuals with a shortcut and blocks of transformers;
 # normalized convolutions; convolutions.

@@ -11,7 +11,7 @@ from torch import nn
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import SiteError
 from mp_lightning.sites import attach, find_sites
-from mp_lightning.sites.discovery import PLAIN, PRE_ACTIVATION, RESIDUAL
+from mp_lightning.sites.rules import PLAIN, PRE_ACTIVATION, RESIDUAL
 from research_nets import PreActivationBlock, ResearchResNet
 
 TORCHVISION = [

@@ -9,7 +9,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from capture import check_sites_get_what_activations_read
 from mp_lightning.sites import find_sites
-from mp_lightning.sites.discovery import PLAIN, PRE_ACTIVATION, RESIDUAL, UNNORMALIZED
+from mp_lightning.sites.rules import PLAIN, PRE_ACTIVATION, RESIDUAL, UNNORMALIZED
 
 
 def conv(a, b, size=3):

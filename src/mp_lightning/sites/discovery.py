@@ -1,26 +1,10 @@
 """Find the sites of a model from what its forward computes; no data is needed and the model is left as it was.
 
-The paper perturbs *before the last activation of every residual block*, not after the stem, and, in plain convolutional
-networks, after the normalization and before the activation of every convolution. As rules on the graph of operations:
-
-residual
-    A sum of two paths with a common origin, at least one of them with a convolution of its own, is a residual sum; so
-    is one of tokens, where a path has a linear layer and a layer normalization. If all that follows the sum is an
-    activation (dropout and the like aside), the site is the input of that activation.
-pre-activation
-    Otherwise the sum is the residual stream, which is never multiplied: the multiplier is about one half, and one half
-    to the power of the depth would silence it. The site is the input of the last activation inside the branch: in
-    transformers and ConvNeXt, of that between the two linear layers. A branch without one, such as attention, has no
-    site. Gates of squeeze-and-excitation, which follow a global pooling, do not count, nor does what no input of the
-    block leads to, such as a net that makes position biases.
-plain
-    In a model without any residual sum: every activation of a normalized convolution.
-unnormalized
-    In a model without normalized convolutions either: every activation of a convolution.
+The rules by which an activation is a site are in :mod:`mp_lightning.sites.rules`. Here: which networks of a model are
+looked at, which of their sites are taken, and what is said where there is none.
 """
 
 import math
-import operator
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -29,16 +13,11 @@ from torch import fx, nn
 
 from mp_lightning.errors import SiteError
 from mp_lightning.perturbation import check_fraction
-from mp_lightning.sites.operations import LAYERS, NORMS, TOKEN_NORMS, OperationGraph, is_product
 from mp_lightning.sites.plan import SitePlan, SiteSpec
 from mp_lightning.sites.recording import NoImageFits
+from mp_lightning.sites.rules import SiteGraph
 from mp_lightning.sites.tracing import CONVOLUTIONS, Region, is_frozen, record_region, trace_regions
 
-RESIDUAL = "residual: activation after the sum"
-PRE_ACTIVATION = "pre-activation: last activation inside the branch"
-PLAIN = "plain: activation after a normalized convolution"
-UNNORMALIZED = "plain: activation after a convolution"
-NAMED = "named by the user"
 _ROUNDING = 1e-3  # 0.7 of 10 sites are 7, though 0.7 * 10 is more, and 0.334 of 9 are 3
 
 
@@ -69,8 +48,8 @@ def find_activations(model: nn.Module, target: str | None = None) -> SitePlan:
 
 
 def _plan(
-    model: nn.Module, target: str | None, choose: "Callable[[list[_Graph]], list[SiteSpec]]"
-) -> "tuple[SitePlan, list[_Graph]]":
+    model: nn.Module, target: str | None, choose: Callable[[list[SiteGraph]], list[SiteSpec]]
+) -> tuple[SitePlan, list[SiteGraph]]:
     if isinstance(model, torch.jit.ScriptModule):
         raise SiteError(_compiled(model, "it"))
     prefix = target or ""
@@ -92,28 +71,28 @@ def _deepest(sites: list[SiteSpec], networks: list[str], share: float) -> list[S
 
 
 def _search(
-    model: nn.Module, prefix: str, choose: "Callable[[list[_Graph]], list[SiteSpec]]"
-) -> "tuple[list[_Graph], list[str], list[SiteSpec]]":
+    model: nn.Module, prefix: str, choose: Callable[[list[SiteGraph]], list[SiteSpec]]
+) -> tuple[list[SiteGraph], list[str], list[SiteSpec]]:
     for through_lightning in (False, True):  # the layers may be the LightningModule's own
         regions, failures = trace_regions(model, through_lightning, prefix)
-        graphs = [_Graph(region) for region in regions]
+        graphs = [SiteGraph(region) for region in regions]
         found = choose(graphs)
         if any(graph.left_out for graph in graphs):
-            graphs = [_Graph(_with_shapes(graph)) if graph.left_out else graph for graph in graphs]
+            graphs = [SiteGraph(_with_shapes(graph)) if graph.left_out else graph for graph in graphs]
             found = choose(graphs)
         if found:
             break
     return graphs, failures, found
 
 
-def _sites_of(graphs: "list[_Graph]") -> list[SiteSpec]:
+def _sites_of(graphs: list[SiteGraph]) -> list[SiteSpec]:
     found = [site for graph in graphs for site in graph.residual_sites()]
     if not found:
         found = [site for graph in graphs for site in graph.plain_sites()]
     return found or [site for graph in graphs for site in graph.unnormalized_sites()]
 
 
-def _with_shapes(graph: "_Graph") -> Region:
+def _with_shapes(graph: SiteGraph) -> Region:
     """The region with the shapes of its operations, where they can be had."""
     region = graph.region
     try:
@@ -122,174 +101,12 @@ def _with_shapes(graph: "_Graph") -> Region:
         return region
 
 
-class _Graph(OperationGraph):
-    """The rules on one region."""
-
-    def candidates(self) -> list[SiteSpec]:
-        inputs = ((node, node.all_input_nodes[0]) for node in self.activations())
-        maps = (node for node, read in inputs if self._dimensions(read) not in (1, 2))
-        sites = [self._site(node, NAMED, f"output of {self._describe_source(node)}") for node in maps]
-        return [site for site in sites if site is not None]
-
-    def residual_sites(self) -> list[SiteSpec]:
-        sites = []
-        for node in self._nodes:
-            if self._is_residual_sum(node):
-                activation = self._activation_after(node)
-                if activation is not None:
-                    site = self._site(activation, RESIDUAL, f"sum of {self._describe_inputs(node)}")
-                else:
-                    inside = self._last_activation_inside(node)
-                    if inside is None:
-                        continue
-                    activation = inside
-                    site = self._site(inside, PRE_ACTIVATION, f"output of {self._describe_source(inside)}")
-                if site is not None:
-                    sites.append((self._order[activation], site))
-        return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
-
-    def plain_sites(self) -> list[SiteSpec]:
-        sites = []
-        for node in self.activations():
-            norm = self._source(node)
-            if norm is not None and self._is_layer(norm, NORMS):
-                convolution = self._source(self._first_of_layer(norm))
-                if convolution is not None and self._is_layer(convolution, CONVOLUTIONS):
-                    site = self._site(node, PLAIN, f"output of {self._describe(norm)}")
-                    if site:
-                        sites.append(site)
-        return sites
-
-    def unnormalized_sites(self) -> list[SiteSpec]:
-        sources = ((node, self._source(node)) for node in self.activations())
-        sites = [
-            self._site(node, UNNORMALIZED, f"output of {self._describe(source)}")
-            for node, source in sources
-            if source is not None and self._is_layer(source, CONVOLUTIONS) and not self._gives_logits(node)
-        ]
-        return [site for site in sites if site is not None]
-
-    def _gives_logits(self, node: fx.Node) -> bool:
-        """Whether a convolutional classifier ends here: its maps are pooled over the image, and no layer follows."""
-        later = [n for n in self._nodes if node in self._ancestors[n]]
-        return any(self._pools(n) for n in later) and not any(self._is_layer(n, LAYERS) for n in later)
-
-    def _is_residual_sum(self, node: fx.Node) -> bool:
-        functions = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
-        methods = node.op == "call_method" and node.target in ("add", "add_", "__add__")
-        if not (functions or methods) or len(node.args) < 2 or not all(isinstance(a, fx.Node) for a in node.args[:2]):
-            return False
-        left, right = self._paths(node)
-        if not self._ancestors[node] - left - right:
-            return False
-        tokens = self._sums_tokens(node, left | right)
-        if any(self._is_flat(arg) for arg in node.args[:2] if isinstance(arg, fx.Node)) and not tokens:
-            return False  # logits of two heads, not maps
-        return tokens or any(self._is_layer(n, CONVOLUTIONS) for n in left | right)
-
-    def _sums_tokens(self, node: fx.Node, paths: set[fx.Node]) -> bool:
-        """Whether the branch is a transformer's: a linear layer, and a normalization of tokens in it or after it."""
-        dimensions = self._dimensions(node)
-        if dimensions == 2:
-            return False  # features of whole images
-        norms = TOKEN_NORMS if dimensions is None else (*TOKEN_NORMS, *NORMS)
-        normalized = any(self._is_layer(n, norms) or self._is_norm_by_name(n) for n in (*paths, *node.users))
-        return normalized and any(self._is_layer(n, (nn.Linear,)) for n in paths)
-
-    def _is_flat(self, node: fx.Node) -> bool:
-        """Whether the node is the output of a linear layer, so no map, unless of tokens."""
-        source: fx.Node | None = node
-        while source is not None and (self._is_transparent(source) or self._is_activation(source)):
-            source = self._source(source)
-        return source is not None and self._is_module(source, nn.Linear)
-
-    def _paths(self, node: fx.Node) -> tuple[set[fx.Node], set[fx.Node]]:
-        """What each of the two summands has of its own."""
-        a, b = (self._ancestors[arg] | {arg} for arg in node.args[:2] if isinstance(arg, fx.Node))
-        return a - b, b - a
-
-    def _activation_after(self, node: fx.Node) -> fx.Node | None:
-        users = list(node.users)
-        if len(users) != 1:
-            return None
-        if self._is_activation(users[0]):
-            return users[0]
-        return self._activation_after(users[0]) if self._is_transparent(users[0]) else None
-
-    def _last_activation_inside(self, node: fx.Node) -> fx.Node | None:
-        branch = set.union(*self._paths(node))
-        origin = {n for n in self._ancestors[node] - branch if n.op != "get_attr"}
-        candidates = [
-            n for n in branch if self._is_activation(n) and self._ancestors[n] & origin and not self._is_gate(n, branch)
-        ]
-        return max(candidates, key=self._order.__getitem__, default=None)
-
-    def _is_gate(self, node: fx.Node, branch: set[fx.Node]) -> bool:
-        """Whether the node only computes weights: it follows a global pooling, or all it leads to is a sigmoid."""
-        return any(self._pools(n) for n in self._before(node, branch)) or not self._leads_out(node, branch)
-
-    def _before(self, node: fx.Node, branch: set[fx.Node]) -> set[fx.Node]:
-        """What leads to the node without passing through a multiplication by a gate."""
-        reached: set[fx.Node] = set()
-        waiting = [n for n in node.all_input_nodes if n in branch]
-        while waiting:
-            current = waiting.pop()
-            if current in reached or is_product(current):
-                continue
-            reached.add(current)
-            waiting += [n for n in current.all_input_nodes if n in branch]
-        return reached
-
-    def _leads_out(self, node: fx.Node, branch: set[fx.Node]) -> bool:
-        """Whether some path from the node leaves the branch without a sigmoid on it."""
-        reached: set[fx.Node] = set()
-        waiting = [node]
-        while waiting:
-            current = waiting.pop()
-            if current not in branch:
-                return True
-            if current in reached or self._squashes(current):
-                continue
-            reached.add(current)
-            waiting += current.users
-        return False
-
-    def _site(self, node: fx.Node, rule: str, reads: str) -> SiteSpec | None:
-        channels = self._channels(node.all_input_nodes[0])
-        if not channels:  # of a lazy layer, 0
-            self.left_out.append(self.name(node))
-            return None
-        key, scope = self._scope(node)
-        if node.op == "call_module":
-            earlier = [n for n in self._nodes if n.op == "call_module" and n.target == node.target]
-            call = sum(self._scope(n)[0] == key for n in earlier[: earlier.index(node)])
-            activation = self.region.qualified(str(node.target))
-            # A module shared by several blocks is registered under one of them only.
-            inside = not scope or str(node.target).startswith(f"{scope}.")
-            name = activation if inside else f"{self.region.qualified(scope)}:{activation}"
-        else:
-            call = sum(key in self._stack(n) for n in self.activations() if self._order[n] < self._order[node])
-            activation = None
-            function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "activation")
-            name = f"{self.region.qualified(scope)}:{function}"
-        layout = self._layout(node.all_input_nodes[0])
-        return SiteSpec(name, self.region.qualified(scope), activation, call, channels, rule, reads, layout)
-
-    def _describe_inputs(self, node: fx.Node) -> str:
-        left, right = self._paths(node)
-        names = []
-        for arg, own in zip(node.args[:2], (left, right), strict=True):
-            assert isinstance(arg, fx.Node)
-            names.append(self._describe(arg) if any(self._is_layer(n, CONVOLUTIONS) for n in own) else "the shortcut")
-        return " and ".join(names)
-
-
 def _with_unique_names(sites: list[SiteSpec]) -> list[SiteSpec]:
     names = [site.name for site in sites]
     return [replace(site, name=f"{site.name}#{site.call}") if names.count(site.name) > 1 else site for site in sites]
 
 
-def _nothing_found(model: nn.Module, graphs: list[_Graph], failures: list[str]) -> str:
+def _nothing_found(model: nn.Module, graphs: list[SiteGraph], failures: list[str]) -> str:
     left_out = [reason for graph in graphs for reason in graph.left_out]
     seen = [graph.name(node) for graph in graphs for node in graph.activations()]
     if is_frozen(model):
