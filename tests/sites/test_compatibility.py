@@ -33,7 +33,7 @@ def page():
         "Sites of every classifier of torchvision, and of a network of each family of timm and transformers that was",
         "tried, as tests/sites/networks.py expects them; tests/sites/test_compatibility.py holds the tensor that each",
         "site gets, bit for bit, against the one that its activation reads. The rules are in",
-        "[discovery.py](../src/mp_lightning/sites/discovery.py), and what becomes of tokens, signals and clips is in",
+        "[rules.py](../src/mp_lightning/sites/rules.py), and what becomes of tokens, signals and clips is in",
         "[layout.py](../src/mp_lightning/sites/layout.py). `python -m mp_lightning.meta sites model=NAME` shows the",
         "sites of any of them.",
         "",
