@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.prove import PROOFS, PUBLISHED, RESULTS
+from benchmarks.prove import PROOFS, PUBLISHED, RESULTS, SAME_NUMBERS
 from benchmarks.results_page import read
 from mp_lightning.compare.results import Row
 from mp_lightning.compare.statistics import Difference, paired
@@ -18,7 +18,8 @@ from mp_lightning.perturbation.files import DEFAULT_PHI
 README = Path(__file__).parents[1] / "README.md"
 CARD = Path(__file__).parents[1] / "src" / "mp_lightning" / "perturbation" / "bundled" / f"{DEFAULT_PHI}.json"
 FEWEST = 3  # seeds of which a difference is told
-OURS, CONSTANT, SHRINK = (f"{kind}:{DEFAULT_PHI}" for kind in ("metaperturb", "fixed_noise", "shrink_only"))
+OURS = f"metaperturb:{DEFAULT_PHI}"
+CONSTANT, SHRINK = (f"{kind}:{SAME_NUMBERS}" for kind in ("fixed_noise", "shrink_only"))
 MIXUP = "manifold_mixup"
 TARGETS = {  # of the README's table: the comparisons with Conv4 in which it is trained long enough
     "imagenette": "imagenette-conv4",
@@ -29,8 +30,8 @@ TARGETS = {  # of the README's table: the comparisons with Conv4 in which it is 
 }
 ARMS = {
     f"**`{DEFAULT_PHI}`**": OURS,
-    "constant noise of its moments": CONSTANT,
-    "its mean alone": SHRINK,
+    "constant noise of the moments": CONSTANT,
+    "the mean alone": SHRINK,
     "the published phi": f"metaperturb:{PUBLISHED}",
     "Dropout, tuned": "dropout",
     "DropBlock, tuned": "dropblock",
@@ -39,8 +40,10 @@ ARMS = {
 }
 PAIRS = {
     "against no phi": (OURS, "none"),
-    "against constant noise of the same moments": (OURS, CONSTANT),
-    "against its mean alone": (OURS, SHRINK),
+    f"against {SAME_NUMBERS}": (OURS, f"metaperturb:{SAME_NUMBERS}"),
+    f"against constant noise of the moments of {SAME_NUMBERS}": (OURS, CONSTANT),
+    "against constant noise of its own moments": (OURS, f"fixed_noise:{DEFAULT_PHI}"),
+    f"against the mean of {SAME_NUMBERS} alone": (OURS, SHRINK),
     "against the published phi": (OURS, f"metaperturb:{PUBLISHED}"),
     "against tuned Dropout": (OURS, "dropout"),
     "against tuned DropBlock": (OURS, "dropblock"),

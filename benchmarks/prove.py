@@ -30,6 +30,9 @@ from mp_lightning.perturbation.files import DEFAULT_PHI
 
 RESULTS = Path(__file__).parent / "results" / "compare.csv"
 PUBLISHED = "published.safetensors"
+# Whose controls stand beside the default in tables and the picture: it has the same numbers, and is used alike but that
+# it acts from the first fall of the loss on. Of its controls more was run.
+SAME_NUMBERS = "tiny-imagenet-6"
 # With the name of phi, so that the rows of one version stand beside those of the next.
 ARMS = (
     *("none", f"fixed_noise:{DEFAULT_PHI}", f"shrink_only:{DEFAULT_PHI}", "dropblock"),
