@@ -157,3 +157,22 @@ def test_a_model_that_is_attached_acts_below_the_same_loss_or_is_refused():
     assert "less while the training loss is above 40% of its first value and nothing from 60% on" in (
         attachment.outlook(None)
     )
+
+
+@pytest.mark.parametrize(
+    ("loss", "batches", "said"),
+    [
+        (2.0, 30, "0% of the strength acts, since the training loss is still at 100% of its first value"),
+        (1.3, 300, "0% of the strength acts, since the training loss is still at 65% of its first value"),
+        (2.0, 19, None),  # too few to say
+        (1.0, 300, None),
+        (0.1, 300, None),
+    ],
+)
+def test_a_training_in_which_hardly_any_of_the_strength_acts_ends_with_the_reason(loss, batches, said):
+    phi = NamedPhi(initial_phi(0), "late", full_strength_at=0.4, acts_below=0.6)
+    attachment = attach(build_backbone("conv4", 3, width=4, image_size=16), phi, ramp_steps=10)
+    for value in [2.0] * 5 + [loss] * (batches - 5):
+        attachment.count(value, rank=0, world=1)
+    found = attachment.idle()
+    assert found is None if said is None else found.startswith(said) and "with MixUp, acts_below=1" in found

@@ -152,8 +152,8 @@ class GrowingStrength(KeepsPrecision):
         share = float(self.fitting.recent / self.fitting.first)
         return (
             f"{factor:.0%} of the strength acts, since the training loss is still at {share:.0%} of its first value. "
-            "That is meant for networks that do not fit their training images; where the loss started low, or cannot "
-            "fall far, choose full_strength_at=1"
+            "That is meant for networks that do not fit their training images; where the loss started low, choose "
+            "full_strength_at=1, and where it cannot fall far, as with MixUp, acts_below=1"
         )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
