@@ -69,7 +69,7 @@ def main() -> None:
     runs, out = given.runs.resolve(), given.out.resolve()
     others = ["none", f"metaperturb:{given.phi}"]
     bring_back(proof, runs, out)
-    bring_back(proof, runs, RESULTS, others)  # where there is nothing yet
+    bring_back(proof, runs, RESULTS, others)
     calibration.site_moments = positive_moments
     arms = ",".join([*others, f"fixed_noise:{given.phi}"])
     words = [*proof.words(given.data), f"arms=[{arms}]", f"seeds={given.seeds}", f"jobs={given.jobs}"]

@@ -110,19 +110,27 @@ def published_phi(path: Path, folder: Path) -> None:
 
 
 def bring_back(proof: Proof, runs: Path, results: Path, arms: list[str] | None = None) -> None:
-    """Give a run folder that is not there, as on another machine, the rows that are kept of it, or of some arms."""
+    """Give a run folder that is not there, as on another machine, the rows that are kept of it.
+
+    With ``arms``, give one that may be there those rows of these arms that it lacks.
+    """
     rows = [row for row in _rows(results) if row["comparison"] == str(proof) and (not arms or row["arm"] in arms)]
     place = runs / proof.name / "results.csv"
-    if not rows or place.exists():
+    there = _rows(place)
+    known = {(row["arm"], row["seed"]) for row in there}
+    rows = [row for row in rows if (row["arm"], row["seed"]) not in known]
+    if not rows or (there and not arms):
         return
     place.parent.mkdir(parents=True, exist_ok=True)
     if not arms:
         _copy_new(_moments(proof, results), place.parent)
-    columns = [column for column in rows[0] if column != "comparison"]
-    with place.open("w", newline="") as file:
+    columns = list(there[0]) if there else [column for column in rows[0] if column != "comparison"]
+    partial = place.with_suffix(".partial")
+    with partial.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
+        writer.writerows([*there, *rows])
+    partial.replace(place)
 
 
 def make(proof: Proof, given: argparse.Namespace, arms: list[str]) -> None:

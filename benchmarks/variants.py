@@ -81,6 +81,8 @@ def main() -> None:
     try:
         phi = load_phi(given.phi)
         varied = {key: getattr(given, key) or [getattr(phi, key)] for key in VARIED}
+        if given.full_strength_at and not given.acts_below:
+            varied["acts_below"] = [1.0]  # as for attach
         arms = write_arms(phi, given.phi, varied, given.runs)
         write_target(given.target, given.data)
     except (OSError, UserError, ValueError) as error:

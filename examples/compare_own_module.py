@@ -64,7 +64,7 @@ class FewDigits(L.LightningDataModule):
 
 
 def weaker(seed: int) -> list[L.Callback]:
-    return [MetaPerturbCallback(strength=0.5)]
+    return [MetaPerturbCallback("tiny-imagenet-7", strength=0.5)]
 
 
 if __name__ == "__main__":  # needed for jobs=2, whose processes import this file

@@ -164,6 +164,18 @@ def test_a_run_folder_that_was_lost_goes_on_from_the_kept_rows(tmp_path):
     assert not (tmp_path / "runs" / prove.PROOFS[1].name).exists()
 
 
+def test_a_run_folder_is_given_the_rows_of_some_arms_that_it_lacks(tmp_path):
+    path, proof = kept(tmp_path, **ARMS_KEPT)
+    results = tmp_path / "runs" / proof.name / "results.csv"
+    whole = {(row.arm, row.seed) for row in Store(results)._rows.values()}
+    first, second, *_ = sorted({arm for arm, _ in whole})
+    results.unlink()
+    for arms in ([first], [first, second]):
+        prove.bring_back(proof, tmp_path / "runs", path, arms)
+        found = [(row.arm, row.seed) for row in Store(results)._rows.values()]
+        assert set(found) == {one for one in whole if one[0] in arms} and len(found) == len(set(found))
+
+
 def test_a_run_of_other_settings_does_not_stand_beside_the_kept_one(tmp_path):
     path, proof = kept(tmp_path, **ARMS_KEPT)
     content = path.read_text()

@@ -191,7 +191,7 @@ def test_a_network_without_batch_norm_comes_back_without_a_warning(tmp_path, rec
         def on_train_epoch_end(self, trainer, pl_module):
             trainer.save_checkpoint(tmp_path / "within.ckpt")
 
-    trainer(tmp_path, [Saves(), MetaPerturbCallback()]).fit(Plain(), loader(2))
+    trainer(tmp_path, [Saves(), MetaPerturbCallback(full_strength_at=1)]).fit(Plain(), loader(2))
     recwarn.clear()
     restored = MetaPerturbCallback.restore(Plain(), tmp_path / "within.ckpt")
     with torch.no_grad():
@@ -254,9 +254,10 @@ def test_a_network_that_is_attached_in_another_module_is_refused(tmp_path):
 
 def test_what_was_attached_to_a_part_by_hand_comes_back(tmp_path):
     model = module()
-    attach(model.net, sites=1)
+    attach(model.net, sites=1, full_strength_at=1)
     run = trainer(tmp_path, [MetaPerturbCallback()])
     run.fit(model, loader(2), loader(1))
+    assert float(attachment_of(model).coeff) > 0.9
     run.save_checkpoint(tmp_path / "end.ckpt")
     assert torch.load(tmp_path / "end.ckpt", weights_only=True)[KEY]["part"] == "net"
     restored = MetaPerturbCallback.restore(module(), tmp_path / "end.ckpt")

@@ -63,9 +63,9 @@ class MetaPerturbCallback(EvaluationEpochs):
             of it, in proportion to its length; with a number all of it is reached.
         strength: how much of the perturbation acts once it has grown, above 0 and at most 1; None takes the one that
             phi comes with, and 1 for any other perturbation.
-        full_strength_at: share of the loss of the first batches at or below which the whole strength acts; above, it
-            acts in proportion to how far the training loss has come down, so that a network that cannot fit its images
-            is harmed less. 1 for a strength that does not follow the loss; None takes what phi comes with, and 1 for
+        full_strength_at: share of the loss of the first batches at or below which the whole strength acts, and in
+            proportion a part of it between that and ``acts_below``, so that a network that cannot fit its images is
+            harmed less. 1 for a strength that does not follow the loss; None takes what phi comes with, and 1 for
             any other perturbation.
         acts_below: share of that loss at or above which nothing acts, so that such a network is left alone; above
             ``full_strength_at``. None takes what phi comes with, and 1 where ``full_strength_at`` is given.

@@ -31,13 +31,13 @@ class EvaluationEpochs(Callback):
         return Fold(self.samples) if self.inference == "fold" else Mean(self.samples)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module)
+        self._begin_evaluation(trainer, pl_module)
 
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module)
+        self._begin_evaluation(trainer, pl_module)
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._begin(trainer, pl_module)
+        self._begin_evaluation(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         end_evaluation(pl_module, self.inference)
@@ -48,7 +48,7 @@ class EvaluationEpochs(Callback):
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         end_evaluation(pl_module, self.inference)
 
-    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _begin_evaluation(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         begin_evaluation(trainer, module, self.inference, self._inference_of_epoch(trainer))
 
     def _inference_of_epoch(self, trainer: pl.Trainer) -> Mean | MonteCarlo:

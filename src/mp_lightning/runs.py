@@ -16,6 +16,7 @@ except ImportError:  # not on Windows, where two processes in one folder are not
 REPORT = "report.json"
 SETTINGS = "settings.json"
 _LOCK = ".lock"
+_ANEW = ".anew"
 ASIDE = "previous-"
 _NOT_RELEVANT: dict[str, set[str] | None] = {
     "run": None,
@@ -183,25 +184,29 @@ class RunFolder:
             )
 
     def _set_aside(self) -> None:
-        old = _left(self.path)
+        old, number = _left(self.path), times_anew(self.path, fresh=True)
         if not old:
             return
-        aside = self.path / f"{ASIDE}{1 + runs_aside(self.path)}"
+        numbers = [entry.name.removeprefix(ASIDE) for entry in self.path.glob(f"{ASIDE}*")]
+        aside = self.path / f"{ASIDE}{1 + max((int(one) for one in numbers if one.isdecimal()), default=0)}"
         aside.mkdir()
         for entry in old:
             entry.rename(aside / entry.name)
+        (self.path / _ANEW).write_text(str(number), encoding="utf-8")
 
 
-def runs_aside(path: Path, fresh: bool = False) -> int:
-    """The number of the last run that was set aside in a folder, or, with ``fresh``, is about to be; 0 if none was."""
-    numbers = [entry.name.removeprefix(ASIDE) for entry in path.glob(f"{ASIDE}*")]
-    last = max((int(number) for number in numbers if number.isdecimal()), default=0)
-    return last + 1 if fresh and path.is_dir() and _left(path) else last
+def times_anew(path: Path, fresh: bool) -> int:
+    """How many times a run was started anew in a folder, with the time that ``fresh`` is about to add."""
+    try:
+        text = (path / _ANEW).read_text(encoding="utf-8") if (path / _ANEW).exists() else ""
+        return (int(text) if text.isdecimal() else 0) + (fresh and path.is_dir() and bool(_left(path)))
+    except OSError as error:
+        raise unusable(path, error) from error
 
 
 def _left(path: Path) -> list[Path]:
     """What a run left in its folder."""
-    kept = (".hydra", _LOCK, "output.log")  # the log is being written
+    kept = (".hydra", _LOCK, _ANEW, "output.log")  # the log is being written
     return [entry for entry in path.iterdir() if entry.name not in kept and not entry.name.startswith(ASIDE)]
 
 

@@ -8,10 +8,12 @@ from command_line import CommandLine, Done
 from images_on_disk import save_archive
 
 # Ten training and ten test images of each of four classes; the words name them in the folder where the command runs.
+# This phi acts from the first step on; one that follows the loss would not in so few steps.
 IMAGES = "images.npz"
 SMALL = [
     *("image_size=16", "model=conv4-2", "steps=5", "batch_size=8", "samples=2", "tuning.values=2", "jobs=1"),
     *("arms=[none,dropout,fixed_noise,metaperturb]", "seeds=1", "hydra.run.dir=run", f"target={IMAGES}"),
+    "phi=tiny-imagenet-4",
 ]
 # The server's processes end at once; these wait for what they started, as one from a shell does.
 _END_AS_FROM_A_SHELL = """

@@ -34,7 +34,9 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "unknown verb": (["fitt"], ["unknown verb 'fitt'", "use one of: fit"]),
     "unknown option": (["fit", "--fresh"], ["unknown option '--fresh'"]),
     # Keys
-    "setting taken away": (["fit", "~data"], ["'~data' takes a setting away that 'fit' needs; leave '~data' out"]),
+    "setting taken away": (["fit", "~data"], ["'~data' takes a setting away that 'fit' needs; leave it out"]),
+    "number taken away": (["fit", "~meta.steps=9"], ["'~meta.steps' takes a setting away that 'fit' needs"]),
+    "group taken away": (["compare", "~seeds"], ["'~seeds' takes a setting away that 'compare' needs"]),
     "unknown key": (["fit", "meta.stps=3"], ["unknown key 'meta.stps'", "did you mean 'meta.steps'?"]),
     "unknown top-level key": (["fit", "sed=3"], ["unknown key 'sed'", "'seed'"]),
     "unknown key of hydra": (["fit", "hydra.run.dri=x"], ["unknown key 'hydra.run.dri'", "'hydra.run.dir'"]),

@@ -32,7 +32,7 @@ def settings(*overrides: str) -> CompareSettings:
 
 
 def test_what_it_says_and_leaves(mp: CommandLine, tmp_path: Path) -> None:
-    done = succeed(mp, tmp_path)
+    done = succeed(mp, tmp_path, "phi=null")
     lines = [line.strip() for line in done.stdout.splitlines()]
     assert lines[0].startswith("Target images: 4 classes, all of 40 training images, 40 test images of 16 pixels")
     assert lines[2].startswith("fixed_noise, metaperturb: in ")

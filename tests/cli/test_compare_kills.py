@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from command_line import CommandLine
-from comparisons import compare, runs, succeed, unmeasured
+from comparisons import compare, runs, succeed, table, unmeasured
 from test_sweep import processes_of, soon_none
 
 pytestmark = pytest.mark.slow
@@ -94,6 +94,8 @@ def killings() -> list[tuple[str, str]]:
 def uninterrupted(mp: CommandLine, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("uninterrupted")
     succeed(mp, folder, *WORDS)
+    scores = {row["arm"]: row["nll"] for row in table(folder / "run" / "results.csv") if row["seed"] == "0"}
+    assert len(set(scores.values())) == len(scores) > 2, "each arm acts"
     return folder / "run"
 
 

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -124,17 +125,20 @@ def test_the_same_command_says_that_the_run_is_finished(mp: CommandLine, finishe
 
 def test_a_run_that_starts_anew_logs_under_an_id_of_its_own(tmp_path: Path) -> None:
     """W&B drops what a run logs for steps that it has behind it."""
-    described, settings = {"_target_": "types.SimpleNamespace", "id": "fit-1"}, {"seed": 0}
 
-    def logged(fresh: bool) -> str:
-        made: str = make_logger(described, tmp_path, fresh).id
-        RunFolder(tmp_path, settings, fresh=fresh).finish({})
+    def logged(fresh: bool, id: str = "fit-1") -> str:
+        made: str = make_logger({"_target_": "types.SimpleNamespace", "id": id}, tmp_path, "fit-1", fresh).id
+        RunFolder(tmp_path, {"seed": 0}, fresh=fresh).finish({})
         return made
 
     assert [logged(fresh) for fresh in (True, False, True, False, True)] == [
         *("fit-1", "fit-1"),  # there was nothing to set aside
         *("fit-1-2", "fit-1-2", "fit-1-3"),
     ]
+    shutil.rmtree(tmp_path / "previous-1")
+    (tmp_path / "previous-2").rename(tmp_path / "previous-good")
+    assert [logged(fresh) for fresh in (False, True)] == ["fit-1-3", "fit-1-4"]
+    assert logged(fresh=True, id="my own") == "my own"
 
 
 def test_fresh_starts_anew_and_keeps_the_old(mp: CommandLine, tmp_path: Path) -> None:

@@ -6,14 +6,16 @@ from pathlib import Path
 import hydra
 import pytest
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from mp_lightning.cli import app
 from mp_lightning.cli.fit_settings import FitSettings, read
 from mp_lightning.data import ImageSet, list_datasets
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.meta.settings import MetaSettings
 from mp_lightning.meta.sources import SourceSettings
 from mp_lightning.meta.tasks import Source, Split, make_tasks
+from mp_lightning.runs import run_name
 
 CONF = Path(__file__).resolve().parents[2] / "conf"
 
@@ -31,6 +33,14 @@ def settings(*overrides: str) -> FitSettings:
 
 def files(group: str) -> list[str]:
     return sorted(path.stem for path in (CONF / group).glob("*.yaml"))
+
+
+@pytest.mark.parametrize("words", [(), ("seed=3", "data=[a.npz]"), ("+experiment=few_images", "data=[a.npz]")])
+def test_the_id_of_a_logger_is_the_name_of_the_run_by_default(words: tuple[str, ...]) -> None:
+    """By which ``make_logger`` knows that the user did not choose it."""
+    OmegaConf.register_new_resolver("run_name", app._run_name, replace=True)
+    given = settings(*words, "logger=wandb")
+    assert given.logger["id"] == run_name(given.relevant)
 
 
 def test_the_published_setting_number_by_number() -> None:

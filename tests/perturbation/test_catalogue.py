@@ -16,7 +16,10 @@ NEEDED = ("sources", "data_terms", "architectures", "seed", "settings", "known_l
 
 def test_the_default_is_one_of_them_and_both_functions_are_public():
     assert DEFAULT_PHI in mp_lightning.list_phi()
-    assert mp_lightning.describe_phi().name == DEFAULT_PHI and mp_lightning.describe_phi().default
+    default = mp_lightning.describe_phi()
+    assert default.name == DEFAULT_PHI and default.default
+    assert (default.noise_per, default.share_of_sites) == ("channel", pytest.approx(1 / 3))
+    assert (default.strength, default.full_strength_at, default.acts_below) == pytest.approx((0.95, 0.4, 0.6))
 
 
 @pytest.mark.parametrize("name", list_phi())

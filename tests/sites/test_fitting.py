@@ -175,4 +175,22 @@ def test_a_training_in_which_hardly_any_of_the_strength_acts_ends_with_the_reaso
     for value in [2.0] * 5 + [loss] * (batches - 5):
         attachment.count(value, rank=0, world=1)
     found = attachment.idle()
-    assert found is None if said is None else found.startswith(said) and "with MixUp, acts_below=1" in found
+    assert (
+        found is None if said is None else found.startswith(said) and "where it cannot fall far, acts_below=1" in found
+    )
+
+
+def test_the_default_waits_for_the_loss_and_then_acts():
+    model = build_backbone("conv4", 3, width=4, image_size=16)
+    attachment = attach(model, ramp_steps=10)
+    images = torch.rand(4, 3, 16, 16)
+
+    def acts() -> bool:
+        """Whether two forwards of the same images differ, as the noise of each is its own."""
+        with torch.no_grad():
+            return not torch.equal(model(images), model(images))
+
+    for losses, coeff in (([2.0] * 20, 0.0), ([1.3] * 200, 0.0), ([1.0] * 200, 0.475), ([0.5] * 200, 0.95)):
+        for loss in losses:
+            attachment.step(loss)
+        assert float(attachment.coeff) == pytest.approx(coeff, abs=1e-3) and acts() == (coeff > 0)

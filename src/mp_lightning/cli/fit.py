@@ -31,7 +31,7 @@ from mp_lightning.meta.table import training_table
 from mp_lightning.meta.tasks import Task, make_tasks
 from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, compare_transfer
 from mp_lightning.perturbation import NamedPhi, initial_phi, save_phi
-from mp_lightning.runs import RunFolder, runs_aside, unusable
+from mp_lightning.runs import RunFolder, run_name, times_anew, unusable
 from mp_lightning.sites.strength import share_reached
 
 __all__ = ["read", "run"]
@@ -46,7 +46,8 @@ def run(config: DictConfig, path: Path) -> float:
     """
     given = read(config)
     console = Console(highlight=False, soft_wrap=True)
-    trainer = make_trainer(given.trainer, given.meta.steps, path, console, make_logger(given.logger, path, given.fresh))
+    logger = make_logger(given.logger, path, run_name(given.relevant), given.fresh)
+    trainer = make_trainer(given.trainer, given.meta.steps, path, console, logger)
     first = trainer.is_global_zero
     console.quiet = not first
     folder = RunFolder(path, given.relevant, fresh=given.fresh, owner=first)
@@ -123,13 +124,16 @@ def _finish(
     return nll
 
 
-def make_logger(section: dict[str, Any], path: Path, fresh: bool) -> Any:
-    """The logger that the section describes, with its files in the run folder, and an ``id`` of its own where it has
-    one: a run that starts anew would have to go back in the curves of the one before."""
+def make_logger(section: dict[str, Any], path: Path, name: str, fresh: bool) -> Any:
+    """The logger that the section describes, with its files in the run folder ``path``.
+
+    Where its ``id`` is the ``name`` of the run, one that starts anew has another: W&B would drop what it logs for steps
+    that the run before it has behind it.
+    """
     if not section:
         return None
-    if section.get("id") is not None and (before := runs_aside(path, fresh)):
-        section = {**section, "id": f"{section['id']}-{before + 1}"}
+    if section.get("id") == name and (anew := times_anew(path, fresh)):
+        section = {**section, "id": f"{name}-{anew + 1}"}
     try:
         return hydra.utils.instantiate({"save_dir": str(path), **section})
     # Whatever a logger raises in its constructor, such as for a package that is not installed.

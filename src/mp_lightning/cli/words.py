@@ -62,6 +62,7 @@ def compose(verb: str, overrides: list[str], sweep: bool = False) -> DictConfig:
     read = [_read(word, sweep) for word in overrides]
     words = [word for override in read for word in _single(override)]
     with hydra.initialize_config_module(CONFIGURATION, version_base="1.3"):
+        _check_removed(verb, [str(override.key_or_group) for override in read if override.is_delete()])
         try:
             config = _compose(verb, words)
         except Exception as error:  # Hydra raises ValueError, AssertionError and more for what it did not foresee
@@ -81,6 +82,13 @@ def run_folder(config: DictConfig) -> Path | None:
     except OmegaConfBaseException:
         return None
     return Path(str(folder))
+
+
+def _check_removed(verb: str, keys: list[str]) -> None:
+    """Refuse to take away what a verb needs; sources, and options of the trainer and the logger, can be."""
+    for key in keys:
+        if not key.startswith(("sources", "trainer.", "logger.", "hydra")) and key in _keys(_compose(verb, [])):
+            raise ConfigurationError(f"'~{key}' takes a setting away that '{verb}' needs; leave it out")
 
 
 def _compose(verb: str, words: list[str]) -> DictConfig:
@@ -134,8 +142,6 @@ def _sentence(verb: str, word: str, error: Exception, known: DictConfig) -> str:
     key = word.partition("=")[0].lstrip("+~")
     text = str(error)
     if re.search(r"Could not (override|delete)|is not in struct|Key '.*' not in", text):
-        if word.startswith("~") and key in _keys(known):
-            return f"'{word}' takes a setting away that '{verb}' needs; leave '{word}' out"
         near = difflib.get_close_matches(key, _keys(known), n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         return f"unknown key '{key}'; {hint}'{PROGRAM} {verb} --help' shows every key"

@@ -150,10 +150,11 @@ class GrowingStrength(KeepsPrecision):
         if factor >= _IDLE or int(self.steps) < least or self.reached < _LONG_ENOUGH:
             return None
         share = float(self.fitting.recent / self.fitting.first)
+        higher = "" if float(self.fitting.acts_below) == OFF else "; where it cannot fall far, acts_below=1"
         return (
             f"{factor:.0%} of the strength acts, since the training loss is still at {share:.0%} of its first value. "
             "That is meant for networks that do not fit their training images; where the loss started low, choose "
-            "full_strength_at=1, and where it cannot fall far, as with MixUp, acts_below=1"
+            f"full_strength_at=1{higher}"
         )
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:

@@ -76,8 +76,8 @@ def attach(
         strength: how much of the perturbation acts when it has grown, above 0 and at most 1: a feature map is
             multiplied by ``1 + strength * (multiplier - 1)``. None takes the one that phi comes with; of any other
             perturbation 1.
-        full_strength_at: share of the loss of the first batches at or below which the whole strength acts; above, it
-            acts in proportion to how far the loss has come down, so that a network that cannot fit its images is
+        full_strength_at: share of the loss of the first batches at or below which the whole strength acts, and in
+            proportion a part of it between that and ``acts_below``, so that a network that cannot fit its images is
             harmed less. 1 for a strength that does not follow the loss. None takes what phi comes with; of any other
             perturbation 1.
         acts_below: share of that loss at or above which nothing acts, so that such a network is left alone; above
