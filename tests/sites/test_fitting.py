@@ -190,6 +190,7 @@ def test_the_default_waits_for_the_loss_and_then_acts():
         with torch.no_grad():
             return not torch.equal(model(images), model(images))
 
+    assert not acts()  # at the beginning of the ramp
     for losses, coeff in (([2.0] * 20, 0.0), ([1.3] * 200, 0.0), ([1.0] * 200, 0.475), ([0.5] * 200, 0.95)):
         for loss in losses:
             attachment.step(loss)
