@@ -34,9 +34,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "unknown verb": (["fitt"], ["unknown verb 'fitt'", "use one of: fit"]),
     "unknown option": (["fit", "--fresh"], ["unknown option '--fresh'"]),
     # Keys
-    "setting taken away": (["fit", "~data"], ["'~data' takes a setting away that 'fit' needs; leave it out"]),
-    "number taken away": (["fit", "~meta.steps=9"], ["'~meta.steps' takes a setting away that 'fit' needs"]),
-    "group taken away": (["compare", "~seeds"], ["'~seeds' takes a setting away that 'compare' needs"]),
+    "key without a value deleted": (["fit", "~data"], ["'~data' takes a setting away that 'fit' needs; leave it out"]),
+    "key of compare deleted": (["compare", "~seeds"], ["'~seeds' takes a setting away that 'compare' needs"]),
     "unknown key": (["fit", "meta.stps=3"], ["unknown key 'meta.stps'", "did you mean 'meta.steps'?"]),
     "unknown top-level key": (["fit", "sed=3"], ["unknown key 'sed'", "'seed'"]),
     "unknown key of hydra": (["fit", "hydra.run.dri=x"], ["unknown key 'hydra.run.dri'", "'hydra.run.dir'"]),
@@ -45,8 +44,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "key of tasks added": (["fit", "+tasks.group=2"], ["unknown key 'tasks.group'", "'tasks.groups'"]),
     "key of evaluation added": (["fit", "+evaluation.step=2"], ["unknown key 'evaluation.step'", "'evaluation.steps'"]),
     "key twice wrong": (["fit", "seed=1", "meta.lrr=1", "x.y=2"], ["unknown key 'meta.lrr'"]),
-    "key deleted": (["fit", "~meta.steps"], ["meta.steps=None", "a positive whole number"]),
-    "section deleted": (["fit", "~meta"], ["meta=None is not a section"]),
+    "key deleted": (["fit", "~meta.steps"], ["'~meta.steps' takes a setting away that 'fit' needs; leave it out"]),
+    "section deleted": (["fit", "~meta"], ["'~meta' takes a setting away that 'fit' needs"]),
     "section replaced": (["fit", "meta=null"], ["'meta=null'"]),
     "unknown key in a sweep": (["fit", "-m", "meta.lrr=1,2"], ["unknown key 'meta.lrr'", "'meta.lr'"]),
     # Words
