@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from mp_lightning import attach, load_phi
+from mp_lightning.backbones import build_backbone
 from mp_lightning.compare.controls import NoiseOnly
 
 
@@ -158,6 +159,15 @@ def test_constant_statistics_do_not_mean_that_nothing_was_perturbed():
 def test_noise_without_a_scale_has_no_statistics_and_perturbs():
     attachment = attach(Helper(), perturbation=NoiseOnly(load_phi().phi), ramp_steps=0)
     attachment.model(torch.randn(2, 3, 8, 8))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attachment.step(1.0)
+
+
+def test_a_batch_of_one_which_no_statistic_is_taken_of_is_perturbed_in_silence():
+    model = build_backbone("conv4", 3, width=4, image_size=16)
+    attachment = attach(model, ramp_steps=10)
+    model(torch.rand(1, 3, 16, 16)).sum().backward()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attachment.step(1.0)

@@ -42,6 +42,7 @@ class Attachment(GrowingStrength):
         observed: by site, the sum of the expected multipliers of each channel (C,) and of how many forwards, while
             constants are estimated.
         frozen: see :meth:`freeze`.
+        perturbed: whether a site was reached in training.
         strays: how many blocks ran in evaluation mode outside of any forward of the model.
     """
 
@@ -89,6 +90,7 @@ class Attachment(GrowingStrength):
         self.depth = 0
         self.strays = 0
         self._told_of_strays = False
+        self.perturbed = False
         self._looked = False
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
@@ -157,6 +159,8 @@ class Attachment(GrowingStrength):
 
     def _reached_nothing(self) -> bool:
         """Whether no site was reached in training yet. Asks the device."""
+        if self.perturbed:
+            return False
         if int(self.forwards) == 0:
             return True
         if not isinstance(self.perturbation, MetaPerturb) or not self.perturbation.initial_statistics(1):

@@ -99,6 +99,8 @@ class Site(KeepsPrecision):
         shared = self.attachment
         if shared.folding and not training:
             return self._folded(x)
+        if training:
+            shared.perturbed = True
         replay = in_backward()
         key = self._noise_key(x, call, training, replay) if training or shared.draws else None
         fused = shared.fused_for(x)
