@@ -1,9 +1,9 @@
-"""A phi minus constant noise of its moments with Conv4, by target and in the mean of the targets.
+"""The default phi minus constant noise of the moments with Conv4, by target and in the mean of the targets.
 
-python -m benchmarks.against_control --seeds 5
-python -m benchmarks.against_control --phi tiny-imagenet-6                  # of which there are fifteen seeds
-python -m benchmarks.against_control --phi tiny-imagenet-6 --from-seed 5    # run to test what the first five showed
-python -m benchmarks.against_control --phi tiny-imagenet-6 --rows benchmarks/results/positive_control/compare.csv
+python -m benchmarks.against_control                  # over all seeds
+python -m benchmarks.against_control --from-seed 5    # over those that were not known when more were run
+python -m benchmarks.against_control --arms metaperturb:tiny-imagenet-6 fixed_noise:tiny-imagenet-6 \\
+    --rows benchmarks/results/positive_control/compare.csv
 python -m benchmarks.against_control --targets imagenette --seeds 5 --arms \\
     metaperturb:tiny-imagenet-6+manifold_mixup fixed_noise:tiny-imagenet-6+manifold_mixup
 """
@@ -13,12 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
 
-from benchmarks.prove import RESULTS
+from benchmarks.prove import RESULTS, SAME_NUMBERS
 from benchmarks.results_page import read
 from mp_lightning.compare.results import Row
 from mp_lightning.compare.statistics import paired
 from mp_lightning.perturbation.files import DEFAULT_PHI
 
+ARMS = (f"metaperturb:{DEFAULT_PHI}", f"fixed_noise:{SAME_NUMBERS}")
 TARGETS = ("imagenette", "cifar10")
 Values = tuple[list[float], list[float]]  # of the two arms, seed by seed
 
@@ -49,8 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=Path, default=RESULTS)
     parser.add_argument("--from-seed", type=int, default=0, choices=range(14), metavar="0 to 13")
-    parser.add_argument("--phi", default=DEFAULT_PHI, help="name of a bundled one")
-    parser.add_argument("--arms", nargs=2, metavar=("ARM", "OTHER"), help="others; the first minus the second")
+    parser.add_argument("--arms", nargs=2, default=ARMS, help="the first minus the second")
     parser.add_argument("--targets", nargs="+", default=TARGETS)
     parser.add_argument("--seeds", type=int, default=15)
     given = parser.parse_args()
@@ -58,12 +58,11 @@ def main() -> None:
         parser.error(f"--rows: '{given.rows}' does not exist")
     if given.seeds < given.from_seed + 2:
         parser.error(f"--seeds {given.seeds}: a difference needs two seeds from --from-seed {given.from_seed} on")
-    arms = given.arms or [f"{kind}:{given.phi}" for kind in ("metaperturb", "fixed_noise")]
     comparisons = read(given.rows)
     training = "50 images a class of 32 pixels, conv4, 1200 steps of 64, Adam 0.003"
     try:
         chosen = {target: comparisons[f"{target}, {training}"] for target in given.targets}
-        print("\n".join(lines(chosen, arms, range(given.from_seed, given.seeds))))
+        print("\n".join(lines(chosen, given.arms, range(given.from_seed, given.seeds))))
     except KeyError as error:
         parser.error(f"--rows: '{given.rows}' lacks {error}")
 

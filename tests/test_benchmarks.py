@@ -379,7 +379,7 @@ def test_the_positive_control_is_matched_where_features_pass_the_activation():
 
 
 def test_the_default_beside_its_control_is_told_by_target_and_in_their_mean(tmp_path):
-    said = run("benchmarks.against_control", "--phi", "tiny-imagenet-6", "--from-seed", "5").splitlines()
+    said = run("benchmarks.against_control", "--from-seed", "5").splitlines()
     assert [line.split()[0] for line in said] == ["imagenette", "cifar10", "mean"] * 2
     assert all(line.endswith("10 seeds") for line in said)
     first, second, mean = (float(line.split()[1]) for line in said[:3])
