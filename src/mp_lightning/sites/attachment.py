@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
-from mp_lightning.perturbation import FusedPerturbation, MetaPerturb, Perturbation, check_noise_per
+from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
 from mp_lightning.sites.blocks import make_blocks, scopes_in_words, scopes_of
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
@@ -149,27 +149,13 @@ class Attachment(GrowingStrength):
         self.count(loss, *self._shard())
         if not self._looked:
             self._looked = True
-            if self._reached_nothing() and self._shard()[0] == 0:
+            if not self.perturbed and self._shard()[0] == 0:
                 warnings.warn(
                     "MetaPerturb: nothing was perturbed in the first training batch, as no forward of "
                     f"{scopes_in_words(self.plan)} was made by calling it; call it, and not its forward or other "
                     "methods, or choose sites that are reached (sites=)",
                     stacklevel=2,
                 )
-
-    def _reached_nothing(self) -> bool:
-        """Whether no site was reached in training yet. Asks the device."""
-        if self.perturbed:
-            return False
-        if int(self.forwards) == 0:
-            return True
-        if not isinstance(self.perturbation, MetaPerturb) or not self.perturbation.initial_statistics(1):
-            return False  # of others the statistics may be constants, and some have none
-        return all(
-            torch.equal(site.statistics[name].cpu(), value.to(site.statistics[name].dtype))
-            for site in self.all_sites()
-            for name, value in self.perturbation.initial_statistics(site.spec.channels).items()
-        )
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
