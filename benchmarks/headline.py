@@ -1,18 +1,17 @@
 """What the README and the card of the default phi say of it, from the kept rows of benchmarks.prove.
 
-python -m benchmarks.headline                                       # writes both anew
-python -m benchmarks.headline --arms ARM OTHER                      # prints ARM minus OTHER wherever both were run
+python -m benchmarks.headline
 """
 
 import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 
+from benchmarks.difference import METRICS, difference, values
 from benchmarks.prove import PROOFS, PUBLISHED, RESULTS, SAME_NUMBERS
 from benchmarks.results_page import read
 from mp_lightning.compare.results import Row
-from mp_lightning.compare.statistics import Difference, paired
+from mp_lightning.compare.statistics import Difference
 from mp_lightning.perturbation.files import DEFAULT_PHI
 
 README = Path(__file__).parents[1] / "README.md"
@@ -54,19 +53,9 @@ PAIRS = {
 }
 
 
-def difference(rows: list[Row], arm: str, other: str, score: Callable[[Row], float]) -> Difference | None:
-    """``arm`` minus ``other`` over the seeds that both have; None where they are fewer than three."""
-    by_arm = [{row.seed: score(row) for row in rows if row.arm == name} for name in (arm, other)]
-    seeds = sorted(by_arm[0].keys() & by_arm[1].keys())
-    if len(seeds) < FEWEST:
-        return None
-    return paired(*([scores[seed] for seed in seeds] for scores in by_arm))
-
-
 def both(rows: list[Row], arm: str, other: str) -> tuple[Difference, Difference] | None:
-    """In accuracy (points) and in NLL (nats)."""
-    accuracy = difference(rows, arm, other, lambda row: 100 * row.accuracy)
-    nll = difference(rows, arm, other, lambda row: row.nll)
+    """In accuracy (points) and in NLL (nats); None where too few seeds have both arms."""
+    accuracy, nll = (difference(values(rows, arm, other, score), FEWEST) for score in METRICS.values())
     return None if accuracy is None or nll is None else (accuracy, nll)
 
 
@@ -107,15 +96,10 @@ def words(comparison: str, arm: str, other: str, rows: list[Row]) -> str | None:
     return told if accuracy.n in (5, 15) else f"{told} ({accuracy.n} seeds)"
 
 
-def lines(comparisons: dict[str, list[Row]], arm: str, other: str) -> list[str]:
-    """``arm`` minus ``other``, one line for each comparison that has both."""
-    told = (words(name, arm, other, rows) for name, rows in comparisons.items())
-    return [line for line in told if line is not None]
-
-
 def card_results(comparisons: dict[str, list[Row]]) -> dict[str, list[str]]:
     """What the card lists under 'results'."""
-    return {label: lines(comparisons, *pair) for label, pair in PAIRS.items()}
+    told = {label: [words(name, *pair, rows) for name, rows in comparisons.items()] for label, pair in PAIRS.items()}
+    return {label: [line for line in lines if line is not None] for label, lines in told.items()}
 
 
 def replaced(text: str, table: str) -> str:
@@ -136,18 +120,8 @@ def write(comparisons: dict[str, list[Row]], readme: Path = README, card: Path =
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arms", nargs=2, metavar=("ARM", "OTHER"))
-    given = parser.parse_args()
-    comparisons = read(RESULTS)
-    if given.arms is None:
-        write(comparisons)
-        return
-    found = lines(comparisons, *given.arms)
-    if not found:
-        known = sorted({row.arm for rows in comparisons.values() for row in rows})
-        parser.error(f"--arms: no comparison has both; there are {', '.join(known)}")
-    print("\n".join(found))
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    write(read(RESULTS))
 
 
 if __name__ == "__main__":

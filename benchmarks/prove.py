@@ -14,6 +14,7 @@ none,metaperturb:tiny-imagenet-2,fixed_noise:tiny-imagenet-2.
 
 import argparse
 import csv
+import json
 import shutil
 import subprocess
 import sys
@@ -185,17 +186,18 @@ def make_and_keep(proof: Proof, given: argparse.Namespace, arms: list[str]) -> N
 
 
 def _without_moments(proof: Proof, given: argparse.Namespace, arms: list[str]) -> list[str]:
-    """Controls that have rows, while the moments of these are neither kept nor in the run folder."""
+    """Controls that have rows, while the moments of their phi are neither kept nor in the run folder."""
     places = (_moments(proof, given.out), given.runs / proof.name)
-    if any(True for place in places for _ in place.glob("moments-*.json")):
-        return []
+    files = (file for place in places for file in place.glob("moments-*.json"))
+    there = {json.loads(file.read_text(encoding="utf-8"))["phi"] for file in files}
     rows = {row["arm"] for row in _rows(given.out) if row["comparison"] == str(proof)}
-    return [arm for arm in arms if arm in rows and any(map(_needs_moments, arm.split("+")))]
+    return [arm for arm in arms if arm in rows and not _matched_to(arm) <= there]
 
 
-def _needs_moments(part: str) -> bool:
-    kind = KINDS.get(part.partition(":")[0])
-    return kind is not None and kind.needs_moments
+def _matched_to(arm: str) -> set[str]:
+    """The phi whose moments an arm needs."""
+    parts = (part.partition(":") for part in arm.split("+"))
+    return {phi or DEFAULT_PHI for kind, _, phi in parts if kind in KINDS and KINDS[kind].needs_moments}
 
 
 def _moments(proof: Proof, results: Path) -> Path:

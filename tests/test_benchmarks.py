@@ -12,7 +12,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from benchmarks import headline, positive_control, prove, results_page, results_picture, validation_targets, variants
+from benchmarks import (
+    difference,
+    headline,
+    positive_control,
+    prove,
+    results_page,
+    results_picture,
+    validation_targets,
+    variants,
+)
 from benchmarks.measure import interleaved
 from benchmarks.table import Table
 
@@ -197,7 +206,9 @@ def test_controls_whose_moments_are_lost_are_not_made_beside_their_rows(tmp_path
     assert prove._without_moments(proof, given, arms) == ["fixed_noise:new"]
     kept_moments = prove._moments(proof, path) / "moments-0123.json"
     kept_moments.parent.mkdir(parents=True)
-    kept_moments.write_text("measured once")
+    kept_moments.write_text('{"phi": "older"}')
+    assert prove._without_moments(proof, given, arms) == ["fixed_noise:new"]
+    kept_moments.with_name("moments-4567.json").write_text('{"phi": "new"}')
     assert prove._without_moments(proof, given, arms) == []
 
 
@@ -378,16 +389,26 @@ def test_the_positive_control_is_matched_where_features_pass_the_activation():
     assert "multiplier" not in vars(attachment.perturbation)
 
 
-def test_the_default_beside_its_control_is_told_by_target_and_in_their_mean(tmp_path):
-    said = run("benchmarks.against_control", "--from-seed", "5").splitlines()
-    assert [line.split()[0] for line in said] == ["imagenette", "cifar10", "mean"] * 2
+def test_the_difference_of_two_arms_is_told_by_comparison_and_in_their_mean():
+    arms = (f"metaperturb:{prove.DEFAULT_PHI}", f"fixed_noise:{prove.SAME_NUMBERS}")
+    only = ("--only", "imagenette-conv4,cifar10-conv4")
+    said = run("benchmarks.difference", *arms, *only, "--mean", "--from-seed", "5").splitlines()
+    assert [line.split(",")[0].split(":")[0] for line in said] == ["imagenette", "cifar10", "mean"] * 2
     assert all(line.endswith("10 seeds") for line in said)
-    first, second, mean = (float(line.split()[1]) for line in said[:3])
+    first, second, mean = (float(line.split(": ")[1].split()[0]) for line in said[:3])
     assert mean == pytest.approx((first + second) / 2, abs=0.011)
-    assert "invalid choice: 14" in run("benchmarks.against_control", "--from-seed", "14", expect=2)
-    assert "needs two seeds" in run("benchmarks.against_control", "--from-seed", "5", "--seeds", "5", expect=2)
-    (tmp_path / "none.csv").write_text(prove.RESULTS.read_text().splitlines()[0] + "\n")
-    assert "lacks 'imagenette" in run("benchmarks.against_control", "--rows", str(tmp_path / "none.csv"), expect=2)
+    assert len(run("benchmarks.difference", *arms, *only).splitlines()) == 4
+    refused = run("benchmarks.difference", *arms, *only, "--from-seed", "14", expect=2)
+    assert "no comparison has both in two seeds" in refused
+
+
+def test_a_mean_is_of_the_seeds_that_all_comparisons_have():
+    rows = {
+        name: [row(arm, seed, 0.5 + (arm == "a") * seed / 100, 1.0) for arm in "ab" for seed in seeds]
+        for name, seeds in {"t": (1, 2, 3), "u": (2, 3, 4)}.items()
+    }
+    *_, mean = difference.lines(rows, "a", "b", in_mean=True)[:3]
+    assert mean.startswith("mean: +2.50 (") and mean.endswith(", 2 seeds")
 
 
 def test_the_readme_and_the_card_of_the_default_phi_say_what_the_kept_rows_say():
@@ -410,6 +431,8 @@ def test_a_difference_is_told_of_the_seeds_that_both_arms_have():
     assert headline.both(rows[:2] + rows[4:], "a", "b") is None
 
 
-def test_arms_that_no_comparison_has_together_are_refused():
-    assert "no comparison has both; there are " in run("benchmarks.headline", "--arms", "none", "nothing", expect=2)
-    assert "imagenette, conv4, 1200 steps" in run("benchmarks.headline", "--arms", "dropout", "none")
+def test_arms_that_no_comparison_has_together_are_refused(tmp_path):
+    assert "; its arms are dropblock, dropout" in run("benchmarks.difference", "none", "nothing", expect=2)
+    (tmp_path / "none.csv").write_text(prove.RESULTS.read_text().splitlines()[0] + "\n")
+    said = run("benchmarks.difference", "dropout", "none", "--rows", str(tmp_path / "none.csv"), expect=2)
+    assert "none at all" in said
