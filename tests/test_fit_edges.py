@@ -209,12 +209,16 @@ def test_blocks_that_run_by_themselves_take_the_expected_noise_and_say_so_once()
 def test_other_weights_are_not_evaluated_with_the_batch_norm_of_those_before():
     model, attachment, _ = trained()
     state, weights = attachment.state(), copy.deepcopy(model.state_dict())
-    model.load_state_dict(weights)
+    others = {name: value + 0.01 if value.is_floating_point() else value for name, value in weights.items()}
+    model.load_state_dict(others)
     assert attachment.evaluation_buffers is None
     attachment.load_state(state)  # in either order
     model.load_state_dict(weights)
     assert attachment.evaluation_buffers is not None
-    model.load_state_dict(weights)
+    attachment.load_state(state)
+    model.half().load_state_dict(weights)
+    assert attachment.evaluation_buffers is not None, "the same weights, rounded"
+    model.float().load_state_dict(others)
     assert attachment.evaluation_buffers is None
 
 

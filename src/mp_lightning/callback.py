@@ -15,11 +15,13 @@ from mp_lightning.errors import ConfigurationError
 from mp_lightning.evaluation_epochs import EvaluationEpochs
 from mp_lightning.inference import INFERENCE_MODES, InferenceMode, MonteCarlo, Output
 from mp_lightning.neighbours import (
-    AfterConfigureModel,
+    AttachesLater,
     act_last,
+    check_alone,
+    check_single,
     check_strategy,
+    late_hook,
     leave_averages_plain,
-    makes_layers_late,
     unfrozen,
 )
 from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_fraction, load_phi
@@ -28,7 +30,9 @@ from mp_lightning.restoring import load_trained, set_back, set_to_evaluation
 from mp_lightning.schedule import batches_per_step, total_training_batches
 from mp_lightning.site_metrics import SiteLog, batches_between_looks
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
+from mp_lightning.sites.arguments import check_arguments, check_whole_number
 from mp_lightning.sites.attachment import CLIP, PathName, check_path
+from mp_lightning.sites.blocks import check_there
 from mp_lightning.sites.choice import is_file, is_share
 
 
@@ -119,6 +123,9 @@ class MetaPerturbCallback(EvaluationEpochs):
         super().__init__(inference, samples, fit_samples, output)
         if phi is not None and perturbation is not None:
             raise ConfigurationError("phi= and perturbation= are both given; give one of them")
+        check_arguments(
+            perturbation=perturbation, clip=clip, seed=seed, input_size=input_size, synchronize=sync_statistics
+        )
         self.phi = load_phi(phi)  # now, so that a bad file is known before data is prepared
         self._phi_given = phi is not None
         self.perturbation = perturbation
@@ -147,8 +154,8 @@ class MetaPerturbCallback(EvaluationEpochs):
             if share is not None:
                 check_fraction(share, name)
         for name, value, off in (("ramp_steps", ramp_steps, "no ramp"), ("log_every", log_every, "nothing")):
-            if value is not None and (not isinstance(value, int) or value < 0):
-                raise ConfigurationError(f"{name}={value}: give a whole number of batches, or 0 for {off}")
+            if value is not None:
+                check_whole_number(value, name, 0, f"of batches, or 0 for {off}")
         self.log_every = log_every
         self._site_log: SiteLog | None = None
 
@@ -158,17 +165,23 @@ class MetaPerturbCallback(EvaluationEpochs):
             self._install_hooks(pl_module)
             return
         check_strategy(trainer)
+        check_alone(trainer, self)
         if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
             rank_zero_warn(
                 "MetaPerturb: this strategy trains copies of the module in processes of their own, and brings back "
                 "their weights alone; bring the module back from a checkpoint with MetaPerturbCallback.restore"
             )
         self._attached_here = attachment_of(pl_module) is None
-        if makes_layers_late(pl_module) and self._attached_here:
-            AfterConfigureModel(self.attach, pl_module).install()
+
+        def attach_now(module: pl.LightningModule) -> None:
+            with unfrozen(trainer, self, module):
+                self.attach(module)
+
+        hook = late_hook(pl_module) if self._attached_here else None
+        if hook is None:
+            attach_now(pl_module)
         else:
-            with unfrozen(trainer, self, pl_module):
-                self.attach(pl_module)
+            AttachesLater(attach_now, pl_module, hook).install()
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         act_last(trainer, self)
@@ -201,7 +214,7 @@ class MetaPerturbCallback(EvaluationEpochs):
         Raises:
             SiteError: the module has no site.
             ConfigurationError: it is attached already, with another phi or strength or at other sites than this
-                callback was given.
+                callback was given; several parts of it are; or a part that was attached is gone.
         """
         existing = attachment_of(module)
         if existing is not None and existing.model not in {*module.modules()}:
@@ -209,7 +222,10 @@ class MetaPerturbCallback(EvaluationEpochs):
                 f"a network of {type(module).__name__} is attached already, as a part of "
                 f"{type(existing.model).__name__}; call mp_lightning.detach(network) first"
             )
+        if existing is not None:
+            check_single(module)
         if existing is not None and self.persistent:
+            check_there(existing.model, existing.hooked)
             return self._with_hooks(module, existing)  # what a module declares may have been loaded with its weights
         attachment = attach(
             module,
@@ -241,7 +257,7 @@ class MetaPerturbCallback(EvaluationEpochs):
         else:
             before = int(attachment.steps) if trainer.global_step == 0 else 0
             attachment.ramp_over_run(total, batches_per_step(trainer, total), before)
-        attachment.inference = None
+        attachment.inference = self._inference_of_epoch(trainer)  # of what runs in evaluation mode between the batches
         every = batches_between_looks(trainer, total) if self.log_every is None else self.log_every
         self._site_log = SiteLog(attachment, every if trainer.loggers else 0)
         phi = self.phi if self.perturbation is None else None
@@ -254,6 +270,7 @@ class MetaPerturbCallback(EvaluationEpochs):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
+        self._attached(pl_module).inference = None  # each forward draws its noise, whatever the mode of its module
         if self._site_log is not None:
             self._site_log.begin_batch()
 
@@ -263,6 +280,7 @@ class MetaPerturbCallback(EvaluationEpochs):
         attachment = self._attached(pl_module)
         metrics = self._site_log.end_batch() if self._site_log is not None else {}
         attachment.step(_loss(trainer, outputs))
+        attachment.inference = self._inference_of_epoch(trainer)
         if metrics and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)
@@ -285,7 +303,7 @@ class MetaPerturbCallback(EvaluationEpochs):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """An interrupted training leaves a model that can be evaluated; one that had not begun changes nothing."""
-        AfterConfigureModel.uninstall(pl_module)
+        AttachesLater.uninstall(pl_module)
         attachment = attachment_of(pl_module)
         if attachment is not None:
             attachment.settle()

@@ -12,6 +12,7 @@ from torch import nn
 from mp_lightning.errors import ConfigurationError, UserError
 from mp_lightning.perturbation import NamedPhi, Phi
 from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of
+from mp_lightning.sites.saving import check_state
 
 KEY = "mp_lightning"
 # A strict load of the plain weights fails and quotes this key, so the key is the message.
@@ -123,14 +124,18 @@ def _importable(module: nn.Module) -> str | None:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def attach_state(model: nn.Module, state: dict[str, Any], *, weights_follow: bool = True) -> Attachment:
+def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
     """Attach, if need be, what a checkpoint holds, with its phi, plan and statistics.
 
     Args:
         model: that was trained.
         state: of :meth:`~mp_lightning.sites.attachment.Attachment.state`.
-        weights_follow: as for :meth:`~mp_lightning.sites.attachment.Attachment.load_state`.
+
+    Raises:
+        ConfigurationError: it is no whole state, or of a perturbation that it does not hold and the model has not.
+        SiteError: the model does not have its sites.
     """
+    check_state(state)
     attachment = attachment_of(model)
     if attachment is None:
         if "phi" not in state:
@@ -148,7 +153,7 @@ def attach_state(model: nn.Module, state: dict[str, Any], *, weights_follow: boo
         )
         part = model.get_submodule(state.get("part", ""))  # that was attached by hand
         attachment = attach(part, phi, sites=SitePlan.from_dict(state["plan"]))
-    attachment.load_state(state, weights_follow=weights_follow)
+    attachment.load_state(state)
     return attachment
 
 

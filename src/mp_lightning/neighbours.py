@@ -11,6 +11,7 @@ from torch import nn
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.sites import detach
+from mp_lightning.sites.surgery import attachment_of_itself
 from mp_lightning.sites.tracing import is_frozen
 
 # Parameters that are cut into pieces would have to be put together at every site.
@@ -19,6 +20,7 @@ _SHARDED = {
     "ModelParallelStrategy": "strategy='ddp', since phi and its statistics are not sharded",
     "DeepSpeedStrategy": "strategy='ddp'",
 }
+_LATE_HOOKS = ("configure_model", "setup")  # in which modules make layers, the last one that Lightning calls first
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
@@ -33,6 +35,35 @@ def check_strategy(trainer: pl.Trainer) -> None:
                 f"MetaPerturb does not work with {type(trainer.strategy).__name__}, which keeps the module in pieces; "
                 f"use {remedy}"
             )
+
+
+def check_alone(trainer: pl.Trainer, callback: Callback) -> None:
+    """Refuse a second callback of the same kind, which would count every batch once more.
+
+    Raises:
+        ConfigurationError: there is one.
+    """
+    others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, type(callback))]  # type: ignore[attr-defined]
+    if len(others) > 1:
+        raise ConfigurationError(
+            f"the trainer has {len(others)} callbacks of the kind {type(callback).__name__}; leave one of them, with "
+            "target= or sites= where several parts of the module are meant"
+        )
+
+
+def check_single(module: nn.Module) -> None:
+    """Refuse a module of which several parts are attached one by one, of which only one would be looked after.
+
+    Raises:
+        ConfigurationError: names them.
+    """
+    attached = [name for name, part in module.named_modules() if attachment_of_itself(part) is not None]
+    if len(attached) > 1:
+        names = " and ".join(f"self.{name}" if name else "the module" for name in attached)
+        raise ConfigurationError(
+            f"{names} are attached one by one, and a training looks after one attachment; leave attaching to the "
+            "callback, or call mp_lightning.detach on a copy that is not to be perturbed"
+        )
 
 
 def act_last(trainer: pl.Trainer, callback: Callback) -> None:
@@ -79,30 +110,45 @@ def unfrozen(trainer: pl.Trainer, callback: Callback, module: nn.Module) -> Iter
             parameter.requires_grad_(False)
 
 
-def makes_layers_late(module: pl.LightningModule) -> bool:
-    """Whether the module has a ``configure_model`` that is not Lightning's own (under either of its names)."""
-    return type(module).configure_model.__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+def late_hook(module: pl.LightningModule) -> str | None:
+    """The last hook of a module's own in which it may make layers; None if it has none."""
+    return next((name for name in _LATE_HOOKS if overrides(module, name)), None)
 
 
-class AfterConfigureModel:
-    """Attaches to a module that makes its layers in ``configure_model``, as soon as it has."""
+def overrides(module: pl.LightningModule, hook: str) -> bool:
+    """Whether the module has a hook that is not Lightning's own (under either of its names)."""
+    return getattr(type(module), hook).__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
 
-    def __init__(self, attach: Callable[[pl.LightningModule], Any], module: pl.LightningModule) -> None:
+
+class AttachesLater:
+    """Attaches to a module that may make layers in a hook of its own, as soon as it has.
+
+    Args:
+        attach: what attaches.
+        module: to which.
+        hook: as :func:`late_hook` names it.
+    """
+
+    def __init__(self, attach: Callable[[pl.LightningModule], Any], module: pl.LightningModule, hook: str) -> None:
         self._attach = attach
         self._module = module
+        self._hook = hook
 
     def install(self) -> None:
-        self._module.configure_model = self.configure_model  # type: ignore[method-assign]
+        """Take the place of the hook, once."""
+        setattr(self._module, self._hook, self.run)
 
     @classmethod
     def uninstall(cls, module: pl.LightningModule) -> None:
         """Where a training ended before there were any layers."""
-        if isinstance(getattr(module.__dict__.get("configure_model"), "__self__", None), cls):
-            del module.configure_model
+        for hook in _LATE_HOOKS:
+            if isinstance(getattr(module.__dict__.get(hook), "__self__", None), cls):
+                delattr(module, hook)
 
-    def configure_model(self) -> None:
-        del self._module.configure_model
-        self._module.configure_model()
+    def run(self, *args: Any, **kwargs: Any) -> None:
+        """The hook, and after it the attaching."""
+        delattr(self._module, self._hook)
+        getattr(self._module, self._hook)(*args, **kwargs)
         self._attach(self._module)
 
 

@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, attach_state, read_checkpoint
-from mp_lightning.neighbours import makes_layers_late
+from mp_lightning.neighbours import overrides
 from mp_lightning.sites import Attachment
 
 # Of modules that were put into evaluation mode, and not by their user.
@@ -25,20 +25,26 @@ def load_trained(model: pl.LightningModule, checkpoint: str | Path) -> tuple[Att
         CheckpointError: the file cannot be read, was made without MetaPerturb, or holds another model's weights.
         SiteError: the model does not have the sites of the checkpoint.
     """
+    if not isinstance(model, nn.Module) or not hasattr(model, "configure_model"):  # of Lightning's under either name
+        what = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise CheckpointError(
+            f"checkpoint '{checkpoint}' cannot be restored into {what}; give a LightningModule, freshly made"
+        )
     content = read_checkpoint(checkpoint)
     state = content[KEY]
     weights = {name: value for name, value in content["state_dict"].items() if name != MARKER}
-    if makes_layers_late(model):
+    if overrides(model, "configure_model"):
         model.configure_model()
     model.on_load_checkpoint(content)
     try:
         model.load_state_dict(weights)
     except RuntimeError as error:
+        late = ", after its setup() where that makes its layers" if overrides(model, "setup") else ""
         raise CheckpointError(
             f"the weights of checkpoint '{checkpoint}' are not those of a {type(model).__name__}: "
-            f"{' '.join(str(error).split())[:300]}; give a module of the class that was trained"
+            f"{' '.join(str(error).split())[:300]}; give a module of the class that was trained{late}"
         ) from error
-    return attach_state(model, state, weights_follow=False), state["inference"]
+    return attach_state(model, state), state.get("inference", {})
 
 
 def set_to_evaluation(model: nn.Module) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -233,3 +234,44 @@ def test_what_cannot_be_written_leaves_the_old_file_alone(tmp_path, name, card, 
     with pytest.raises(ConfigurationError, match=reason):
         save_phi(tmp_path / name, initial_phi(1), card)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == content and before["sha256"]
+
+
+@pytest.mark.parametrize("place", ["absent/phi.safetensors", "folder.safetensors"])
+def test_a_place_that_cannot_be_written_to_is_named_and_nothing_is_left(tmp_path, place):
+    (tmp_path / "folder.safetensors").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(ConfigurationError, match=r"cannot be written \((No such file|Is a directory).*; give a place"):
+        save_phi(tmp_path / place, initial_phi(0), {})
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_phi_and_its_card_are_replaced_together_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "phi.safetensors"
+    save_phi(path, initial_phi(0), {"seed": 0})
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    write = Path.write_bytes
+
+    def full(self, content):
+        if ".json" in self.name:
+            raise OSError(28, "No space left on device")
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(ConfigurationError, match="No space left on device"):
+        save_phi(path, initial_phi(1), {"seed": 1})
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
+    assert load_phi(path).card["seed"] == 0
+
+
+@pytest.mark.parametrize("text", ['{"birds": 3}', "[1]", "no JSON"])
+def test_a_json_file_that_is_no_card_is_not_replaced(tmp_path, text):
+    (tmp_path / "phi.json").write_text(text)
+    with pytest.raises(ConfigurationError, match=r"would replace .*phi\.json', which is something else; remove that"):
+        save_phi(tmp_path / "phi.safetensors", initial_phi(0), {})
+    assert [file.name for file in tmp_path.iterdir()] == ["phi.json"]
+    assert (tmp_path / "phi.json").read_text() == text
+
+
+def test_a_card_is_a_dictionary(tmp_path):
+    with pytest.raises(ConfigurationError, match="is a NoneType; give a dictionary"):
+        save_phi(tmp_path / "phi.safetensors", initial_phi(0), None)

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference.mc import OutputAverage
 
 if TYPE_CHECKING:
@@ -38,10 +39,10 @@ class Mean:
         if self._uses_stand_in:
             self._stand_in.begin(attachment, args, kwargs)
             return
+        _swap_buffers(attachment)
         self._sampling = attachment.sampling
         attachment.sampling = False
         attachment.folding = self._folds
-        _swap_buffers(attachment)
 
     def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
         if self._uses_stand_in:
@@ -70,17 +71,36 @@ class Mean:
 
 
 def _swap_buffers(attachment: "Attachment") -> None:
-    """Exchange the model's buffers with the copies: once to put them in, once more to take them out."""
+    """Exchange the model's buffers with the copies: once to put them in, once more to take them out.
+
+    Raises:
+        ConfigurationError: a layer that they belong to is gone; then none is exchanged.
+    """
     if not attachment.evaluation_buffers:
         return
+    owners = {name: _owner(attachment.model, name) for name in attachment.evaluation_buffers}
     swapped = {}
     for name, copy in attachment.evaluation_buffers.items():
-        path, _, leaf = name.rpartition(".")
-        owner = attachment.model.get_submodule(path)
+        owner, leaf = owners[name], name.rpartition(".")[-1]
         current = owner._buffers[leaf]
         assert current is not None
         swapped[name], owner._buffers[leaf] = current, copy.to(current)
     attachment.evaluation_buffers = swapped
+
+
+def _owner(model: nn.Module, name: str) -> nn.Module:
+    """The layer that has a buffer of this name."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        owner = model.get_submodule(path)
+    except AttributeError:
+        owner = None
+    if owner is None or owner._buffers.get(leaf) is None:
+        raise ConfigurationError(
+            f"batch norm self.{path}, which was re-estimated, was replaced or removed since; detach the perturbation "
+            "before such a change, or call mp_lightning.reestimate_batch_norm after it"
+        )
+    return owner
 
 
 class Fold(Mean):

@@ -8,7 +8,7 @@ takes their place only while a forward in evaluation mode runs.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed
@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mp_lightning.errors import ConfigurationError
-
-if TYPE_CHECKING:
-    from mp_lightning.sites import Attachment
+from mp_lightning.sites import Attachment
+from mp_lightning.sites.saving import weights_of
 
 BATCHES = 50  # the most training batches that re-estimation looks at
 
@@ -32,18 +31,18 @@ class _StopAfterForward:
 
     expects = False
 
-    def __init__(self, attachment: "Attachment", folding: bool = False) -> None:
+    def __init__(self, attachment: Attachment, folding: bool = False) -> None:
         self._folding = folding
         entries = attachment.entry_modules()
         self._whole = entries.pop("", None)
         self._parts = {id(module) for module in entries.values()}
         self.seen: set[int] = set()
 
-    def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(self, attachment: Attachment, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         attachment.sampling = False
         attachment.folding = self._folding
 
-    def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
+    def finish(self, attachment: Attachment, module: nn.Module, output: Any) -> Any:
         attachment.sampling = True
         attachment.folding = False
         if output is None:  # the forward raised, and that error is the one to see
@@ -54,9 +53,7 @@ class _StopAfterForward:
         return output
 
 
-def reestimate_batch_norm(
-    attachment: "Attachment", forwards: Iterable[Callable[[], Any]], *, fold: bool = False
-) -> None:
+def reestimate_batch_norm(attachment: Attachment, forwards: Iterable[Callable[[], Any]], *, fold: bool = False) -> None:
     """Estimate batch norm's statistics under the expected noise, as the plain average over training batches.
 
     They become the attachment's ``evaluation_buffers`` (empty if there is nothing to re-estimate), which :class:`Mean`
@@ -72,20 +69,25 @@ def reestimate_batch_norm(
             so it must be a list or the like.
 
     Raises:
-        ConfigurationError: there is no function, or one never ran the model.
+        ConfigurationError: there is no function, or one never ran the model; ``attachment`` is none.
     """
+    if not isinstance(attachment, Attachment):
+        raise ConfigurationError(
+            f"reestimate_batch_norm was given a {type(attachment).__name__}; give the attachment that attach() returned"
+        )
     norms = {
         name: module
         for name, module in attachment.model.named_modules()
         if isinstance(module, _BatchNorm) and module.running_mean is not None and not _is_frozen(module, attachment)
     }
     attachment.evaluation_buffers = attachment.constants = None
+    attachment.weights = weights_of(attachment.model)
     with torch.inference_mode(False), torch.no_grad():
         _estimate(attachment, forwards, norms, fold)
 
 
 def _estimate(
-    attachment: "Attachment", forwards: Iterable[Callable[[], Any]], norms: dict[str, _BatchNorm], fold: bool
+    attachment: Attachment, forwards: Iterable[Callable[[], Any]], norms: dict[str, _BatchNorm], fold: bool
 ) -> None:
     if fold:
         with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment)) as stop:
@@ -116,12 +118,17 @@ def _estimate(
     attachment.evaluation_buffers = copies
 
 
-def _run(attachment: "Attachment", forwards: Iterable[Callable[[], Any]], stop: _StopAfterForward) -> None:
+def _run(attachment: Attachment, forwards: Iterable[Callable[[], Any]], stop: _StopAfterForward) -> None:
     """Run the model on each batch."""
     done = 0
     for forward in islice(forwards, BATCHES):
         done += 1
         stop.seen.clear()
+        if not callable(forward):
+            raise ConfigurationError(
+                f"reestimate_batch_norm was given a {type(forward).__name__} among its functions; give functions that "
+                "run the model on a batch, such as [lambda x=x: model(x) for x, _ in loader]"
+            )
         try:
             forward()
         except _ForwardDone:
@@ -141,7 +148,7 @@ def _run(attachment: "Attachment", forwards: Iterable[Callable[[], Any]], stop: 
         raise ConfigurationError("batch norm cannot be re-estimated without a training batch; use inference='mc'")
 
 
-def _is_frozen(norm: _BatchNorm, attachment: "Attachment") -> bool:
+def _is_frozen(norm: _BatchNorm, attachment: Attachment) -> bool:
     """Whether training left the statistics of this layer alone."""
     if attachment.model.training and not norm.training:
         return True
@@ -150,7 +157,7 @@ def _is_frozen(norm: _BatchNorm, attachment: "Attachment") -> bool:
 
 @contextmanager
 def _estimating(
-    attachment: "Attachment", norms: list[_BatchNorm], stop: _StopAfterForward
+    attachment: Attachment, norms: list[_BatchNorm], stop: _StopAfterForward
 ) -> Iterator[_StopAfterForward]:
     """Everything in evaluation mode but batch norm, which takes the plain average over batches; undone on leaving."""
     modes = [(module, module.training) for module in attachment.model.modules()]

@@ -3,6 +3,8 @@
 Nothing is ever unpickled. The card carries the SHA-256 of the file, which is verified when the file is loaded.
 """
 
+import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -66,11 +68,14 @@ def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dic
     Raises:
         PhiError: the numbers are not those of a phi, or not finite.
         ConfigurationError: it is no phi, or what it is meant for is out of range, or there is no such noise; the path
-            does not end in .safetensors, or the card holds what JSON cannot.
+            does not end in .safetensors, or cannot be written to; the card is no dictionary, or holds what JSON cannot;
+            or where it goes there is something else.
     """
     if not isinstance(phi, Phi | NamedPhi):
         raise ConfigurationError(f"save_phi writes a Phi or a NamedPhi, not a {type(phi).__name__}; see load_phi")
     path, named = Path(path), load_phi(phi)
+    if not isinstance(card, dict):
+        raise ConfigurationError(f"the card of phi file '{path}' is a {type(card).__name__}; give a dictionary")
     if path.suffix != ".safetensors":
         raise ConfigurationError(f"phi file '{path}' cannot be written; give a name that ends in .safetensors")
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in named.phi._asdict().items()}
@@ -93,8 +98,7 @@ def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dic
         text = json.dumps(card, indent=2) + "\n"
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"the card of phi file '{path}' cannot be written as JSON: {error}") from error
-    _write_whole(path, content)
-    _write_whole(path.with_suffix(".json"), text.encode())
+    _write_both({path: content, _place_of_card(path): text.encode()})
     return card
 
 
@@ -240,7 +244,36 @@ def _list(names: Any) -> str:
     return ", ".join(sorted(names)) or "nothing"
 
 
-def _write_whole(path: Path, content: bytes) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content)
-    os.replace(partial, path)
+def _place_of_card(path: Path) -> Path:
+    """Beside a phi file; what is there may be replaced only if it is a card."""
+    place = path.with_suffix(".json")
+    try:
+        known = not place.exists() or "sha256" in _read_card(place)
+    except PhiError:
+        known = False
+    if not known:
+        raise ConfigurationError(
+            f"phi file '{path}' cannot be written, as its card would replace '{place}', which is something else; "
+            "remove that, or give another name"
+        )
+    return place
+
+
+def _write_both(contents: dict[Path, bytes]) -> None:
+    """Replace files when all that is new has been written, so that none of them is of another time than the others."""
+    partials = {path: path.with_name(f"{path.name}.partial") for path in contents}
+    try:
+        for path, content in contents.items():
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+            partials[path].write_bytes(content)
+        for path, partial in partials.items():
+            os.replace(partial, path)
+    except OSError as error:
+        for partial in partials.values():
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+        raise ConfigurationError(
+            f"phi file '{next(iter(contents))}' cannot be written ({error.strerror}); give a place in a folder that "
+            "exists and can be written to"
+        ) from error

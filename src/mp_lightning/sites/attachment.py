@@ -11,11 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
-from mp_lightning.sites.blocks import make_blocks, scopes_in_words, scopes_of
+from mp_lightning.sites.blocks import check_there, make_blocks, scopes_of, why_unreached
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, entry_names
-from mp_lightning.sites.saving import state_of, take_over
+from mp_lightning.sites.saving import are_those_of, state_of, take_over
 from mp_lightning.sites.site import Site, in_backward
 from mp_lightning.sites.strength import GrowingStrength
 
@@ -38,11 +38,13 @@ class Attachment(GrowingStrength):
         sampling: draw noise in evaluation mode; otherwise use its expectation.
         evaluation_buffers: buffers of the model, by name, that inference by expectation uses in place of its own.
         constants: by site, the multiplier of each channel (C,) that inference by constants uses.
+        weights: what tells the weights for which these two were estimated from others.
         folding: use the constants.
         observed: by site, the sum of the expected multipliers of each channel (C,) and of how many forwards, while
             constants are estimated.
         frozen: see :meth:`freeze`.
         perturbed: whether a site was reached in training.
+        hooked: the parts of the model that have hooks, by name.
         strays: how many blocks ran in evaluation mode outside of any forward of the model.
     """
 
@@ -83,6 +85,7 @@ class Attachment(GrowingStrength):
         self.inference: Inference | None = None
         self.evaluation_buffers: dict[str, Tensor] | None = None
         self.constants: dict[str, Tensor] | None = None
+        self.weights: list[float] | None = None
         self.observed: dict[str, tuple[Tensor, int]] | None = None
         self.folding = False
         self.on_detach: list[Callable[[], None]] = []
@@ -102,12 +105,12 @@ class Attachment(GrowingStrength):
         for name in ("evaluations", "bound_hits", "size_source"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
         self._set_size_source(_FINAL if input_size is not None else 0)
-        self._weights_follow = False  # those that the buffers for evaluation belong to are not loaded yet
-        self.register_load_state_dict_post_hook(_weights_loaded)
+        self.register_load_state_dict_post_hook(_loaded)
         self.sites = nn.ModuleList(Site(spec, index, self, persistent) for index, spec in enumerate(plan))
         self.__dict__["_model"] = model
         self._blocks = make_blocks(self, model)
         self._entries = [Entry(self, name) for name in entry_names(model, plan)]
+        self.hooked: dict[str, nn.Module] = {}
         self._handles = self._register(model)
 
     forwards: Tensor
@@ -143,28 +146,24 @@ class Attachment(GrowingStrength):
             loss: of the batch, a number, or a tensor whose mean counts.
 
         Raises:
-            ConfigurationError: the length of the ramp is not known.
+            ConfigurationError: the length of the ramp is not known, or ``loss`` is no number.
         """
         self.settle()
         self.count(loss, *self._shard())
         if not self._looked:
             self._looked = True
             if not self.perturbed and self._shard()[0] == 0:
-                warnings.warn(
-                    "MetaPerturb: nothing was perturbed in the first training batch, as no forward of "
-                    f"{scopes_in_words(self.plan)} was made by calling it; call it, and not its forward or other "
-                    "methods, or choose sites that are reached (sites=)",
-                    stacklevel=2,
-                )
+                warnings.warn(f"MetaPerturb: {why_unreached(self.plan, self.model)}", stacklevel=2)
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
         if self.frozen or in_backward():  # in backward, activation checkpointing computes this forward again
             return
+        if not torch.compiler.is_compiling():
+            check_there(self.model, self.hooked)
         self.training_forward = training
         if training:
-            self.evaluation_buffers = self.constants = None  # they belong to the weights before this step
-            self._weights_follow = False
+            self.evaluation_buffers = self.constants = self.weights = None  # of the weights before this step
         self.shard = self._shard()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:
@@ -297,20 +296,18 @@ class Attachment(GrowingStrength):
         """Everything that a checkpoint needs, as tensors, dicts, lists, strings and numbers only."""
         return state_of(self)
 
-    def load_state(self, state: dict[str, Any], *, weights_follow: bool = True) -> None:
-        """Take over what :meth:`state` gave.
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Take over what :meth:`state` gave, before or after the weights that belong to it are loaded.
 
         Args:
             state: of an attachment at the same sites.
-            weights_follow: the weights that batch norm was re-estimated for are loaded after it, and not before.
 
         Raises:
             SiteError: it was saved with other sites.
-            ConfigurationError: it was saved with another kind of perturbation.
+            ConfigurationError: it was saved with another kind of perturbation, or is no such state.
         """
         take_over(self, state)
         self._set_size_source(_FINAL if state["input_size"] > 0 else 0)
-        self._weights_follow = weights_follow
         self.update_coeff()
 
     def _shard(self) -> tuple[int, int]:
@@ -320,11 +317,16 @@ class Attachment(GrowingStrength):
         return 0, 1
 
     def _register(self, model: nn.Module) -> list[RemovableHandle]:
-        handles: list[RemovableHandle] = []
+        handles: list[RemovableHandle] = [model.register_load_state_dict_post_hook(_weights_loaded)]
         for entry in self._entries:
-            handles += entry.register(model.get_submodule(entry.name))
+            self.hooked[entry.name] = model.get_submodule(entry.name)
+            handles += entry.register(self.hooked[entry.name])
         for scope, block in zip(scopes_of(self.plan), self._blocks, strict=True):
-            handles += block.register(model.get_submodule(scope))
+            self.hooked[scope] = model.get_submodule(scope)
+            handles += block.register(self.hooked[scope])
+        activations = {spec.activation for spec in self.plan if spec.activation is not None}
+        self.hooked |= {name: model.get_submodule(name) for name in sorted(activations)}
+        del self.hooked[""]  # the model itself
         return handles
 
     def extra_repr(self) -> str:
@@ -341,10 +343,15 @@ def check_path(path: str) -> None:
         raise ConfigurationError(f"path={path!r} is unknown; use one of {', '.join(get_args(PathName))}")
 
 
-def _weights_loaded(module: nn.Module, incompatible: Any) -> None:
-    """What was estimated for the weights before is of no use with those that were loaded now."""
+def _loaded(module: nn.Module, incompatible: Any) -> None:
     assert isinstance(module, Attachment)
     module._set_size_source(_FINAL if bool(module.input_size > 0) else 0)
-    if not module._weights_follow:
-        module.evaluation_buffers = module.constants = None
-    module._weights_follow = False
+
+
+def _weights_loaded(module: nn.Module, incompatible: Any) -> None:
+    """What was estimated for other weights is of no use with those that were loaded now."""
+    attachment = module._modules.get(NAME)
+    if not isinstance(attachment, Attachment):
+        return
+    if attachment.weights is None or not are_those_of(module, attachment.weights):
+        attachment.evaluation_buffers = attachment.constants = attachment.weights = None

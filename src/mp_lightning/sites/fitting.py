@@ -11,6 +11,8 @@ import torch
 import torch.distributed
 from torch import Tensor, nn
 
+from mp_lightning.errors import ConfigurationError
+
 _FIRST = 5  # batches whose mean loss is that of a network that has not learned
 _OUTLIER = 2.0  # times the median of the first losses
 _SHORTEST = 10  # batches that the recent loss looks back over
@@ -75,8 +77,16 @@ class Fitting(nn.Module):
             loss: a number, or a tensor, whose mean counts; None where this process has none.
             horizon: number of batches that the recent loss looks back over; at least 10 are taken.
             synchronize: take the mean over all processes, each of which must call this.
+
+        Raises:
+            ConfigurationError: it is no number.
         """
-        value = torch.as_tensor(torch.nan if loss is None else loss).detach().to(self.recent).mean()
+        try:
+            value = torch.as_tensor(torch.nan if loss is None else loss).detach().to(self.recent).mean()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ConfigurationError(
+                f"step({loss!r}): give the loss of the batch, a number or a tensor, or nothing"
+            ) from error
         known = value.isfinite()
         if synchronize:
             sums = torch.stack([torch.where(known, value, 0.0), known.to(value)])

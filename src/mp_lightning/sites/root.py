@@ -58,13 +58,14 @@ class Entry:
         detour = "forward" in module.__dict__ and _DETOUR in getattr(module.forward, "__qualname__", "")
         outermost = not detour and attachment.depth == 0
         inference = attachment.inference if outermost and not module.training else None
-        self._stack.append((outermost, inference))
+        self._stack.append((outermost, None))
         if not outermost:
             return
         attachment.depth += 1
         attachment.begin_forward(module.training, first_image((*args, *kwargs.values())))
         if inference is not None:
             inference.begin(attachment, args, kwargs)
+            self._stack[-1] = (outermost, inference)  # now that it began, it is to be finished
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         attachment = self._attachment

@@ -1,8 +1,10 @@
 """What a checkpoint holds of an attachment, and how one takes it over."""
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import MetaPerturb
@@ -11,6 +13,13 @@ from mp_lightning.sites.plan import SitePlan
 
 if TYPE_CHECKING:
     from mp_lightning.sites.attachment import Attachment
+
+_NEEDED = {
+    *("phi_name", "plan", "channel_norm", "seed", "clip", "ramp_steps", "input_size", "sites", "counters"),
+    "evaluation_buffers",
+}
+# Relative difference up to which two weights are taken for the same: they may have been in half precision meanwhile.
+_SAME = 2e-3
 
 
 def state_of(attachment: "Attachment") -> dict[str, Any]:
@@ -32,6 +41,7 @@ def state_of(attachment: "Attachment") -> dict[str, Any]:
         },
         "evaluation_buffers": attachment.evaluation_buffers,
         "constants": attachment.constants,
+        "weights": attachment.weights,
         "counters": {name: int(getattr(attachment, name)) for name in ("steps", "forwards")},
     }
     if isinstance(attachment.perturbation, MetaPerturb):
@@ -40,8 +50,23 @@ def state_of(attachment: "Attachment") -> dict[str, Any]:
     return state
 
 
+def check_state(state: Any) -> None:
+    """Refuse what is no state of an attachment, before anything is taken over.
+
+    Raises:
+        ConfigurationError: names what it lacks.
+    """
+    lacking = sorted(_NEEDED - (state.keys() if isinstance(state, dict) else set()))
+    if lacking:
+        raise ConfigurationError(
+            f"this is no whole state of MetaPerturb, as it lacks {', '.join(lacking)}; give what Attachment.state() "
+            "returned, or an undamaged checkpoint"
+        )
+
+
 def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
     """Set an attachment to what :func:`state_of` gave; see :meth:`Attachment.load_state`."""
+    check_state(state)
     saved, own = SitePlan.from_dict(state["plan"]), attachment.plan
     if saved != own:
         changed = sorted(set(saved.names) ^ set(own.names)) or list(own.names)
@@ -73,3 +98,19 @@ def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
     attachment.seed, attachment.clip, attachment.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
     attachment.reached = state.get("reached", 1.0)  # before there was one, a short run had a longer ramp
     attachment.evaluation_buffers, attachment.constants = state["evaluation_buffers"], state.get("constants")
+    attachment.weights = state.get("weights")
+
+
+@torch.no_grad()
+def weights_of(model: nn.Module) -> list[float]:
+    """What tells the weights of a model from others: the norm of each parameter."""
+    norms = [parameter.detach().float().norm().cpu() for parameter in model.parameters()]
+    return [float(norm) for norm in norms]
+
+
+def are_those_of(model: nn.Module, weights: list[float]) -> bool:
+    """Whether a model has the weights of which :func:`weights_of` gave this."""
+    own = weights_of(model)
+    if len(own) != len(weights):
+        return False
+    return all(math.isclose(a, b, rel_tol=_SAME, abs_tol=1e-6) for a, b in zip(own, weights, strict=True))

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation.precision import KeepsPrecision
+from mp_lightning.sites.arguments import check_whole_number
 from mp_lightning.sites.fitting import OFF, Fitting
 
 RAMP_FRACTION = 0.4  # Section 4 of the paper
@@ -60,13 +61,10 @@ class GrowingStrength(KeepsPrecision):
         Where the strength follows the loss, it does so from the second batch on, when the first loss is known.
 
         Raises:
-            ConfigurationError: the number is negative.
+            ConfigurationError: that is no number of batches.
         """
-        if ramp_steps < 0:
-            raise ConfigurationError(
-                f"ramp_steps={ramp_steps} is negative; give the number of batches, or 0 for no ramp"
-            )
-        self.ramp_steps, self.reached = ramp_steps, 1.0
+        check_whole_number(ramp_steps, "ramp_steps", 0, "of batches, or 0 for no ramp")
+        self.ramp_steps, self.reached = int(ramp_steps), 1.0
         self.update_coeff()
 
     def ramp_over_run(self, total_steps: int, accumulated: float = 1, before: int = 0) -> None:
@@ -79,7 +77,11 @@ class GrowingStrength(KeepsPrecision):
             total_steps: number of training batches of the run.
             accumulated: number of batches whose gradients make one step of the optimizer, on average.
             before: number of training batches of earlier runs, which this one continues.
+
+        Raises:
+            ConfigurationError: ``total_steps`` is no number of batches.
         """
+        check_whole_number(total_steps, "total_steps", 0, "of training batches")
         done = self.ramp_steps is not None and 0 < self.ramp_steps <= int(self.steps)
         if not done:
             self.ramp_over(round(RAMP_FRACTION * total_steps))

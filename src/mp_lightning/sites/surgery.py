@@ -27,7 +27,9 @@ from mp_lightning.perturbation import (
     check_fraction,
     load_phi,
 )
+from mp_lightning.sites.arguments import check_arguments, check_whole_number
 from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName
+from mp_lightning.sites.blocks import check_there
 from mp_lightning.sites.calls import Block
 from mp_lightning.sites.choice import Sites, choose_sites
 from mp_lightning.sites.discovery import find_sites
@@ -99,10 +101,13 @@ def attach(
     Raises:
         PhiError: phi cannot be loaded.
         SiteError: no site was found, or the plan does not fit the model.
-        ConfigurationError: the model is attached already, with another phi, strength, perturbation or plan; or
-            ``path`` is unknown, or ``strength``, ``full_strength_at`` or ``acts_below``
-            out of range.
+        ConfigurationError: the model is attached already, with another phi, strength, perturbation or plan, or was
+            changed since; or ``path`` is unknown, or a number out of range.
     """
+    for name, count in (("total_steps", total_steps), ("ramp_steps", ramp_steps)):
+        if count is not None:
+            check_whole_number(count, name, 0, "of training batches")
+    check_arguments(perturbation=perturbation, clip=clip, seed=seed, input_size=input_size, synchronize=synchronize)
     existing = attachment_of(model)
     named = None if perturbation is not None else load_phi(phi)
     for name, value in (("strength", strength), ("full_strength_at", full_strength_at), ("acts_below", acts_below)):
@@ -110,6 +115,7 @@ def attach(
             check_fraction(value, name)
     follows = _following(named, full_strength_at, acts_below)
     if existing is not None:
+        check_there(existing.model, existing.hooked)
         wanted = None if sites is None and target is None else choose_sites(existing.model, sites, target)
         asked = {"full_strength_at": full_strength_at, "acts_below": acts_below}
         if phi is not None:
@@ -180,10 +186,20 @@ def _guard_compiled_code() -> None:
 
 
 def detach(model: nn.Module) -> None:
-    """Undo :func:`attach`; a model that is not attached stays as it is."""
+    """Undo :func:`attach`; a model that is not attached stays as it is.
+
+    Args:
+        model: that was attached; of a part of one, all of the model that it is a part of is undone.
+    """
     attachment = attachment_of(model)
     if attachment is not None:
         attachment.detach()
+
+
+def attachment_of_itself(model: nn.Module) -> Attachment | None:
+    """What :func:`attach` added to this very module."""
+    attachment = model._modules.get(NAME)
+    return attachment if isinstance(attachment, Attachment) else None
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:

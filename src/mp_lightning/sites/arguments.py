@@ -1,0 +1,49 @@
+"""What is given to attach a perturbation, checked before anything is computed with it."""
+
+from numbers import Integral, Real
+from typing import Any
+
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.perturbation import Perturbation
+
+
+def check_whole_number(value: Any, name: str, least: int, what: str) -> None:
+    """Refuse what is no whole number, or one that is too small.
+
+    Args:
+        value: that was given.
+        name: of the argument.
+        least: the smallest one.
+        what: it counts, for the message, with what is special about ``least``.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+        raise ConfigurationError(f"{name}={value!r}: give a whole number {what}")
+
+
+def check_arguments(
+    *, perturbation: Any = None, clip: Any = None, seed: Any = None, input_size: Any = None, synchronize: Any = False
+) -> None:
+    """Refuse what the perturbation cannot be computed with; None is for what was not given.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    if perturbation is not None and not isinstance(perturbation, Perturbation):
+        raise ConfigurationError(
+            f"perturbation={perturbation!r} has not the methods of mp_lightning.Perturbation; a phi goes by phi="
+        )
+    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, Real) or not float(clip) > 0):
+        raise ConfigurationError(f"clip={clip!r}: give a bound above 0 for feature maps, or None for no bound")
+    if seed is not None:
+        check_whole_number(seed, "seed", 0, "from 0 on")
+    if input_size is not None:
+        check_whole_number(
+            input_size, "input_size", 1, "of pixels, the height of the input, or None to take it from it"
+        )
+    if not isinstance(synchronize, bool):
+        raise ConfigurationError(
+            f"{synchronize!r} does not say whether statistics are taken over all processes; give True or False"
+        )

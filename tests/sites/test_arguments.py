@@ -1,0 +1,71 @@
+"""What attach, the callback and their helpers are given is checked before a training begins."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from mp_lightning import MetaPerturbCallback, MonteCarlo, attach, attachment_of, reestimate_batch_norm
+from mp_lightning.backbones import build_backbone
+from mp_lightning.errors import ConfigurationError
+
+SHARED = [  # what the callback and attach() take alike
+    ("clip", "a"),
+    ("clip", -1),
+    ("clip", 0),
+    ("clip", math.nan),
+    ("clip", True),
+    ("seed", "a"),
+    ("seed", 1.5),
+    ("seed", -1),
+    ("input_size", 0),
+    ("input_size", "a"),
+    ("input_size", -3),
+    ("perturbation", 3),
+]
+
+
+def conv4():
+    return build_backbone("conv4", 10, width=4, image_size=16)
+
+
+@pytest.mark.parametrize(("name", "value"), [*SHARED, ("sync_statistics", "x"), ("log_every", 0.5)])
+def test_the_callback_names_an_argument_that_cannot_be_used(name, value):
+    with pytest.raises(ConfigurationError, match=repr(value) if name == "sync_statistics" else f"{name}={value!r}"):
+        MetaPerturbCallback(**{name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [*SHARED, *((name, value) for name in ("ramp_steps", "total_steps") for value in (math.nan, math.inf, "a", -1))],
+)
+def test_attach_names_an_argument_that_cannot_be_used_and_attaches_nothing(name, value):
+    model = conv4()
+    with pytest.raises(ConfigurationError, match=f"{name}={value!r}"):
+        attach(model, **{name: value})
+    assert attachment_of(model) is None
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    MetaPerturbCallback(ramp_steps=np.int64(3), log_every=np.int32(2), samples=np.int64(4), seed=np.int64(1))
+    attachment = attach(conv4(), ramp_steps=np.int64(3), input_size=np.int64(16), clip=np.float32(5))
+    assert type(attachment.state()["ramp_steps"]) is int
+    assert MonteCarlo(np.int64(3)).samples == 3
+
+
+@pytest.mark.parametrize("loss", ["x", {"loss": torch.zeros(())}])
+def test_a_loss_that_is_no_number_is_refused(loss):
+    attachment = attach(conv4(), ramp_steps=3, full_strength_at=0.5)
+    with pytest.raises(ConfigurationError, match="give the loss of the batch, a number or a tensor"):
+        attachment.step(loss)
+
+
+def test_what_re_estimation_is_given_is_named():
+    model = conv4()
+    attachment = attach(model, ramp_steps=0)
+    batch = [torch.rand(2, 3, 16, 16), torch.zeros(2)]
+    with pytest.raises(ConfigurationError, match="was given a list among its functions; give functions that run the"):
+        reestimate_batch_norm(attachment, [batch])
+    with pytest.raises(ConfigurationError, match=r"was given a Conv\w*; give the attachment that attach"):
+        reestimate_batch_norm(model, [lambda: model(batch[0])])

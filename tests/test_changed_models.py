@@ -1,0 +1,252 @@
+"""Models that change while they are attached, make their layers late, or are attached in parts."""
+
+import copy
+import warnings
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from lightning_modules import Classifier, digits, loader, module, trainer
+from mp_lightning import Mean, MetaPerturbCallback, attach, attachment_of, detach, reestimate_batch_norm
+from mp_lightning.backbones import build_backbone
+from mp_lightning.checkpoints import CheckpointError
+from mp_lightning.errors import ConfigurationError
+
+ACTING = {"ramp_steps": 0, "full_strength_at": 1.0}  # from the first batch on
+
+
+def network():
+    return build_backbone("conv4", 10, width=8, image_size=16)
+
+
+def images():
+    return digits()[0][:16]
+
+
+class Holder(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = network()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+def trained():
+    torch.manual_seed(0)
+    model = Holder()
+    attachment = attach(model, **ACTING)
+    for _ in range(4):
+        model(images())
+        attachment.step(1.0)
+    reestimate_batch_norm(attachment, [lambda: model(images())])
+    attachment.inference = Mean()
+    return model.eval(), attachment
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_network_that_replaced_the_attached_one_is_not_taken_for_it(training):
+    model, _ = trained()
+    model.train(training)
+    model.net = network()
+    with pytest.raises(ConfigurationError, match=r"self\.net was replaced .* call mp_lightning\.detach\(model\)"):
+        model(images())
+    with pytest.raises(ConfigurationError, match=r"self\.net was replaced"):
+        attach(model)
+    detach(model)
+    attach(model, **ACTING)
+    model.train()
+    assert not torch.equal(model(images()), model(images()))
+
+
+def test_an_activation_that_was_replaced_is_named():
+    model, _ = trained()
+    block = model.net.conv_layers[3]
+    name = next(name for name, part in block.named_children() if isinstance(part, nn.ReLU))
+    setattr(block, name, nn.ReLU())
+    with pytest.raises(ConfigurationError, match=rf"self\.net\.conv_layers\.3\.{name} was replaced"):
+        model(images())
+
+
+def test_a_network_that_was_compiled_or_named_anew_is_still_there():
+    model, _ = trained()
+    expected = model(images())
+    model.net = torch.compile(model.net, backend="eager")
+    assert torch.allclose(model(images()), expected)
+    model.net = model.net._orig_mod
+    assert torch.equal(copy.deepcopy(model)(images()), expected)
+    model.net = nn.Sequential(model.net)
+    model.train()
+    assert not torch.equal(model(images()), model(images()))
+
+
+def test_the_next_fold_is_told_that_its_network_is_not_attached(tmp_path):
+    model = module()
+    trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1).fit(model, loader(2))
+    model.net = network()
+    again = trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1)
+    with pytest.raises(ConfigurationError, match=r"self\.net was replaced"):
+        again.fit(model, loader(2))
+    detach(model)
+    again = trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1)
+    again.fit(model, loader(2))
+    assert attachment_of(model).perturbed
+
+
+def test_batch_norm_that_is_gone_is_named_and_none_is_exchanged():
+    model, attachment = trained()
+    norms = [name for name, part in model.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    first = model.get_submodule(norms[0])
+    before = first.running_mean.clone()
+    parent, _, leaf = norms[-1].rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Identity())
+    for _ in range(2):
+        with pytest.raises(ConfigurationError, match=rf"batch norm self\.{norms[-1]}, which was re-estimated"):
+            model(images())
+        assert torch.equal(first.running_mean, before) and attachment.depth == 0 and attachment.sampling
+
+
+def test_a_forward_that_cannot_begin_leaves_the_model_as_it_was():
+    """As in transforms of torch.func, which refuse what counts evaluations."""
+    model, _ = trained()
+    expected = model(images())
+    with pytest.raises(RuntimeError):
+        torch.func.jacrev(model)(images())
+    assert torch.equal(model(images()), expected)
+
+
+class MadeInSetup(Classifier):
+    """Makes its network when it is set up, as what depends on the data does."""
+
+    def __init__(self, before=None):
+        super().__init__()
+        self.net = before or nn.Identity()
+
+    def setup(self, stage):
+        self.net = network()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("before", [None, network])
+def test_layers_that_are_made_in_setup_are_found(tmp_path, before):
+    model = MadeInSetup(before and before())
+    run = trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="MetaPerturb")
+        run.fit(model, loader(2), loader(1))
+    assert attachment_of(model).perturbed and attachment_of(model).evaluation_buffers
+    assert "setup" not in vars(model)
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    with pytest.raises(CheckpointError, match=r"after its setup\(\) where that makes its layers"):
+        MetaPerturbCallback.restore(MadeInSetup(), tmp_path / "end.ckpt")
+    other = MadeInSetup()
+    other.setup("test")
+    restored = MetaPerturbCallback.restore(other, tmp_path / "end.ckpt")
+    with torch.no_grad():
+        assert torch.equal(restored(images()), model.eval()(images()))
+
+
+def test_a_setup_that_fails_leaves_the_module_its_own(tmp_path):
+    class Failing(MadeInSetup):
+        def setup(self, stage):
+            raise RuntimeError("no data")
+
+    model = Failing()
+    with pytest.raises(RuntimeError, match="no data"):
+        trainer(tmp_path, [MetaPerturbCallback()], max_epochs=1).fit(model, loader(2))
+    assert "setup" not in vars(model) and attachment_of(model) is None
+
+
+class Pair(Classifier):
+    """Two networks, whose outputs are added."""
+
+    def __init__(self):
+        super().__init__()
+        self.other = network()
+
+    def forward(self, x):
+        return self.net(x) + self.other(x)
+
+
+def test_parts_that_are_attached_one_by_one_are_refused(tmp_path):
+    model = Pair()
+    attach(model.net, **ACTING)
+    attach(model.other, **ACTING)
+    run = trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1)
+    with pytest.raises(ConfigurationError, match=r"self\.net and self\.other are attached one by one"):
+        run.fit(model, loader(1))
+    detach(model.net)
+    detach(model.other)
+    trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1).fit(model, loader(1))
+    assert {spec.name.split(".")[0] for spec in attachment_of(model).plan} == {"net", "other"}
+
+
+def test_a_second_callback_is_refused(tmp_path):
+    run = trainer(tmp_path, [MetaPerturbCallback(), MetaPerturbCallback()], max_epochs=1)
+    with pytest.raises(ConfigurationError, match="the trainer has 2 callbacks of the kind MetaPerturbCallback"):
+        run.fit(module(), loader(1))
+
+
+class FrozenStatistics(Classifier):
+    """Calls a network in evaluation mode in its training steps, and once after each epoch."""
+
+    def __init__(self):
+        super().__init__()
+        self.forwards, self.between = [], []
+        self.net.register_forward_hook(lambda *_: self.forwards.append(torch.is_grad_enabled()))
+
+    def on_train_epoch_start(self):
+        self.net.eval()
+
+    def training_step(self, batch, batch_idx):
+        return F.cross_entropy(self.net(batch[0]), batch[1])
+
+    def on_train_epoch_end(self):
+        before = len(self.forwards)
+        with torch.no_grad():
+            self.net(images())
+        self.between.append(len(self.forwards) - before)
+
+
+def test_a_network_in_evaluation_mode_is_run_once_in_a_training_step_before_and_after_validation(tmp_path):
+    model = FrozenStatistics()
+    run = trainer(tmp_path, [MetaPerturbCallback(fit_samples=3)], max_epochs=3)
+    with pytest.warns(UserWarning, match=r"computed with self\.net\.conv_layers\.[23].* in evaluation mode"):
+        run.fit(model, loader(2), loader(1))
+    assert sum(model.forwards) == 6, "with gradients, of six batches"
+    assert model.between == [3] * 3, "averaged between the batches, from the first epoch on"
+
+
+def test_a_network_that_comes_in_evaluation_mode_is_told(tmp_path):
+    model = module()
+    model.net.eval()
+    with pytest.warns(UserWarning, match=r"in evaluation mode, in which no statistics are taken for the noise"):
+        trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1).fit(model, loader(1))
+
+
+def test_a_class_is_not_taken_for_a_module(tmp_path):
+    for wrong, words in ((Classifier, "the class Classifier"), (nn.Sequential(), "a Sequential")):
+        with pytest.raises(CheckpointError, match=f"cannot be restored into {words}; give a LightningModule"):
+            MetaPerturbCallback.restore(wrong, tmp_path / "any.ckpt")
+
+
+@pytest.mark.parametrize("lost", ["plan", "phi_name", "sites", "counters", "evaluation_buffers", "clip"])
+def test_a_state_that_lacks_something_is_refused_whole(lost):
+    _, attachment = trained()
+    state = copy.deepcopy(attachment.state())
+    del state[lost]
+    other = attach(Holder(), **ACTING)
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ConfigurationError, match=f"lacks {lost}; give what"):
+        other.load_state(state)
+    assert all(torch.equal(value, other.state_dict()[name]) for name, value in before.items())
+
+
+def test_pytorch_lightning_modules_need_no_other_hooks():
+    """What is looked for is there in every LightningModule."""
+    assert all(hasattr(pl.LightningModule, name) for name in ("setup", "configure_model"))
