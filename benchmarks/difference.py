@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--rows", type=Path, default=RESULTS)
     given = parser.parse_args()
     if not given.rows.is_file():
-        parser.error(f"--rows: '{given.rows}' does not exist")
+        parser.error(f"--rows: '{given.rows}' is no file")
     comparisons = read(given.rows)
     if given.only is not None:
         chosen = [names[name] for name in some_of(parser, "only", given.only, list(names))]

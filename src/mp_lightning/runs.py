@@ -213,7 +213,8 @@ def _left(path: Path) -> list[Path]:
 def unusable(path: Path, error: OSError) -> RunFolderError:
     """The error for a folder that the system does not let us write."""
     return RunFolderError(
-        f"run folder '{path}' cannot be written ({error.strerror}); choose another with hydra.run.dir="
+        f"run folder '{path}' cannot be written ({error.strerror}); choose another with hydra.run.dir= "
+        "(in Python folder=)"
     )
 
 

@@ -1,6 +1,7 @@
 """``mp_lightning.compare`` with a user's own LightningModule and DataModule."""
 
 import inspect
+import json
 import re
 from dataclasses import replace
 from io import StringIO
@@ -14,6 +15,7 @@ from rich.console import Console
 from small_runs import PHI, Small, SmallData
 
 import mp_lightning
+from mp_lightning.compare.given import OWN_SETTINGS
 from mp_lightning.compare.summary import VERDICT_METRICS
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import load_phi
@@ -118,13 +120,29 @@ class NoTest(L.LightningDataModule):
     [
         ({"trainer": {}}, "trainer= does not say when a run ends; give one of max_epochs, max_steps"),
         ({"trainer": {**ONE_EPOCH, "devices": 2}}, "devices=2; each run is on one device, several at a time by jobs="),
-        ({"inference": "fold"}, "inference='fold' is unknown; use mc or mean"),
+        ({"inference": "fold"}, "inference='fold' is unknown; use one of mc, mean"),
         ({"seeds": 0}, "seeds=0 cannot be used"),
         ({"metric": "ece"}, "metric='ece' is unknown; use one of accuracy, nll"),
         ({"datamodule": NoTest()}, "NoTest has no test_dataloader"),
         ({"datamodule": lambda seed: [1]}, "datamodule is a list, not a LightningDataModule"),
         ({"arms": ["dropuot"]}, "'dropuot' is unknown; use one of"),
         ({"tuning_values": 5}, "tuning_values=5"),
+        ({"trainer": None}, "trainer=None: give the arguments of lightning.Trainer as a dictionary"),
+        ({"trainer": {"max_epochs": -1}}, "trainer= does not say when a run ends; give one of max_epochs, max_steps"),
+        ({"trainer": {"max_steps": 0}}, "trainer= has max_steps=0; give a whole number above 0"),
+        ({"seeds": True}, "seeds=True cannot be used"),
+        ({"num_classes": "3"}, "num_classes='3' cannot be used"),
+        ({"output": "logit"}, "output='logit' is unknown; use one of logits, probabilities, log_probabilities"),
+        ({"arms": "metaperturb"}, "arms='metaperturb': give a list"),
+        ({"arms": None}, "arms=None: give a list"),
+        ({"arms": [mp_lightning.Arm("", lambda seed: [])]}, "arm '' has no name"),
+        ({"arms": [mp_lightning.Arm(3, lambda seed: [])]}, "arm 3 has no name"),
+        ({"target": 5}, "target=5: give a name, as text"),
+        ({"model": 7}, "model=7: give a name, as text"),
+        ({"settings": ["a"]}, "settings=['a']: give a dictionary"),
+        ({"settings": {"data": "v1"}}, "settings= has 'data', which the comparison sets by itself; call it otherwise"),
+        ({"settings": {"inference": "x"}}, "settings= has 'inference'"),
+        ({"datamodule": [1]}, "datamodule is a list; give a LightningDataModule"),
     ],
 )
 def test_what_cannot_be_used_is_refused_before_a_folder_is_made(tmp_path: Path, options, message: str) -> None:
@@ -132,6 +150,53 @@ def test_what_cannot_be_used_is_refused_before_a_folder_is_made(tmp_path: Path, 
         compare(tmp_path, **options)
     assert message in str(caught.value)
     assert not (tmp_path / "found").exists()
+
+
+def test_every_setting_of_a_comparison_is_known_as_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Or the user's of the same name would stand in its place."""
+    found, _ = compare(
+        tmp_path,
+        arms=["none"],
+        seeds=1,
+        metric="nll",
+        output="logits",
+        trainer={**ONE_EPOCH, "reload_dataloaders_every_n_epochs": 1},
+        predict=scores,
+    )
+    kept = json.loads((found.folder / "settings.json").read_text())
+    assert kept.keys() == OWN_SETTINGS
+
+
+def scores(module: L.LightningModule, batch: Any) -> Any:
+    return module(batch[0]), batch[1]
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (
+            lambda seed: 1 / 0,
+            r"arm 'mine': its callbacks\(seed\) failed with ZeroDivisionError: division by zero; mend it",
+        ),
+        (lambda seed: [3], r"arm 'mine': its callbacks\(seed\) gives a int; give a list of callbacks of Lightning"),
+    ],
+)
+def test_an_own_arm_that_makes_no_callbacks_is_refused_before_a_run(tmp_path: Path, callbacks, message: str) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        compare(tmp_path, arms=["none", mp_lightning.Arm("mine", callbacks)])
+    assert not (tmp_path / "found" / "results.csv").exists()
+
+
+@pytest.mark.parametrize("callbacks", [lambda seed: None, lambda seed: Noise(0.1)])
+def test_an_own_arm_may_give_what_lightning_takes(tmp_path: Path, callbacks) -> None:
+    found, _ = compare(tmp_path, arms=["none", mp_lightning.Arm("mine", callbacks)], seeds=1)
+    assert [row.arm for row in found.rows] == ["none", "mine"]
+
+
+@pytest.mark.parametrize("output", ["probabilities", "log_probabilities"])
+def test_scores_that_are_not_what_was_said_are_no_probabilities(tmp_path: Path, output: str) -> None:
+    with pytest.raises(ConfigurationError, match=f"the scores of Small are no {output}, as those of an image do not"):
+        compare(tmp_path, arms=["none"], seeds=1, output=output)
 
 
 def test_the_default_folder_follows_from_the_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

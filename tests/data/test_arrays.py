@@ -80,6 +80,8 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         (COLOUR > 9, LABELS, None, "type bool"),
         ((COLOUR > 9).astype(np.uint8), LABELS, None, "integers of 0 and 1 alone.*multiply them by 255"),
         ((COLOUR > 9).astype(np.int64), LABELS, None, "integers of 0 and 1 alone.*multiply them by 255"),
+        (COLOUR / 255 / 255, LABELS, None, "floats up to 0.0039.*, almost black: scale them to .*once"),
+        (COLOUR, np.array([0, 1, 2**63 + 5, 0], np.uint64), None, "label 9223372036854775813 .* out of range"),
         (COLOUR, LABELS[:3], None, r"4 images but labels of shape \(3,\)"),
         (COLOUR, LABELS.astype(float), None, "type float64"),
         (COLOUR, LABELS - 1, None, "label -1 of"),

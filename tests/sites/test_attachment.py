@@ -361,7 +361,7 @@ def test_ramp_of_a_given_length():
         attachment.step()
         seen.append(float(attachment.coeff))
     assert seen == pytest.approx([1 / 3, 2 / 3, 1, 1])
-    with pytest.raises(ConfigurationError, match="negative"):
+    with pytest.raises(ConfigurationError, match="give a whole number of batches, or 0 for no ramp"):
         attachment.ramp_over(-1)
 
 

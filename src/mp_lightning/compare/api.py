@@ -14,18 +14,23 @@ from mp_lightning.compare.comparison import Plan
 from mp_lightning.compare.conclusion import Comparison, conclude
 from mp_lightning.compare.examine import Predict, predict_pair
 from mp_lightning.compare.fingerprint import fingerprint, identity
+from mp_lightning.compare.given import (
+    check_arm_names,
+    check_choices,
+    check_names,
+    check_numbers,
+    check_settings,
+    check_trainer,
+)
 from mp_lightning.compare.quiet import quiet
 from mp_lightning.compare.run import Experiment
-from mp_lightning.compare.summary import VERDICT_METRICS
-from mp_lightning.compare.tuning import MOST_VALUES, Budget
+from mp_lightning.compare.tuning import Budget
 from mp_lightning.compare.user_data import UserData
-from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import Output
 from mp_lightning.perturbation import NamedPhi, Phi, load_phi
 from mp_lightning.runs import RunFolder
 
 ARMS = ("none", "dropout", "dropblock", "fixed_noise", "metaperturb")
-_ENDS = ("max_epochs", "max_steps")
 
 
 def compare(
@@ -104,22 +109,12 @@ def compare(
     Raises:
         UserError: something that was given cannot be used; before the first training step where that can be known.
     """
-    if metric not in VERDICT_METRICS:
-        raise ConfigurationError(f"metric={metric!r} is unknown; use one of {', '.join(VERDICT_METRICS)}")
-    if not any(trainer.get(key) is not None for key in _ENDS):
-        raise ConfigurationError(f"trainer= does not say when a run ends; give one of {', '.join(_ENDS)}")
-    devices = trainer.get("devices", 1)
-    if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
-        raise ConfigurationError(
-            f"trainer= has devices={devices}; each run is on one device, several at a time by jobs="
-        )
-    if inference not in ("mc", "mean"):
-        raise ConfigurationError(f"inference={inference!r} is unknown; use mc or mean")
-    for name, number in {"seeds": seeds, "samples": samples, "jobs": jobs, "tuning_seeds": tuning_seeds}.items():
-        if not isinstance(number, int) or number < 1:
-            raise ConfigurationError(f"{name}={number} cannot be used; give a positive whole number")
-    if tuning_values not in range(1, MOST_VALUES + 1):
-        raise ConfigurationError(f"tuning_values={tuning_values} cannot be used; give 1 to {MOST_VALUES}")
+    check_trainer(trainer)
+    check_choices(metric, inference, output)
+    check_numbers(tuning_values, num_classes, seeds=seeds, samples=samples, jobs=jobs, tuning_seeds=tuning_seeds)
+    check_arm_names(arms)
+    check_names(target=target, model=model)
+    check_settings(settings)
     data = UserData(datamodule)
     loaded = load_phi(phi)
     parsed = [arm if isinstance(arm, Arm) else parse_arm(arm, loaded) for arm in arms]

@@ -15,7 +15,7 @@ from mp_lightning.compare.controls import FixedNoise, MeanOne, NoiseOnly, ScaleO
 from mp_lightning.compare.layers import DropBlock, GaussianDropout
 from mp_lightning.compare.mixing import LabelSmoothing, ManifoldMixup, MixUp
 from mp_lightning.compare.moments import SiteMoments
-from mp_lightning.errors import ConfigurationError
+from mp_lightning.errors import ConfigurationError, UserError
 from mp_lightning.perturbation import NamedPhi, Perturbation, initial_phi
 from mp_lightning.sites import Attachment, SitePlan, find_sites
 from mp_lightning.sites.choice import is_share
@@ -52,7 +52,7 @@ def callbacks_of(arm: AnyArm, context: Context) -> tuple[list[Callback], MetaPer
         ConfigurationError: the arm needs the number of classes, which is not known.
     """
     if isinstance(arm, Arm):
-        made = list(arm.callbacks(context.seed))
+        made = _made(arm, context.seed)
         return made, next((one for one in made if isinstance(one, MetaPerturbCallback)), None)
     first: list[Callback] = []
     perturbation = None
@@ -63,6 +63,30 @@ def callbacks_of(arm: AnyArm, context: Context) -> tuple[list[Callback], MetaPer
             first.append(_regularizer(part, arm, context))
     # The one with noise in evaluation comes last: what mixes batches is gone when it re-estimates batch norm.
     return ([*first, perturbation] if perturbation is not None else first), perturbation
+
+
+def listed(callbacks: Any) -> list[Any]:
+    """Callbacks as Lightning takes them: None, one, or several."""
+    if callbacks is None:
+        return []
+    return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
+
+
+def _made(arm: Arm, seed: int) -> list[Callback]:
+    try:
+        made = listed(arm.callbacks(seed))
+    except UserError:
+        raise
+    except Exception as error:  # whatever the user's function does
+        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ConfigurationError(f"arm '{arm.name}': its callbacks(seed) failed with {why}; mend it") from error
+    for one in made:
+        if not isinstance(one, Callback):
+            raise ConfigurationError(
+                f"arm '{arm.name}': its callbacks(seed) gives a {type(one).__name__}; give a list of callbacks of "
+                "Lightning"
+            )
+    return made
 
 
 class FirstSites(MetaPerturbCallback):

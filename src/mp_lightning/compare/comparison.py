@@ -84,7 +84,8 @@ def check_arms(arms: Sequence[AnyArm]) -> None:
     """Refuse arms that no module and no data could make good.
 
     Raises:
-        ConfigurationError: two arms of one name, or a value that its regularizer does not take.
+        ConfigurationError: two arms of one name, a value that its regularizer does not take, or one's own arm that
+            makes no callbacks.
     """
     names = [arm.name for arm in arms]
     for name in names:
@@ -93,6 +94,9 @@ def check_arms(arms: Sequence[AnyArm]) -> None:
     for arm in arms:
         if isinstance(arm, NamedArm):
             _check_values(arm)
+        else:
+            with isolate_rng():
+                callbacks_of(arm, Context(seed=0, num_classes=None, inference="mean", samples=1))
 
 
 def _check_values(arm: NamedArm) -> None:

@@ -14,7 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
 from mp_lightning.callback import MetaPerturbCallback
-from mp_lightning.compare.arm_callbacks import Context, Inference, callbacks_of
+from mp_lightning.compare.arm_callbacks import Context, Inference, callbacks_of, listed
 from mp_lightning.compare.arms import AnyArm, NamedArm
 from mp_lightning.compare.cost import Cost
 from mp_lightning.compare.examine import Examination, Examined, Predict, predict_pair
@@ -77,7 +77,7 @@ class Experiment:
     output: Output | None = None
 
     def __post_init__(self) -> None:
-        for callback in _listed(self.trainer.get("callbacks")):
+        for callback in listed(self.trainer.get("callbacks")):
             if isinstance(callback, MetaPerturbCallback):
                 raise ConfigurationError(
                     f"trainer= has a {type(callback).__name__} among its callbacks, with which every arm, 'none' too, "
@@ -150,7 +150,7 @@ def fresh_module(experiment: Experiment, seed: int) -> L.LightningModule:
             "that makes a new one"
         )
     perturbs = isinstance(module, MetaPerturbMixin) or attachment_of(module) is not None
-    if perturbs or any(isinstance(one, MetaPerturbCallback) for one in _listed(module.configure_callbacks())):
+    if perturbs or any(isinstance(one, MetaPerturbCallback) for one in listed(module.configure_callbacks())):
         raise ConfigurationError(
             f"{type(module).__name__} perturbs itself, so that every arm, 'none' too, would train with phi; let "
             "module_factory make one without MetaPerturbMixin, attach() or a MetaPerturbCallback, which compare adds"
@@ -175,7 +175,7 @@ def train(experiment: Experiment, module: L.LightningModule, job: Job, callbacks
         "devices": 1,
         **experiment.trainer,
     }
-    own = copy.deepcopy(_listed(options.pop("callbacks", None)))  # they may count
+    own = copy.deepcopy(listed(options.pop("callbacks", None)))  # they may count
     try:
         data = experiment.data(job.key.seed, validation=job.validation)
         trainer = L.Trainer(**options, callbacks=[*own, *callbacks])
@@ -191,20 +191,16 @@ def train(experiment: Experiment, module: L.LightningModule, job: Job, callbacks
             raise KeyboardInterrupt from error
         raise RunError(f"{describe(job)} failed: {type(error).__name__}: {_one_line(error)}") from error
     if trainer.global_step == 0:
-        raise DataError("train_dataloader gives no batch to train on; give more images, or a smaller batch")
+        raise DataError(
+            "train_dataloader gives no batch to train on; give more images, a smaller batch, or another "
+            "limit_train_batches"
+        )
     return trainer
 
 
 def setup_seed(seed: int) -> int:
     """What the generators start from when the datamodule is set up, before training and before the test."""
     return derived_seed(seed, "setup")
-
-
-def _listed(callbacks: Any) -> list[Any]:
-    """Callbacks as Lightning takes them: None, one, or several."""
-    if callbacks is None:
-        return []
-    return list(callbacks) if isinstance(callbacks, list | tuple) else [callbacks]
 
 
 def _one_line(error: BaseException) -> str:

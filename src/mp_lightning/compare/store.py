@@ -127,7 +127,7 @@ class Store:
         except (ValueError, KeyError, TypeError, csv.Error) as error:
             raise RunFolderError(
                 f"'{self._path}' is not a table of results of this version ({error}); move it away, or start anew with "
-                "run.fresh=true"
+                "run.fresh=true (in Python fresh=True)"
             ) from error
         if len(whole) < len(content):  # cut off in the middle of a row
             try:

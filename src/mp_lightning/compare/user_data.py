@@ -50,6 +50,11 @@ class UserData:
 
     def _fresh(self, seed: int) -> L.LightningDataModule:
         given = self._given
+        if not callable(given) and not isinstance(given, L.LightningDataModule):
+            raise ConfigurationError(
+                f"datamodule is a {type(given).__name__}; give a LightningDataModule (lightning's "
+                "LightningDataModule.from_datasets makes one of datasets), or a function of the seed that makes one"
+            )
         data = _copied(given) if isinstance(given, L.LightningDataModule) else given(seed)
         if not isinstance(data, L.LightningDataModule):
             raise ConfigurationError(

@@ -97,6 +97,10 @@ def _to_uint8(name: str, images: np.ndarray) -> np.ndarray:
         )
     scale = 255.0 if high <= 1 else 1.0
     rounded: np.ndarray = np.rint(images.astype(np.float32) * scale).astype(np.uint8)
+    if low < high and rounded.max() <= 1:
+        raise DataError(
+            f"images of '{name}' hold floats up to {high:.6g}, almost black: scale them to [0, 1], and once only"
+        )
     return rounded
 
 
@@ -110,6 +114,8 @@ def _labels(name: str, labels: np.ndarray, count: int) -> np.ndarray:
         raise DataError(
             f"labels of '{name}' are of type {labels.dtype}: give integers that count from 0; names go into 'classes'"
         )
+    if labels.max() > np.iinfo(np.int64).max:
+        raise DataError(f"label {labels.max()} of '{name}' is out of range: number the classes from 0 without gaps")
     return labels.astype(np.int64)
 
 

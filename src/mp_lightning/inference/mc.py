@@ -186,7 +186,7 @@ def output_kind(output: Any, model: str, declared: Output | None = None, trained
     if declared is not None:
         return declared
     values = output.detach().float()
-    tolerance = max(_TOLERANCE, 4 * torch.finfo(output.dtype).eps)
+    tolerance = tolerance_of(output.dtype)
     if bool((values >= 0).all()) and bool((values.sum(dim=1) - 1).abs().max() < tolerance):
         return "probabilities"
     if bool((values <= 0).all()) and bool(values.logsumexp(dim=1).abs().max() < tolerance):
@@ -199,6 +199,11 @@ def output_kind(output: Any, model: str, declared: Output | None = None, trained
             " Monte Carlo inference averages class probabilities; use inference='mean', or set output="
         )
     return "logits"
+
+
+def tolerance_of(dtype: torch.dtype) -> float:
+    """How far the probabilities of an image, computed in this dtype, may be from adding up to 1."""
+    return max(_TOLERANCE, 4 * torch.finfo(dtype).eps)
 
 
 def _probabilities(output: Tensor, kind: Output) -> Tensor:

@@ -1,0 +1,118 @@
+"""What ``mp_lightning.compare`` is given, checked before anything is computed with it."""
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import Any
+
+from mp_lightning.compare.arms import Arm
+from mp_lightning.compare.summary import VERDICT_METRICS
+from mp_lightning.compare.tuning import MOST_VALUES
+from mp_lightning.errors import ConfigurationError
+from mp_lightning.inference.mc import OUTPUTS
+
+_ENDS = ("max_epochs", "max_steps")
+# What the settings of a comparison are called that are not the user's own.
+OWN_SETTINGS = frozenset(
+    (
+        *("target", "model", "trainer", "inference", "samples", "output", "reloaded", "predict"),
+        *("module", "data", "metric", "tuning"),
+    )
+)
+
+
+def check_trainer(trainer: Any) -> None:
+    """Refuse arguments of a trainer by which a run would not end, or not be on one device.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    if not isinstance(trainer, dict):
+        raise ConfigurationError(f"trainer={trainer!r}: give the arguments of lightning.Trainer as a dictionary")
+    ends = {key: trainer[key] for key in _ENDS if trainer.get(key) is not None}
+    for key, value in ends.items():
+        if isinstance(value, bool) or not isinstance(value, Integral) or value == 0:
+            raise ConfigurationError(f"trainer= has {key}={value!r}; give a whole number above 0")
+    if not any(value > 0 for value in ends.values()):
+        raise ConfigurationError(f"trainer= does not say when a run ends; give one of {', '.join(_ENDS)}")
+    devices = trainer.get("devices", 1)
+    if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
+        raise ConfigurationError(
+            f"trainer= has devices={devices}; each run is on one device, several at a time by jobs="
+        )
+
+
+def check_arm_names(arms: Any) -> None:
+    """Refuse what is no list of arms.
+
+    Raises:
+        ConfigurationError: names what was given.
+    """
+    if isinstance(arms, str) or not isinstance(arms, Sequence):
+        raise ConfigurationError(f"arms={arms!r}: give a list, such as arms=['none', 'metaperturb']")
+    for arm in arms:
+        name = arm.name if isinstance(arm, Arm) else arm
+        if not isinstance(name, str) or not name:
+            raise ConfigurationError(f"arm {name!r} has no name; give it one, as text")
+
+
+def check_names(**names: Any) -> None:
+    """Refuse what tables cannot show.
+
+    Raises:
+        ConfigurationError: a name is no text.
+    """
+    for key, name in names.items():
+        if name is not None and not isinstance(name, str):
+            raise ConfigurationError(f"{key}={name!r}: give a name, as text")
+
+
+def check_settings(settings: Any) -> None:
+    """Refuse settings of the user's that would stand for others of the comparison.
+
+    Raises:
+        ConfigurationError: they are no dictionary, or one has a name that is taken.
+    """
+    if settings is None:
+        return
+    if not isinstance(settings, dict):
+        raise ConfigurationError(f"settings={settings!r}: give a dictionary of names and plain values")
+    for name in settings:
+        if name in OWN_SETTINGS:
+            raise ConfigurationError(f"settings= has '{name}', which the comparison sets by itself; call it otherwise")
+
+
+def check_choices(metric: Any, inference: Any, output: Any) -> None:
+    """Refuse what is not among the choices that there are.
+
+    Raises:
+        ConfigurationError: lists them.
+    """
+    for name, value, known in (
+        ("metric", metric, VERDICT_METRICS),
+        ("inference", inference, ("mc", "mean")),
+        ("output", output, (None, *OUTPUTS)),
+    ):
+        if value not in known:
+            raise ConfigurationError(
+                f"{name}={value!r} is unknown; use one of {', '.join(one for one in known if one)}"
+            )
+
+
+def check_numbers(tuning_values: Any, num_classes: Any, **positive: Any) -> None:
+    """Refuse numbers that cannot be used.
+
+    Args:
+        tuning_values: 1 to 4.
+        num_classes: None where it is not given.
+        positive: the others, by name.
+
+    Raises:
+        ConfigurationError: names the argument.
+    """
+    if num_classes is not None:
+        positive = {**positive, "num_classes": num_classes}
+    for name, number in positive.items():
+        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
+            raise ConfigurationError(f"{name}={number!r} cannot be used; give a positive whole number")
+    if isinstance(tuning_values, bool) or tuning_values not in range(1, MOST_VALUES + 1):
+        raise ConfigurationError(f"tuning_values={tuning_values!r} cannot be used; give 1 to {MOST_VALUES}")
