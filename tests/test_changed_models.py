@@ -1,6 +1,7 @@
 """Models that change while they are attached, make their layers late, or are attached in parts."""
 
 import copy
+import logging
 import warnings
 
 import lightning.pytorch as pl
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from lightning_modules import Classifier, digits, loader, module, trainer
 from mp_lightning import Mean, MetaPerturbCallback, attach, attachment_of, detach, reestimate_batch_norm
@@ -83,17 +85,25 @@ def test_a_network_that_was_compiled_or_named_anew_is_still_there():
     assert not torch.equal(model(images()), model(images()))
 
 
-def test_the_next_fold_is_told_that_its_network_is_not_attached(tmp_path):
+def test_the_network_of_the_next_fold_is_attached_anew(tmp_path, caplog):
     model = module()
     trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1).fit(model, loader(2))
+    first = attachment_of(model)
+    model.net = network()
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1).fit(model, loader(3))
+    assert "MetaPerturb: self.net was replaced since; it is attached anew" in caplog.messages
+    second = attachment_of(model)
+    assert second is not first and second.perturbed and int(second.steps) == 3
+
+
+def test_what_was_attached_by_hand_is_not_attached_anew(tmp_path):
+    model = module()
+    attach(model, **ACTING)
     model.net = network()
     again = trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1)
     with pytest.raises(ConfigurationError, match=r"self\.net was replaced"):
         again.fit(model, loader(2))
-    detach(model)
-    again = trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1)
-    again.fit(model, loader(2))
-    assert attachment_of(model).perturbed
 
 
 def test_batch_norm_that_is_gone_is_named_and_none_is_exchanged():
@@ -151,6 +161,59 @@ def test_layers_that_are_made_in_setup_are_found(tmp_path, before):
         assert torch.equal(restored(images()), model.eval()(images()))
 
 
+def test_layers_that_each_setup_makes_anew_are_attached_anew(tmp_path):
+    """As where a finder of the learning rate comes before, and a test of the best checkpoint after."""
+    model = MadeInSetup()
+    run = trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1)
+    pl.tuner.Tuner(run).lr_find(model, loader(4), num_training=3, attr_name="lr", update_attr=False)
+    for count in (2, 3):
+        run = trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1)
+        run.fit(model, loader(count), loader(1))
+        assert attachment_of(model).perturbed and int(attachment_of(model).steps) == count
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    expected = torch.cat(run.predict(model, loader(2), ckpt_path=tmp_path / "end.ckpt"))
+    assert attachment_of(model).evaluation_buffers
+    again = trainer(tmp_path, [MetaPerturbCallback()])
+    found = torch.cat(again.predict(MadeInSetup(), loader(2), ckpt_path=tmp_path / "end.ckpt"))
+    assert torch.equal(found, expected)
+
+
+class Finetuning(pl.callbacks.BaseFinetuning):
+    def freeze_before_training(self, pl_module):
+        self.freeze(pl_module.net, train_bn=False)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(pl_module.net, optimizer, train_bn=False)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_layers_that_a_finetuning_callback_froze_meanwhile_are_attached(tmp_path, first):
+    class WithSetup(Pair):
+        def setup(self, stage):
+            self.prepared = True
+
+        def configure_optimizers(self):
+            return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.01)
+
+    model = WithSetup()
+    callbacks = [MetaPerturbCallback(**ACTING), Finetuning()]
+    trainer(tmp_path, callbacks if first else callbacks[::-1]).fit(model, loader(1))
+    assert {spec.name.split(".")[0] for spec in attachment_of(model).plan} == {"net", "other"}
+    assert model.prepared
+
+
+def test_layers_that_setup_itself_freezes_are_left_alone(tmp_path):
+    class Frozen(Pair):
+        def setup(self, stage):
+            self.net.requires_grad_(False)
+
+    model = Frozen()
+    trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1).fit(model, loader(1))
+    assert {spec.name.split(".")[0] for spec in attachment_of(model).plan} == {"other"}
+    assert not any(parameter.requires_grad for parameter in model.net.parameters())
+
+
 def test_a_setup_that_fails_leaves_the_module_its_own(tmp_path):
     class Failing(MadeInSetup):
         def setup(self, stage):
@@ -186,8 +249,30 @@ def test_parts_that_are_attached_one_by_one_are_refused(tmp_path):
     assert {spec.name.split(".")[0] for spec in attachment_of(model).plan} == {"net", "other"}
 
 
-def test_a_second_callback_is_refused(tmp_path):
-    run = trainer(tmp_path, [MetaPerturbCallback(), MetaPerturbCallback()], max_epochs=1)
+def test_copies_that_are_not_trained_are_no_second_attachment(tmp_path):
+    model = Pair()
+    attach(model.net, **ACTING)
+    model.other = copy.deepcopy(model.net).requires_grad_(False)
+    trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1).fit(model, loader(1))
+    assert attachment_of(model).perturbed
+    whole = module()
+    trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1).fit(whole, loader(1))
+    whole.snapshot = copy.deepcopy(whole)
+    trainer(tmp_path, [MetaPerturbCallback(**ACTING)], max_epochs=1).fit(whole, loader(2))
+    assert int(whole._metaperturb.steps) == 3
+
+
+class Kind(MetaPerturbCallback):
+    pass
+
+
+class OtherKind(MetaPerturbCallback):
+    pass
+
+
+@pytest.mark.parametrize("kinds", [(MetaPerturbCallback, MetaPerturbCallback), (Kind, OtherKind)])
+def test_a_second_callback_is_refused(tmp_path, kinds):
+    run = trainer(tmp_path, [kind() for kind in kinds], max_epochs=1)
     with pytest.raises(ConfigurationError, match="the trainer has 2 callbacks of the kind MetaPerturbCallback"):
         run.fit(module(), loader(1))
 
@@ -241,12 +326,59 @@ def test_a_state_that_lacks_something_is_refused_whole(lost):
     state = copy.deepcopy(attachment.state())
     del state[lost]
     other = attach(Holder(), **ACTING)
-    before = copy.deepcopy(other.state_dict())
+    before = _text(other.state())
     with pytest.raises(ConfigurationError, match=f"lacks {lost}; give what"):
         other.load_state(state)
-    assert all(torch.equal(value, other.state_dict()[name]) for name, value in before.items())
+    assert _text(other.state()) == before
+    other.load_state(attachment.state())
+    assert _text(other.state()) != before
 
 
-def test_pytorch_lightning_modules_need_no_other_hooks():
-    """What is looked for is there in every LightningModule."""
-    assert all(hasattr(pl.LightningModule, name) for name in ("setup", "configure_model"))
+def _text(state):
+    """All numbers of a state."""
+    return repr(tree_map(lambda value: value.tolist() if isinstance(value, torch.Tensor) else value, state))
+
+
+def test_a_state_of_before_weights_were_kept_belongs_to_the_next_ones():
+    model, attachment = trained()
+    state = attachment.state()
+    del state["weights"]
+    other = Holder()
+    again = attach(other, **ACTING)
+    again.load_state(state)
+    other.load_state_dict(model.state_dict())
+    again.inference = Mean()
+    assert again.evaluation_buffers and torch.equal(other.eval()(images()), model(images()))
+    other.load_state_dict(Holder().state_dict())
+    assert again.evaluation_buffers is None
+
+
+class Online(pl.Callback):
+    """Evaluates when a batch ends, before the callback of the perturbation, which comes last."""
+
+    def __init__(self):
+        self.forwards = []
+
+    def on_train_batch_end(self, trainer, pl_module, *rest):
+        pl_module.eval()
+        before = len(pl_module.forwards)
+        with torch.no_grad():
+            pl_module.net(images())
+        self.forwards.append(len(pl_module.forwards) - before)
+        pl_module.train()
+
+
+@pytest.mark.parametrize("inference", ["mean", "mc"])
+def test_what_other_callbacks_evaluate_when_a_batch_ends_is_averaged(tmp_path, inference):
+    online, model = Online(), FrozenStatistics()
+    run = trainer(tmp_path, [online, MetaPerturbCallback(inference=inference, fit_samples=3)], max_epochs=1)
+    run.fit(model, loader(3))
+    assert online.forwards == [3] * 3 and sum(model.forwards) == 3
+
+
+def test_a_part_under_another_name_that_is_in_evaluation_mode_is_told():
+    model, attachment = trained()
+    model.net = nn.Sequential(model.net)
+    attachment.perturbed = attachment._looked = False
+    with pytest.warns(UserWarning, match=r"computed with self\.net\.conv_layers"):
+        attachment.step(1.0)

@@ -14,13 +14,12 @@ from mp_lightning.checkpoints import CheckpointHooks
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.evaluation_epochs import EvaluationEpochs
 from mp_lightning.inference import INFERENCE_MODES, InferenceMode, MonteCarlo, Output
+from mp_lightning.late_layers import AttachesLater, late_hook
 from mp_lightning.neighbours import (
-    AttachesLater,
     act_last,
     check_alone,
     check_single,
     check_strategy,
-    late_hook,
     leave_averages_plain,
     unfrozen,
 )
@@ -30,10 +29,10 @@ from mp_lightning.restoring import load_trained, set_back, set_to_evaluation
 from mp_lightning.schedule import batches_per_step, total_training_batches
 from mp_lightning.site_metrics import SiteLog, batches_between_looks
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
-from mp_lightning.sites.arguments import check_arguments, check_whole_number
+from mp_lightning.sites.arguments import check_arguments, whole_number
 from mp_lightning.sites.attachment import CLIP, PathName, check_path
-from mp_lightning.sites.blocks import check_there
 from mp_lightning.sites.choice import is_file, is_share
+from mp_lightning.sites.hooked import check_there, missing
 
 
 class MetaPerturbCallback(EvaluationEpochs):
@@ -155,7 +154,7 @@ class MetaPerturbCallback(EvaluationEpochs):
                 check_fraction(share, name)
         for name, value, off in (("ramp_steps", ramp_steps, "no ramp"), ("log_every", log_every, "nothing")):
             if value is not None:
-                check_whole_number(value, name, 0, f"of batches, or 0 for {off}")
+                whole_number(value, name, 0, f"of batches, or 0 for {off}")
         self.log_every = log_every
         self._site_log: SiteLog | None = None
 
@@ -165,7 +164,7 @@ class MetaPerturbCallback(EvaluationEpochs):
             self._install_hooks(pl_module)
             return
         check_strategy(trainer)
-        check_alone(trainer, self)
+        check_alone(trainer, MetaPerturbCallback)
         if type(trainer.strategy.launcher).__name__ == "_MultiProcessingLauncher":
             rank_zero_warn(
                 "MetaPerturb: this strategy trains copies of the module in processes of their own, and brings back "
@@ -177,7 +176,7 @@ class MetaPerturbCallback(EvaluationEpochs):
             with unfrozen(trainer, self, module):
                 self.attach(module)
 
-        hook = late_hook(pl_module) if self._attached_here else None
+        hook = late_hook(pl_module)
         if hook is None:
             attach_now(pl_module)
         else:
@@ -214,7 +213,7 @@ class MetaPerturbCallback(EvaluationEpochs):
         Raises:
             SiteError: the module has no site.
             ConfigurationError: it is attached already, with another phi or strength or at other sites than this
-                callback was given; several parts of it are; or a part that was attached is gone.
+                callback was given; several parts of it are; or a part is gone of what was not attached by a callback.
         """
         existing = attachment_of(module)
         if existing is not None and existing.model not in {*module.modules()}:
@@ -224,6 +223,11 @@ class MetaPerturbCallback(EvaluationEpochs):
             )
         if existing is not None:
             check_single(module)
+            gone = missing(existing.model, existing.hooked)
+            if gone is not None and existing.managed:
+                rank_zero_info(f"MetaPerturb: self.{gone} was replaced since; it is attached anew")
+                existing.detach()
+                existing, self._attached_here = None, True
         if existing is not None and self.persistent:
             check_there(existing.model, existing.hooked)
             return self._with_hooks(module, existing)  # what a module declares may have been loaded with its weights
@@ -243,6 +247,7 @@ class MetaPerturbCallback(EvaluationEpochs):
             persistent=self.persistent,
             path=self.path,
         )
+        attachment.managed |= existing is None and not self.persistent
         if self.path != "auto":  # how it is computed belongs to this run, whoever attached it
             attachment.path = self.path
         attachment.synchronize |= self.sync_statistics
@@ -257,7 +262,7 @@ class MetaPerturbCallback(EvaluationEpochs):
         else:
             before = int(attachment.steps) if trainer.global_step == 0 else 0
             attachment.ramp_over_run(total, batches_per_step(trainer, total), before)
-        attachment.inference = self._inference_of_epoch(trainer)  # of what runs in evaluation mode between the batches
+        attachment.inference = self._between_batches()
         every = batches_between_looks(trainer, total) if self.log_every is None else self.log_every
         self._site_log = SiteLog(attachment, every if trainer.loggers else 0)
         phi = self.phi if self.perturbation is None else None
@@ -280,7 +285,7 @@ class MetaPerturbCallback(EvaluationEpochs):
         attachment = self._attached(pl_module)
         metrics = self._site_log.end_batch() if self._site_log is not None else {}
         attachment.step(_loss(trainer, outputs))
-        attachment.inference = self._inference_of_epoch(trainer)
+        attachment.inference = self._between_batches()
         if metrics and trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.fit_loop.epoch_loop._batches_that_stepped)

@@ -12,6 +12,7 @@ from torch import nn
 from mp_lightning.errors import ConfigurationError, UserError
 from mp_lightning.perturbation import NamedPhi, Phi
 from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of
+from mp_lightning.sites.hooked import missing
 from mp_lightning.sites.saving import check_state
 
 KEY = "mp_lightning"
@@ -137,6 +138,10 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
     """
     check_state(state)
     attachment = attachment_of(model)
+    managed = attachment is None or attachment.managed
+    if attachment is not None and attachment.managed and missing(attachment.model, attachment.hooked) is not None:
+        attachment.detach()
+        attachment = None
     if attachment is None:
         if "phi" not in state:
             raise ConfigurationError(
@@ -153,6 +158,7 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
         )
         part = model.get_submodule(state.get("part", ""))  # that was attached by hand
         attachment = attach(part, phi, sites=SitePlan.from_dict(state["plan"]))
+    attachment.managed = managed
     attachment.load_state(state)
     return attachment
 

@@ -11,7 +11,7 @@ from mp_lightning.sites import attachment_of
 
 
 class EvaluationEpochs(Callback):
-    """The hooks around the epochs that validate, test and predict.
+    """The hooks around the epochs that validate, test and predict, and between the batches of a training.
 
     Args:
         inference, samples, fit_samples, output: see :class:`~mp_lightning.MetaPerturbCallback`.
@@ -20,8 +20,8 @@ class EvaluationEpochs(Callback):
     def __init__(self, inference: InferenceMode, samples: int, fit_samples: int, output: Output | None) -> None:
         super().__init__()
         self.inference: InferenceMode = inference
-        self.samples = samples
-        self.fit_samples = fit_samples
+        self.samples = int(samples)
+        self.fit_samples = int(fit_samples)
         self.output = output
 
     def make_inference(self) -> Mean | MonteCarlo:
@@ -29,6 +29,16 @@ class EvaluationEpochs(Callback):
         if self.inference == "mc":
             return MonteCarlo(self.samples, self.output)
         return Fold(self.samples) if self.inference == "fold" else Mean(self.samples)
+
+    def _between_batches(self) -> OutputAverage:
+        """The inference of what is evaluated within a training and outside of its epochs of validation."""
+        return OutputAverage(self.fit_samples, self.output)
+
+    def on_after_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """The step has made its forwards, unless it goes on by hand; other callbacks may evaluate when it ends."""
+        attachment = attachment_of(pl_module)
+        if attachment is not None and pl_module.automatic_optimization:
+            attachment.inference = self._between_batches()
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._begin_evaluation(trainer, pl_module)

@@ -1,8 +1,7 @@
 """What else there is in a training, of the trainer and the module, and what is done so that it works together."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -20,7 +19,6 @@ _SHARDED = {
     "ModelParallelStrategy": "strategy='ddp', since phi and its statistics are not sharded",
     "DeepSpeedStrategy": "strategy='ddp'",
 }
-_LATE_HOOKS = ("configure_model", "setup")  # in which modules make layers, the last one that Lightning calls first
 
 
 def check_strategy(trainer: pl.Trainer) -> None:
@@ -37,32 +35,32 @@ def check_strategy(trainer: pl.Trainer) -> None:
             )
 
 
-def check_alone(trainer: pl.Trainer, callback: Callback) -> None:
-    """Refuse a second callback of the same kind, which would count every batch once more.
+def check_alone(trainer: pl.Trainer, kind: type[Callback]) -> None:
+    """Refuse a second callback of a kind, which would count every batch once more.
 
     Raises:
         ConfigurationError: there is one.
     """
-    others = [type(other).__name__ for other in trainer.callbacks if isinstance(other, type(callback))]  # type: ignore[attr-defined]
-    if len(others) > 1:
+    found = [callback for callback in trainer.callbacks if isinstance(callback, kind)]  # type: ignore[attr-defined]
+    if len(found) > 1:
         raise ConfigurationError(
-            f"the trainer has {len(others)} callbacks of the kind {type(callback).__name__}; leave one of them, with "
-            "target= or sites= where several parts of the module are meant"
+            f"the trainer has {len(found)} callbacks of the kind {kind.__name__}; leave one of them, with target= or "
+            "sites= where several parts of the module are meant"
         )
 
 
 def check_single(module: nn.Module) -> None:
-    """Refuse a module of which several parts are attached one by one, of which only one would be looked after.
+    """Refuse a module of which several parts that are trained are attached one by one: one would be looked after.
 
     Raises:
         ConfigurationError: names them.
     """
-    attached = [name for name, part in module.named_modules() if attachment_of_itself(part) is not None]
-    if len(attached) > 1:
-        names = " and ".join(f"self.{name}" if name else "the module" for name in attached)
+    attached = [name for name, part in module.named_modules() if attachment_of_itself(part) and not is_frozen(part)]
+    if len(attached) > 1 and "" not in attached:
         raise ConfigurationError(
-            f"{names} are attached one by one, and a training looks after one attachment; leave attaching to the "
-            "callback, or call mp_lightning.detach on a copy that is not to be perturbed"
+            f"{' and '.join(f'self.{name}' for name in attached)} are attached one by one, and a training looks after "
+            "one attachment; leave attaching to the callback, or call mp_lightning.detach on a copy that is not to be "
+            "perturbed"
         )
 
 
@@ -108,48 +106,6 @@ def unfrozen(trainer: pl.Trainer, callback: Callback, module: nn.Module) -> Iter
     finally:
         for parameter in frozen:
             parameter.requires_grad_(False)
-
-
-def late_hook(module: pl.LightningModule) -> str | None:
-    """The last hook of a module's own in which it may make layers; None if it has none."""
-    return next((name for name in _LATE_HOOKS if overrides(module, name)), None)
-
-
-def overrides(module: pl.LightningModule, hook: str) -> bool:
-    """Whether the module has a hook that is not Lightning's own (under either of its names)."""
-    return getattr(type(module), hook).__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
-
-
-class AttachesLater:
-    """Attaches to a module that may make layers in a hook of its own, as soon as it has.
-
-    Args:
-        attach: what attaches.
-        module: to which.
-        hook: as :func:`late_hook` names it.
-    """
-
-    def __init__(self, attach: Callable[[pl.LightningModule], Any], module: pl.LightningModule, hook: str) -> None:
-        self._attach = attach
-        self._module = module
-        self._hook = hook
-
-    def install(self) -> None:
-        """Take the place of the hook, once."""
-        setattr(self._module, self._hook, self.run)
-
-    @classmethod
-    def uninstall(cls, module: pl.LightningModule) -> None:
-        """Where a training ended before there were any layers."""
-        for hook in _LATE_HOOKS:
-            if isinstance(getattr(module.__dict__.get(hook), "__self__", None), cls):
-                delattr(module, hook)
-
-    def run(self, *args: Any, **kwargs: Any) -> None:
-        """The hook, and after it the attaching."""
-        delattr(self._module, self._hook)
-        getattr(self._module, self._hook)(*args, **kwargs)
-        self._attach(self._module)
 
 
 def _is(thing: object, name: str) -> bool:

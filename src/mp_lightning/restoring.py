@@ -8,7 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, attach_state, read_checkpoint
-from mp_lightning.neighbours import overrides
+from mp_lightning.late_layers import overrides
 from mp_lightning.sites import Attachment
 
 # Of modules that were put into evaluation mode, and not by their user.

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from lightning_modules import loader, module, trainer
 from mp_lightning import MetaPerturbCallback, MonteCarlo, attach, attachment_of, reestimate_batch_norm
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError
@@ -47,11 +48,28 @@ def test_attach_names_an_argument_that_cannot_be_used_and_attaches_nothing(name,
     assert attachment_of(model) is None
 
 
-def test_whole_numbers_of_numpy_are_whole_numbers():
-    MetaPerturbCallback(ramp_steps=np.int64(3), log_every=np.int32(2), samples=np.int64(4), seed=np.int64(1))
-    attachment = attach(conv4(), ramp_steps=np.int64(3), input_size=np.int64(16), clip=np.float32(5))
-    assert type(attachment.state()["ramp_steps"]) is int
-    assert MonteCarlo(np.int64(3)).samples == 3
+def test_numbers_of_numpy_and_torch_become_numbers_of_python(tmp_path):
+    """Or a checkpoint would hold objects of numpy, which are not unpickled."""
+    attachment = attach(
+        conv4(), ramp_steps=np.int64(3), input_size=np.int64(16), clip=np.float32(5), seed=np.int64(1)
+    ).train()
+    attachment.model(torch.rand(2, 3, 16, 16))
+    attachment.step(np.float32(1))
+    torch.save(attachment.state(), tmp_path / "state.pt")
+    kept = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert (kept["ramp_steps"], kept["clip"], kept["seed"], kept["input_size"]) == (3, 5.0, 1, 16.0)
+    assert attach(conv4(), total_steps=500.0, clip=torch.tensor(5.0)).ramp_steps == 200
+    assert type(MonteCarlo(np.int64(3)).samples) is int
+
+
+def test_a_callback_that_is_given_numbers_of_numpy_can_be_restored(tmp_path):
+    callback = MetaPerturbCallback(
+        samples=np.int64(4), fit_samples=np.int64(2), seed=np.int64(1), log_every=np.int64(1)
+    )
+    model, run = module(), trainer(tmp_path, [callback], max_epochs=1)
+    run.fit(model, loader(1), loader(1))
+    run.save_checkpoint(tmp_path / "end.ckpt")
+    MetaPerturbCallback.restore(module(), tmp_path / "end.ckpt")
 
 
 @pytest.mark.parametrize("loss", ["x", {"loss": torch.zeros(())}])

@@ -15,12 +15,12 @@ from mp_lightning.compare.conclusion import Comparison, conclude
 from mp_lightning.compare.examine import Predict, predict_pair
 from mp_lightning.compare.fingerprint import fingerprint, identity
 from mp_lightning.compare.given import (
-    check_arm_names,
     check_choices,
     check_names,
     check_numbers,
     check_settings,
     check_trainer,
+    list_of_arms,
 )
 from mp_lightning.compare.quiet import quiet
 from mp_lightning.compare.run import Experiment
@@ -111,13 +111,15 @@ def compare(
     """
     check_trainer(trainer)
     check_choices(metric, inference, output)
-    check_numbers(tuning_values, num_classes, seeds=seeds, samples=samples, jobs=jobs, tuning_seeds=tuning_seeds)
-    check_arm_names(arms)
+    seeds, samples, jobs, tuning_seeds = check_numbers(
+        tuning_values, num_classes, seeds=seeds, samples=samples, jobs=jobs, tuning_seeds=tuning_seeds
+    )
+    tuning_values = int(tuning_values)
     check_names(target=target, model=model)
     check_settings(settings)
     data = UserData(datamodule)
     loaded = load_phi(phi)
-    parsed = [arm if isinstance(arm, Arm) else parse_arm(arm, loaded) for arm in arms]
+    parsed = [arm if isinstance(arm, Arm) else parse_arm(arm, loaded) for arm in list_of_arms(arms)]
     example = datamodule if isinstance(datamodule, L.LightningDataModule) else datamodule(0)
     names = target or type(example).__name__, model or _name(module_factory)
     shared = {

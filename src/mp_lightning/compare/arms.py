@@ -81,7 +81,8 @@ class Arm:
 
         Arm("weight noise", lambda seed: [WeightNoise(0.1)])
 
-    With several processes ``callbacks`` must be a function at the top level of a module.
+    With several processes ``callbacks`` must be a function at the top level of a module. It is called once more before
+    the first run, to see what it gives.
     """
 
     name: str

@@ -1,7 +1,7 @@
 """What ``mp_lightning.compare`` is given, checked before anything is computed with it."""
 
-from collections.abc import Sequence
-from numbers import Integral
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any
 
 from mp_lightning.compare.arms import Arm
@@ -9,6 +9,7 @@ from mp_lightning.compare.summary import VERDICT_METRICS
 from mp_lightning.compare.tuning import MOST_VALUES
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference.mc import OUTPUTS
+from mp_lightning.sites.arguments import whole_number
 
 _ENDS = ("max_epochs", "max_steps")
 # What the settings of a comparison are called that are not the user's own.
@@ -26,11 +27,11 @@ def check_trainer(trainer: Any) -> None:
     Raises:
         ConfigurationError: names the argument.
     """
-    if not isinstance(trainer, dict):
+    if not isinstance(trainer, Mapping):
         raise ConfigurationError(f"trainer={trainer!r}: give the arguments of lightning.Trainer as a dictionary")
     ends = {key: trainer[key] for key in _ENDS if trainer.get(key) is not None}
     for key, value in ends.items():
-        if isinstance(value, bool) or not isinstance(value, Integral) or value == 0:
+        if isinstance(value, bool) or not isinstance(value, Real) or value == 0:
             raise ConfigurationError(f"trainer= has {key}={value!r}; give a whole number above 0")
     if not any(value > 0 for value in ends.values()):
         raise ConfigurationError(f"trainer= does not say when a run ends; give one of {', '.join(_ENDS)}")
@@ -41,18 +42,20 @@ def check_trainer(trainer: Any) -> None:
         )
 
 
-def check_arm_names(arms: Any) -> None:
-    """Refuse what is no list of arms.
+def list_of_arms(arms: Any) -> list[str | Arm]:
+    """Arms that have names, in a list.
 
     Raises:
         ConfigurationError: names what was given.
     """
-    if isinstance(arms, str) or not isinstance(arms, Sequence):
+    if isinstance(arms, str) or not isinstance(arms, Iterable):
         raise ConfigurationError(f"arms={arms!r}: give a list, such as arms=['none', 'metaperturb']")
-    for arm in arms:
+    listed = list(arms)
+    for arm in listed:
         name = arm.name if isinstance(arm, Arm) else arm
         if not isinstance(name, str) or not name:
-            raise ConfigurationError(f"arm {name!r} has no name; give it one, as text")
+            raise ConfigurationError(f"arm {name!r} has no name; give text, or mp_lightning.Arm(name, function)")
+    return listed
 
 
 def check_names(**names: Any) -> None:
@@ -74,7 +77,7 @@ def check_settings(settings: Any) -> None:
     """
     if settings is None:
         return
-    if not isinstance(settings, dict):
+    if not isinstance(settings, Mapping):
         raise ConfigurationError(f"settings={settings!r}: give a dictionary of names and plain values")
     for name in settings:
         if name in OWN_SETTINGS:
@@ -98,7 +101,7 @@ def check_choices(metric: Any, inference: Any, output: Any) -> None:
             )
 
 
-def check_numbers(tuning_values: Any, num_classes: Any, **positive: Any) -> None:
+def check_numbers(tuning_values: Any, num_classes: Any, **positive: Any) -> list[int]:
     """Refuse numbers that cannot be used.
 
     Args:
@@ -106,13 +109,14 @@ def check_numbers(tuning_values: Any, num_classes: Any, **positive: Any) -> None
         num_classes: None where it is not given.
         positive: the others, by name.
 
+    Returns:
+        The others as numbers of Python.
+
     Raises:
         ConfigurationError: names the argument.
     """
     if num_classes is not None:
-        positive = {**positive, "num_classes": num_classes}
-    for name, number in positive.items():
-        if isinstance(number, bool) or not isinstance(number, Integral) or number < 1:
-            raise ConfigurationError(f"{name}={number!r} cannot be used; give a positive whole number")
+        whole_number(num_classes, "num_classes", 1, "of classes")
     if isinstance(tuning_values, bool) or tuning_values not in range(1, MOST_VALUES + 1):
         raise ConfigurationError(f"tuning_values={tuning_values!r} cannot be used; give 1 to {MOST_VALUES}")
+    return [whole_number(number, name, 1, "above 0") for name, number in positive.items()]

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.sites.arguments import check_whole_number
+from mp_lightning.sites.arguments import whole_number
 
 if TYPE_CHECKING:
     from mp_lightning.sites import Attachment
@@ -37,10 +37,9 @@ class MonteCarlo:
     _averages = True
 
     def __init__(self, samples: int, output: Output | None = None) -> None:
-        check_whole_number(samples, "samples", 1, "of noisy forwards, at least one")
         if output is not None and output not in OUTPUTS:
             raise ConfigurationError(f"output={output!r} is unknown; use one of {', '.join(OUTPUTS)}")
-        self.samples = samples
+        self.samples = whole_number(samples, "samples", 1, "of noisy forwards, at least one")
         self.output: Output | None = output
         self.calls = 0
         self._busy = False

@@ -275,5 +275,5 @@ def _write_both(contents: dict[Path, bytes]) -> None:
                 partial.unlink(missing_ok=True)
         raise ConfigurationError(
             f"phi file '{next(iter(contents))}' cannot be written ({error.strerror}); give a place in a folder that "
-            "exists and can be written to"
+            "exists, can be written to, and has room"
         ) from error

@@ -1,14 +1,14 @@
 """What is given to attach a perturbation, checked before anything is computed with it."""
 
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import Perturbation
 
 
-def check_whole_number(value: Any, name: str, least: int, what: str) -> None:
-    """Refuse what is no whole number, or one that is too small.
+def whole_number(value: Any, name: str, least: int, what: str) -> int:
+    """A whole number as one of Python, whatever kind of number it was given as.
 
     Args:
         value: that was given.
@@ -17,10 +17,12 @@ def check_whole_number(value: Any, name: str, least: int, what: str) -> None:
         what: it counts, for the message, with what is special about ``least``.
 
     Raises:
-        ConfigurationError: names the argument.
+        ConfigurationError: it is none, or too small; names the argument.
     """
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
+    whole = isinstance(value, Real) and not isinstance(value, bool) and float(value).is_integer()
+    if not whole or value < least:
         raise ConfigurationError(f"{name}={value!r}: give a whole number {what}")
+    return int(value)
 
 
 def check_arguments(
@@ -35,15 +37,20 @@ def check_arguments(
         raise ConfigurationError(
             f"perturbation={perturbation!r} has not the methods of mp_lightning.Perturbation; a phi goes by phi="
         )
-    if clip is not None and (isinstance(clip, bool) or not isinstance(clip, Real) or not float(clip) > 0):
+    if clip is not None and not _above_0(clip):
         raise ConfigurationError(f"clip={clip!r}: give a bound above 0 for feature maps, or None for no bound")
     if seed is not None:
-        check_whole_number(seed, "seed", 0, "from 0 on")
+        whole_number(seed, "seed", 0, "from 0 on")
     if input_size is not None:
-        check_whole_number(
-            input_size, "input_size", 1, "of pixels, the height of the input, or None to take it from it"
-        )
+        whole_number(input_size, "input_size", 1, "of pixels, the height of the input, or None to take it from it")
     if not isinstance(synchronize, bool):
         raise ConfigurationError(
             f"{synchronize!r} does not say whether statistics are taken over all processes; give True or False"
         )
+
+
+def _above_0(value: Any) -> bool:
+    try:
+        return not isinstance(value, str | bool) and float(value) > 0
+    except (TypeError, ValueError):
+        return False

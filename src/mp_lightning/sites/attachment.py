@@ -11,11 +11,11 @@ from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
-from mp_lightning.sites.blocks import check_there, make_blocks, scopes_of, why_unreached
+from mp_lightning.sites.blocks import make_blocks, scopes_of, why_unreached
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, entry_names
-from mp_lightning.sites.saving import are_those_of, state_of, take_over
+from mp_lightning.sites.saving import are_those_of, state_of, take_over, weights_of
 from mp_lightning.sites.site import Site, in_backward
 from mp_lightning.sites.strength import GrowingStrength
 
@@ -45,6 +45,7 @@ class Attachment(GrowingStrength):
         frozen: see :meth:`freeze`.
         perturbed: whether a site was reached in training.
         hooked: the parts of the model that have hooks, by name.
+        managed: made by the callback, which makes another where a part of the model was replaced.
         strays: how many blocks ran in evaluation mode outside of any forward of the model.
     """
 
@@ -74,8 +75,8 @@ class Attachment(GrowingStrength):
         self.perturbation = perturbation
         self.phi_name = phi_name
         self.channel_norm = channel_norm
-        self.seed = seed
-        self.clip = clip
+        self.seed = int(seed)
+        self.clip = None if clip is None else float(clip)
         self.synchronize = synchronize
         self.path: PathName = path
         self._can_fuse = isinstance(perturbation, FusedPerturbation)
@@ -91,6 +92,7 @@ class Attachment(GrowingStrength):
         self.on_detach: list[Callable[[], None]] = []
         self.perturbing = False
         self.depth = 0
+        self.managed = False
         self.strays = 0
         self._told_of_strays = False
         self.perturbed = False
@@ -153,14 +155,12 @@ class Attachment(GrowingStrength):
         if not self._looked:
             self._looked = True
             if not self.perturbed and self._shard()[0] == 0:
-                warnings.warn(f"MetaPerturb: {why_unreached(self.plan, self.model)}", stacklevel=2)
+                warnings.warn(f"MetaPerturb: {why_unreached(self)}", stacklevel=2)
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
         if self.frozen or in_backward():  # in backward, activation checkpointing computes this forward again
             return
-        if not torch.compiler.is_compiling():
-            check_there(self.model, self.hooked)
         self.training_forward = training
         if training:
             self.evaluation_buffers = self.constants = self.weights = None  # of the weights before this step
@@ -353,5 +353,7 @@ def _weights_loaded(module: nn.Module, incompatible: Any) -> None:
     attachment = module._modules.get(NAME)
     if not isinstance(attachment, Attachment):
         return
-    if attachment.weights is None or not are_those_of(module, attachment.weights):
+    if attachment.weights is None and attachment.evaluation_buffers is not None:
+        attachment.weights = weights_of(module)  # of a state of before they were kept, whose weights follow it
+    elif attachment.weights is None or not are_those_of(module, attachment.weights):
         attachment.evaluation_buffers = attachment.constants = attachment.weights = None

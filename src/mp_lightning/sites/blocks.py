@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from mp_lightning.errors import ConfigurationError
 from mp_lightning.sites.calls import ActivationModule, Block
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.site import Site
@@ -24,38 +23,19 @@ def _in_words(scopes: list[str]) -> str:
     return ", ".join(scopes[:3]) + (" and others" if len(scopes) > 3 else "")
 
 
-def why_unreached(plan: SitePlan, model: nn.Module) -> str:
-    """Why no site of a plan was reached in a training batch, and what to do about it."""
-    evaluating = [scope for scope in scopes_of(plan) if not model.get_submodule(scope).training]
+def why_unreached(attachment: "Attachment") -> str:
+    """Why no site was reached in a training batch, and what to do about it."""
+    scopes = scopes_of(attachment.plan)
+    evaluating = [scope for scope in scopes if not attachment.hooked.get(scope, attachment.model).training]
     if evaluating:
         return (
             f"the first training batch was computed with {_in_words(evaluating)} in evaluation mode, in which no "
             "statistics are taken for the noise; call train() before, or leave out what is not trained (sites=)"
         )
     return (
-        f"nothing was perturbed in the first training batch, as no forward of {_in_words(scopes_of(plan))} was made by "
+        f"nothing was perturbed in the first training batch, as no forward of {_in_words(scopes)} was made by "
         "calling it; call it, and not its forward or other methods, or choose sites that are reached (sites=)"
     )
-
-
-def check_there(model: nn.Module, hooked: dict[str, nn.Module]) -> None:
-    """Refuse a model of which a part that has hooks is not there any more.
-
-    Raises:
-        ConfigurationError: names it.
-    """
-    for name, module in hooked.items():
-        try:
-            found = model.get_submodule(name)
-        except AttributeError:
-            found = None
-        if found is module or getattr(found, "_orig_mod", None) is module:  # compiled since
-            continue
-        if module not in {*model.modules()}:  # under another name it would do
-            raise ConfigurationError(
-                f"self.{name} was replaced or removed since MetaPerturb was attached to it, so that nothing acts there;"
-                " call mp_lightning.detach(model) before such a change, and attach again after it"
-            )
 
 
 def make_blocks(attachment: "Attachment", model: nn.Module) -> list[Block]:

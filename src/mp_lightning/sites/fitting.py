@@ -5,6 +5,7 @@ adaptive augmentation (Karras et al., NeurIPS 2020, arXiv 2006.06676, Section 3)
 the probability of augmentation; here the training loss decides the strength of the perturbation.
 """
 
+from numbers import Real
 from typing import Any
 
 import torch
@@ -81,12 +82,9 @@ class Fitting(nn.Module):
         Raises:
             ConfigurationError: it is no number.
         """
-        try:
-            value = torch.as_tensor(torch.nan if loss is None else loss).detach().to(self.recent).mean()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise ConfigurationError(
-                f"step({loss!r}): give the loss of the batch, a number or a tensor, or nothing"
-            ) from error
+        if loss is not None and not isinstance(loss, Tensor | Real):
+            raise ConfigurationError(f"step({loss!r}): give the loss of the batch, a number or a tensor, or nothing")
+        value = torch.as_tensor(torch.nan if loss is None else loss).detach().to(self.recent).mean()
         known = value.isfinite()
         if synchronize:
             sums = torch.stack([torch.where(known, value, 0.0), known.to(value)])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from mp_lightning.sites.hooked import check_there
 from mp_lightning.sites.plan import SitePlan
 
 if TYPE_CHECKING:
@@ -62,6 +63,8 @@ class Entry:
         if not outermost:
             return
         attachment.depth += 1
+        if not torch.compiler.is_compiling():
+            check_there(attachment.model, attachment.hooked)
         attachment.begin_forward(module.training, first_image((*args, *kwargs.values())))
         if inference is not None:
             inference.begin(attachment, args, kwargs)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import MetaPerturb
@@ -104,7 +105,8 @@ def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
 @torch.no_grad()
 def weights_of(model: nn.Module) -> list[float]:
     """What tells the weights of a model from others: the norm of each parameter."""
-    norms = [parameter.detach().float().norm().cpu() for parameter in model.parameters()]
+    there = [parameter.detach() for parameter in model.parameters() if not is_lazy(parameter)]
+    norms = [parameter.abs().float().norm().cpu() for parameter in there]
     return [float(norm) for norm in norms]
 
 

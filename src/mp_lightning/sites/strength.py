@@ -8,7 +8,7 @@ from torch import Tensor
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation.precision import KeepsPrecision
-from mp_lightning.sites.arguments import check_whole_number
+from mp_lightning.sites.arguments import whole_number
 from mp_lightning.sites.fitting import OFF, Fitting
 
 RAMP_FRACTION = 0.4  # Section 4 of the paper
@@ -63,8 +63,8 @@ class GrowingStrength(KeepsPrecision):
         Raises:
             ConfigurationError: that is no number of batches.
         """
-        check_whole_number(ramp_steps, "ramp_steps", 0, "of batches, or 0 for no ramp")
-        self.ramp_steps, self.reached = int(ramp_steps), 1.0
+        self.ramp_steps = whole_number(ramp_steps, "ramp_steps", 0, "of batches, or 0 for no ramp")
+        self.reached = 1.0
         self.update_coeff()
 
     def ramp_over_run(self, total_steps: int, accumulated: float = 1, before: int = 0) -> None:
@@ -81,7 +81,7 @@ class GrowingStrength(KeepsPrecision):
         Raises:
             ConfigurationError: ``total_steps`` is no number of batches.
         """
-        check_whole_number(total_steps, "total_steps", 0, "of training batches")
+        total_steps = whole_number(total_steps, "total_steps", 0, "of training batches")
         done = self.ramp_steps is not None and 0 < self.ramp_steps <= int(self.steps)
         if not done:
             self.ramp_over(round(RAMP_FRACTION * total_steps))

@@ -27,13 +27,13 @@ from mp_lightning.perturbation import (
     check_fraction,
     load_phi,
 )
-from mp_lightning.sites.arguments import check_arguments, check_whole_number
+from mp_lightning.sites.arguments import check_arguments, whole_number
 from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName
-from mp_lightning.sites.blocks import check_there
 from mp_lightning.sites.calls import Block
 from mp_lightning.sites.choice import Sites, choose_sites
 from mp_lightning.sites.discovery import find_sites
 from mp_lightning.sites.fitting import OFF
+from mp_lightning.sites.hooked import check_there
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.tracing import remembered
 
@@ -106,7 +106,7 @@ def attach(
     """
     for name, count in (("total_steps", total_steps), ("ramp_steps", ramp_steps)):
         if count is not None:
-            check_whole_number(count, name, 0, "of training batches")
+            whole_number(count, name, 0, "of training batches")
     check_arguments(perturbation=perturbation, clip=clip, seed=seed, input_size=input_size, synchronize=synchronize)
     existing = attachment_of(model)
     named = None if perturbation is not None else load_phi(phi)
