@@ -43,6 +43,7 @@ PAIRS = {
     f"against constant noise of the moments of {SAME_NUMBERS}": (OURS, CONSTANT),
     "against constant noise of its own moments": (OURS, f"fixed_noise:{DEFAULT_PHI}"),
     f"against the mean of {SAME_NUMBERS} alone": (OURS, SHRINK),
+    "against its own mean alone": (OURS, f"shrink_only:{DEFAULT_PHI}"),
     "against the published phi": (OURS, f"metaperturb:{PUBLISHED}"),
     "against tuned Dropout": (OURS, "dropout"),
     "against tuned DropBlock": (OURS, "dropblock"),
