@@ -32,7 +32,8 @@ from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_o
 from mp_lightning.sites.arguments import check_arguments, whole_number
 from mp_lightning.sites.attachment import CLIP, PathName, check_path
 from mp_lightning.sites.choice import is_file, is_share
-from mp_lightning.sites.hooked import check_there, missing
+from mp_lightning.sites.hooked import check_there
+from mp_lightning.sites.surgery import detach_changed
 
 
 class MetaPerturbCallback(EvaluationEpochs):
@@ -123,7 +124,12 @@ class MetaPerturbCallback(EvaluationEpochs):
         if phi is not None and perturbation is not None:
             raise ConfigurationError("phi= and perturbation= are both given; give one of them")
         check_arguments(
-            perturbation=perturbation, clip=clip, seed=seed, input_size=input_size, synchronize=sync_statistics
+            perturbation=perturbation,
+            clip=clip,
+            seed=seed,
+            input_size=input_size,
+            synchronize=sync_statistics,
+            ramp_steps=ramp_steps,
         )
         self.phi = load_phi(phi)  # now, so that a bad file is known before data is prepared
         self._phi_given = phi is not None
@@ -152,9 +158,8 @@ class MetaPerturbCallback(EvaluationEpochs):
         for name, share in shares.items():
             if share is not None:
                 check_fraction(share, name)
-        for name, value, off in (("ramp_steps", ramp_steps, "no ramp"), ("log_every", log_every, "nothing")):
-            if value is not None:
-                whole_number(value, name, 0, f"of batches, or 0 for {off}")
+        if log_every is not None:
+            whole_number(log_every, "log_every", 0, "of batches, or 0 for nothing")
         self.log_every = log_every
         self._site_log: SiteLog | None = None
 
@@ -223,10 +228,8 @@ class MetaPerturbCallback(EvaluationEpochs):
             )
         if existing is not None:
             check_single(module)
-            gone = missing(existing.model, existing.hooked)
-            if gone is not None and existing.managed:
+            if (gone := detach_changed(module)) is not None:
                 rank_zero_info(f"MetaPerturb: self.{gone} was replaced since; it is attached anew")
-                existing.detach()
                 existing, self._attached_here = None, True
         if existing is not None and self.persistent:
             check_there(existing.model, existing.hooked)

@@ -12,8 +12,8 @@ from torch import nn
 from mp_lightning.errors import ConfigurationError, UserError
 from mp_lightning.perturbation import NamedPhi, Phi
 from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of
-from mp_lightning.sites.hooked import missing
 from mp_lightning.sites.saving import check_state
+from mp_lightning.sites.surgery import detach_changed
 
 KEY = "mp_lightning"
 # A strict load of the plain weights fails and quotes this key, so the key is the message.
@@ -137,11 +137,8 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
         SiteError: the model does not have its sites.
     """
     check_state(state)
+    detach_changed(model)
     attachment = attachment_of(model)
-    managed = attachment is None or attachment.managed
-    if attachment is not None and attachment.managed and missing(attachment.model, attachment.hooked) is not None:
-        attachment.detach()
-        attachment = None
     if attachment is None:
         if "phi" not in state:
             raise ConfigurationError(
@@ -158,7 +155,7 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
         )
         part = model.get_submodule(state.get("part", ""))  # that was attached by hand
         attachment = attach(part, phi, sites=SitePlan.from_dict(state["plan"]))
-    attachment.managed = managed
+        attachment.managed = True
     attachment.load_state(state)
     return attachment
 

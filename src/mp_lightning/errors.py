@@ -29,3 +29,8 @@ class DataError(UserError):
 
 class ConfigurationError(UserError):
     """An option is unknown, missing, or out of range."""
+
+
+def one_line(error: BaseException, most: int = 300) -> str:
+    """The message of any error on one line, of at most so many characters, to be a part of ours."""
+    return " ".join(str(error).split())[:most]

@@ -8,6 +8,7 @@ import lightning.pytorch as pl
 from torch import nn
 
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, attach_state, read_checkpoint
+from mp_lightning.errors import one_line
 from mp_lightning.late_layers import overrides
 from mp_lightning.sites import Attachment
 
@@ -42,7 +43,7 @@ def load_trained(model: pl.LightningModule, checkpoint: str | Path) -> tuple[Att
         late = ", after its setup() where that makes its layers" if overrides(model, "setup") else ""
         raise CheckpointError(
             f"the weights of checkpoint '{checkpoint}' are not those of a {type(model).__name__}: "
-            f"{' '.join(str(error).split())[:300]}; give a module of the class that was trained{late}"
+            f"{one_line(error)}; give a module of the class that was trained{late}"
         ) from error
     return attach_state(model, state), state.get("inference", {})
 

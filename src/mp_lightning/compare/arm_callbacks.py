@@ -15,7 +15,7 @@ from mp_lightning.compare.controls import FixedNoise, MeanOne, NoiseOnly, ScaleO
 from mp_lightning.compare.layers import DropBlock, GaussianDropout
 from mp_lightning.compare.mixing import LabelSmoothing, ManifoldMixup, MixUp
 from mp_lightning.compare.moments import SiteMoments
-from mp_lightning.errors import ConfigurationError, UserError
+from mp_lightning.errors import ConfigurationError, UserError, one_line
 from mp_lightning.perturbation import NamedPhi, Perturbation, initial_phi
 from mp_lightning.sites import Attachment, SitePlan, find_sites
 from mp_lightning.sites.choice import is_share
@@ -78,7 +78,7 @@ def _made(arm: Arm, seed: int) -> list[Callback]:
     except UserError:
         raise
     except Exception as error:  # whatever the user's function does
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        why = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigurationError(f"arm '{arm.name}': its callbacks(seed) failed with {why}; mend it") from error
     for one in made:
         if not isinstance(one, Callback):

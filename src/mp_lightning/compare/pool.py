@@ -21,7 +21,7 @@ import torch
 from mp_lightning.compare.quiet import quiet
 from mp_lightning.compare.results import Details, Row
 from mp_lightning.compare.run import Experiment, Job, RunError, perform
-from mp_lightning.errors import ConfigurationError
+from mp_lightning.errors import ConfigurationError, one_line
 
 Finished = tuple[Job, Row, Details]
 _POLL = 0.2  # seconds
@@ -109,7 +109,7 @@ def _check_sendable(experiment: Experiment, jobs: Sequence[Job]) -> None:
             pickle.dumps(value)
         except Exception as error:  # whatever a user's class raises
             raise ConfigurationError(
-                f"{what} cannot be sent to other processes ({' '.join(str(error).split())[:200]}); use jobs=1, or "
+                f"{what} cannot be sent to other processes ({one_line(error, 200)}); use jobs=1, or "
                 "functions and classes at the top level of a module"
             ) from error
 

@@ -21,7 +21,7 @@ from mp_lightning.compare.examine import Examination, Examined, Predict, predict
 from mp_lightning.compare.pairing import PairedSteps, seed_all
 from mp_lightning.compare.results import Details, Row, SiteMultiplier
 from mp_lightning.compare.store import RunKey
-from mp_lightning.errors import ConfigurationError, DataError, UserError
+from mp_lightning.errors import ConfigurationError, DataError, UserError, one_line
 from mp_lightning.inference import Output
 from mp_lightning.mixin import MetaPerturbMixin
 from mp_lightning.randomness import derived_seed
@@ -143,7 +143,7 @@ def fresh_module(experiment: Experiment, seed: int) -> L.LightningModule:
     except UserError:
         raise
     except Exception as error:
-        raise RunError(f"module_factory failed: {type(error).__name__}: {_one_line(error)}") from error
+        raise RunError(f"module_factory failed: {type(error).__name__}: {one_line(error)}") from error
     if not isinstance(module, L.LightningModule):
         raise ConfigurationError(
             f"module_factory made a {type(module).__name__}, not a LightningModule; give a function without arguments "
@@ -189,7 +189,7 @@ def train(experiment: Experiment, module: L.LightningModule, job: Job, callbacks
             isinstance(error, SystemExit) and isinstance(error.__context__, KeyboardInterrupt)
         ):
             raise KeyboardInterrupt from error
-        raise RunError(f"{describe(job)} failed: {type(error).__name__}: {_one_line(error)}") from error
+        raise RunError(f"{describe(job)} failed: {type(error).__name__}: {one_line(error)}") from error
     if trainer.global_step == 0:
         raise DataError(
             "train_dataloader gives no batch to train on; give more images, a smaller batch, or another "
@@ -201,10 +201,6 @@ def train(experiment: Experiment, module: L.LightningModule, job: Job, callbacks
 def setup_seed(seed: int) -> int:
     """What the generators start from when the datamodule is set up, before training and before the test."""
     return derived_seed(seed, "setup")
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def describe(job: Job) -> str:

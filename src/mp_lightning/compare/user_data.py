@@ -8,7 +8,7 @@ import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mp_lightning.compare.pairing import paired
-from mp_lightning.errors import ConfigurationError
+from mp_lightning.errors import ConfigurationError, one_line
 from mp_lightning.randomness import derived_seed
 
 
@@ -68,7 +68,7 @@ def _copied(given: L.LightningDataModule) -> L.LightningDataModule:
     try:
         return copy.deepcopy(given, {id(getattr(given, "trainer", None)): None})  # not the trainer that used it before
     except Exception as error:  # whatever it holds decides how that fails
-        why = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        why = f"{type(error).__name__}: {one_line(error)}"
         raise ConfigurationError(
             f"{type(given).__name__} cannot be copied for each run ({why}); give a function of the seed that makes a "
             "new one, or open files in its setup"

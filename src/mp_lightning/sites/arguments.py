@@ -26,7 +26,14 @@ def whole_number(value: Any, name: str, least: int, what: str) -> int:
 
 
 def check_arguments(
-    *, perturbation: Any = None, clip: Any = None, seed: Any = None, input_size: Any = None, synchronize: Any = False
+    *,
+    perturbation: Any = None,
+    clip: Any = None,
+    seed: Any = None,
+    input_size: Any = None,
+    synchronize: Any = False,
+    total_steps: Any = None,
+    ramp_steps: Any = None,
 ) -> None:
     """Refuse what the perturbation cannot be computed with; None is for what was not given.
 
@@ -45,8 +52,13 @@ def check_arguments(
         whole_number(input_size, "input_size", 1, "of pixels, the height of the input, or None to take it from it")
     if not isinstance(synchronize, bool):
         raise ConfigurationError(
-            f"{synchronize!r} does not say whether statistics are taken over all processes; give True or False"
+            f"sync_statistics (synchronize in attach) is {synchronize!r}; give True to take statistics over all "
+            "processes, or False"
         )
+    if total_steps is not None:
+        whole_number(total_steps, "total_steps", 0, "of training batches")
+    if ramp_steps is not None:
+        whole_number(ramp_steps, "ramp_steps", 0, "of batches, or 0 for no ramp")
 
 
 def _above_0(value: Any) -> bool:

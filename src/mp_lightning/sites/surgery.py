@@ -27,13 +27,13 @@ from mp_lightning.perturbation import (
     check_fraction,
     load_phi,
 )
-from mp_lightning.sites.arguments import check_arguments, whole_number
+from mp_lightning.sites.arguments import check_arguments
 from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName
 from mp_lightning.sites.calls import Block
 from mp_lightning.sites.choice import Sites, choose_sites
 from mp_lightning.sites.discovery import find_sites
 from mp_lightning.sites.fitting import OFF
-from mp_lightning.sites.hooked import check_there
+from mp_lightning.sites.hooked import check_there, missing
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.tracing import remembered
 
@@ -104,10 +104,15 @@ def attach(
         ConfigurationError: the model is attached already, with another phi, strength, perturbation or plan, or was
             changed since; or ``path`` is unknown, or a number out of range.
     """
-    for name, count in (("total_steps", total_steps), ("ramp_steps", ramp_steps)):
-        if count is not None:
-            whole_number(count, name, 0, "of training batches")
-    check_arguments(perturbation=perturbation, clip=clip, seed=seed, input_size=input_size, synchronize=synchronize)
+    check_arguments(
+        perturbation=perturbation,
+        clip=clip,
+        seed=seed,
+        input_size=input_size,
+        synchronize=synchronize,
+        total_steps=total_steps,
+        ramp_steps=ramp_steps,
+    )
     existing = attachment_of(model)
     named = None if perturbation is not None else load_phi(phi)
     for name, value in (("strength", strength), ("full_strength_at", full_strength_at), ("acts_below", acts_below)):
@@ -194,6 +199,19 @@ def detach(model: nn.Module) -> None:
     attachment = attachment_of(model)
     if attachment is not None:
         attachment.detach()
+
+
+def detach_changed(model: nn.Module) -> str | None:
+    """Undo what a callback attached to a model of which a part was replaced or removed since.
+
+    Returns:
+        The name of that part; None where nothing was undone.
+    """
+    attachment = attachment_of(model)
+    gone = missing(attachment.model, attachment.hooked) if attachment is not None and attachment.managed else None
+    if attachment is not None and gone is not None:
+        attachment.detach()
+    return gone
 
 
 def attachment_of_itself(model: nn.Module) -> Attachment | None:
