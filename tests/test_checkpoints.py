@@ -421,3 +421,38 @@ def test_resuming_keeps_the_noise_and_says_so(tmp_path, recwarn):
     assert any(
         "noise per element, which stays in force instead of noise per channel" in str(one.message) for one in recwarn
     )
+
+
+def test_restore_takes_the_weights_that_the_module_chooses(tmp_path):
+    class Averaged(Classifier):
+        def on_save_checkpoint(self, checkpoint):
+            checkpoint["averages"] = {
+                name: torch.full_like(value, 0.5) if name == "net.fc.bias" else value
+                for name, value in checkpoint["state_dict"].items()
+            }
+
+        def on_load_checkpoint(self, checkpoint):
+            checkpoint["state_dict"] = dict(checkpoint["averages"])
+
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)])
+    run.fit(module(Averaged), loader(2))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    restored = MetaPerturbCallback.restore(module(Averaged, seed=1), tmp_path / "a.ckpt")
+    assert bool((restored.net.fc.bias == 0.5).all())
+    with pytest.warns(UserWarning, match="not re-estimated"):  # which was done for the other weights
+        restored(digits()[0][:4])
+
+
+def test_restore_is_as_strict_as_the_module(tmp_path):
+    class Lax(Classifier):
+        strict_loading = False
+
+        def on_save_checkpoint(self, checkpoint):
+            del checkpoint["state_dict"]["net.fc.bias"]  # as of a part that is loaded from elsewhere
+
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)])
+    run.fit(module(Lax), loader(2))
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    model = module(Lax, seed=1)
+    own = model.net.fc.bias.detach().clone()
+    assert torch.equal(MetaPerturbCallback.restore(model, tmp_path / "a.ckpt").net.fc.bias, own)

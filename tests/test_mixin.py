@@ -211,3 +211,13 @@ def test_weights_decide_what_noise_is_drawn_for(strict):
     model = OfChannels()
     model.load_state_dict(old, strict=strict)
     assert attachment_of(model).perturbation.noise_per == "element"
+
+
+def test_the_mixin_comes_before_the_lightning_module():
+    class Behind(Classifier, MetaPerturbMixin):
+        def __init__(self):
+            super().__init__()
+            self.perturb()
+
+    with pytest.raises(ConfigurationError, match=r"name the mixin first: class Behind\(MetaPerturbMixin"):
+        Behind()

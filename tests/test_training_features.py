@@ -5,6 +5,7 @@ import csv
 import os
 import subprocess
 import sys
+import warnings
 
 import lightning as L
 import pytest
@@ -20,17 +21,19 @@ from lightning.pytorch.callbacks import (
     WeightAveraging,
 )
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.tuner import Tuner
 from omegaconf import OmegaConf
 from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
+from torchvision.models.feature_extraction import create_feature_extractor
 
 from lightning_modules import digits
 from mp_lightning import ConfigurationError, MetaPerturbCallback, attach, attachment_of, reestimate_batch_norm
 from mp_lightning.backbones import build_backbone
+from mp_lightning.errors import SiteError
 from mp_lightning.perturbation import NoiseKey
 
 BATCHES = 4
@@ -523,3 +526,76 @@ def test_an_error_in_a_watched_batch_leaves_no_hook(tmp_path):
     with pytest.raises(ValueError, match="no"):
         trainer.fit(module)
     assert not any(site._forward_pre_hooks for site in attachment_of(module).sites)
+
+
+def test_a_logger_draws_the_graph_of_the_network(tmp_path):
+    class Drawn(L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = build_backbone("conv4", 10, width=8, image_size=16)
+            self.example_input_array = torch.zeros(2, 3, 16, 16)
+
+        def forward(self, x):
+            return self.net(x)
+
+        def training_step(self, batch, batch_idx):
+            return cross_entropy(self(batch[0]), batch[1])
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), 0.01)
+
+    x, y = digits()
+    model = Drawn()
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        logger=TensorBoardLogger(tmp_path, log_graph=True),
+        callbacks=[MetaPerturbCallback()],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, of tracing
+        trainer.fit(model, DataLoader(TensorDataset(x[:64], y[:64]), 16))
+    assert int(attachment_of(model).steps) == int(attachment_of(model).forwards) == 4
+
+
+def test_a_feature_extractor_is_refused_as_it_would_leave_the_perturbation_out():
+    model = torchvision.models.resnet18(num_classes=10)
+    attach(model, ramp_steps=0)
+    with pytest.raises(SiteError, match=r"torch\.fx traces this network.*forward hooks"):
+        create_feature_extractor(model.eval(), ["layer4"])
+    assert model(torch.zeros(2, 3, 32, 32)).isfinite().all()
+
+
+class Named(nn.Module):
+    """Gives its activations what they take by keyword."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.relu, self.fc = nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Linear(8, 2)
+
+    def forward(self, x):
+        return self.fc(self.relu(input=self.norm(self.conv(x))).mean((2, 3)))
+
+
+def test_an_activation_may_be_called_by_keyword():
+    torch.manual_seed(0)
+    model, x = Named(), torch.randn(4, 3, 8, 8)
+    plain = model(x)
+    attachment = attach(model, ramp_steps=0, full_strength_at=1.0)
+    assert attachment.plan.names and not torch.allclose(model(x), plain)
+
+
+def test_training_that_nobody_counts_is_told(recwarn):
+    model = Named()
+    attachment = attach(model, total_steps=1000)
+    for _ in range(150):
+        model(torch.zeros(2, 3, 8, 8))
+    attachment.step(1.0)
+    for _ in range(199):
+        model(torch.zeros(2, 3, 8, 8))
+    assert not [warning for warning in recwarn if "no batch was counted" in str(warning.message)]
+    with pytest.warns(UserWarning, match=r"no batch was counted.*strength stays at 0.*attachment\.step\(loss\)"):
+        model(torch.zeros(2, 3, 8, 8))

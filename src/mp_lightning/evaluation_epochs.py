@@ -84,12 +84,15 @@ def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str,
         )
         return
     attachment.settle()
+    attachment.weights_known = False  # callbacks before this one may have put averages in their place
+    attachment.forget_other_weights()
     attachment.evaluations.zero_()
     attachment.bound_hits.zero_()
     if trainer.state.fn != "fit" and inference.lacks(attachment) is not None:
         reestimate(trainer, module, attachment, mode)
     attachment.inference = inference
     attachment.strays = 0
+    attachment.weights_known = False  # and those after it may
     attachment.sampling = mode == "mc"  # where the module calls blocks one by one, see end_evaluation
 
 
@@ -108,12 +111,15 @@ def end_evaluation(module: pl.LightningModule, mode: str) -> None:
         return
     attachment.sampling = True
     inference = attachment.inference
-    averaged_nothing = type(inference) is MonteCarlo and inference.calls == 0 and attachment.strays > 0
-    if averaged_nothing or (isinstance(inference, Mean) and attachment.strays):
+    if (
+        (isinstance(inference, Mean) or type(inference) is MonteCarlo)
+        and inference.calls == 0
+        and attachment.strays > 0
+    ):
         names = " or ".join(
             f"{type(module).__name__}.forward" if name == "" else f"self.{name}" for name in attachment.entry_modules()
         )
-        what = "averaged nothing" if averaged_nothing else "did not act"
+        what = "did not act" if isinstance(inference, Mean) else "averaged nothing"
         raise ConfigurationError(f"inference='{mode}' {what}: no step of this epoch called {names} as a whole; do so")
     if int(attachment.bound_hits) > 0:
         rank_zero_warn(

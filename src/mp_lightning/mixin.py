@@ -14,7 +14,8 @@ class MetaPerturbMixin:
     """Makes MetaPerturb part of a LightningModule: phi and the statistics are in its ``state_dict``.
 
     Call :meth:`perturb` at the end of ``__init__``; the rest (ramp, evaluation, checkpoints) happens by itself, with
-    any Trainer. A checkpoint then loads by ``load_from_checkpoint`` as every other.
+    any Trainer. A checkpoint then loads by ``load_from_checkpoint`` as every other. The mixin is named before
+    ``LightningModule``; a ``configure_callbacks`` of the module's own adds those of ``super().configure_callbacks()``.
 
     Example::
 
@@ -33,7 +34,17 @@ class MetaPerturbMixin:
         Args:
             phi: as for :class:`~mp_lightning.MetaPerturbCallback`.
             options: its other arguments, but ``marker``, for which there is no need.
+
+        Raises:
+            ConfigurationError: the mixin comes after LightningModule among the bases, which hides what it adds.
         """
+        bases = [base.__name__ for base in type(self).__mro__]
+        if "LightningModule" in bases[: bases.index("MetaPerturbMixin")]:
+            raise ConfigurationError(
+                f"{type(self).__name__} has MetaPerturbMixin after LightningModule among its bases, so that Lightning "
+                "never sees its callback; name the mixin first: class "
+                f"{type(self).__name__}(MetaPerturbMixin, L.LightningModule)"
+            )
         self._perturb_options = {"phi": phi, **options, "marker": False}
         assert isinstance(self, nn.Module)
         callback = self._metaperturb_callback()

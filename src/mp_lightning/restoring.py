@@ -33,12 +33,12 @@ def load_trained(model: pl.LightningModule, checkpoint: str | Path) -> tuple[Att
         )
     content = read_checkpoint(checkpoint)
     state = content[KEY]
-    weights = {name: value for name, value in content["state_dict"].items() if name != MARKER}
+    content["state_dict"].pop(MARKER, None)
     if overrides(model, "configure_model"):
         model.configure_model()
-    model.on_load_checkpoint(content)
+    model.on_load_checkpoint(content)  # which may choose other weights, such as averaged ones
     try:
-        model.load_state_dict(weights)
+        model.load_state_dict(content["state_dict"], strict=model.strict_loading)
     except RuntimeError as error:
         late = ", after its setup() where that makes its layers" if overrides(model, "setup") else ""
         raise CheckpointError(

@@ -85,7 +85,7 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         (COLOUR, LABELS[:3], None, r"4 images but labels of shape \(3,\)"),
         (COLOUR, LABELS.astype(float), None, "type float64"),
         (COLOUR, LABELS - 1, None, "label -1 of"),
-        (COLOUR, LABELS + 1, ["a", "b"], "label 2 of"),
+        (COLOUR, LABELS + 1, ["a", "b"], "label 2 of .* is none of the 2 classes that have a name"),
         (COLOUR, LABELS + 1, None, "label 0: number the classes from 0 without gaps"),
         (COLOUR, LABELS * 2, None, "label 1: number the classes from 0 without gaps"),
         (COLOUR, LABELS * 10**9, None, "label 1000000000 of"),

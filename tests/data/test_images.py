@@ -87,3 +87,11 @@ def test_resized_averages_when_it_shrinks() -> None:
 def test_resized_refuses_no_pixels() -> None:
     with pytest.raises(ConfigurationError, match="size=0"):
         numbered([2, 2]).resized(0)
+
+
+def test_a_mask_takes_the_images_of_which_it_says_so():
+    data = ImageSet("s", torch.arange(6, dtype=torch.uint8).view(6, 1, 1, 1), torch.tensor([0, 1, 0, 1, 2, 2]), "abc")
+    chosen = data.subset(data.labels == 2)
+    assert chosen.images.flatten().tolist() == [4, 5] and chosen.labels.tolist() == [2, 2]
+    with pytest.raises(ConfigurationError, match="one value for each image"):
+        data.subset(torch.tensor([True, False]))

@@ -328,7 +328,7 @@ def test_a_training_step_without_the_model_does_not_lose_the_training(tmp_path):
 
     run = trainer(tmp_path, [MetaPerturbCallback(input_size=16, full_strength_at=1)])
     model = module(ByLayers)
-    with pytest.warns(UserWarning, match=r"did not call the model.*self\.net"):
+    with pytest.warns(UserWarning, match=r"no training step called the model.*self\.net"):
         run.fit(model, loader(2))
     assert attachment_of(model).evaluation_buffers is None
 

@@ -5,11 +5,21 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from lightning_modules import loader, module, trainer
-from mp_lightning import MetaPerturbCallback, MonteCarlo, attach, attachment_of, reestimate_batch_norm
+from mp_lightning import (
+    MetaPerturbCallback,
+    MonteCarlo,
+    attach,
+    attachment_of,
+    detach,
+    find_sites,
+    reestimate_batch_norm,
+)
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError
+from mp_lightning.perturbation import MetaPerturb
 
 SHARED = [  # what the callback and attach() take alike
     ("clip", "a"),
@@ -87,3 +97,17 @@ def test_what_re_estimation_is_given_is_named():
         reestimate_batch_norm(attachment, [batch])
     with pytest.raises(ConfigurationError, match=r"was given a Conv\w*; give the attachment that attach"):
         reestimate_batch_norm(model, [lambda: model(batch[0])])
+
+
+@pytest.mark.parametrize("function", [attach, detach, find_sites])
+@pytest.mark.parametrize("given", [nn.Linear, None, "resnet18"])
+def test_what_is_no_module_is_named(function, given):
+    with pytest.raises(ConfigurationError, match=f"{function.__name__} was given .*; give a torch.nn.Module"):
+        function(given)
+
+
+def test_the_class_of_a_perturbation_is_none():
+    with pytest.raises(ConfigurationError, match="perturbation=MetaPerturb is a class; give an object"):
+        attach(build_backbone("conv4", 10, width=8, image_size=16), perturbation=MetaPerturb)
+    with pytest.raises(ConfigurationError, match="perturbation=MetaPerturb is a class; give an object"):
+        MetaPerturbCallback(perturbation=MetaPerturb)

@@ -1,5 +1,6 @@
 """Anyone's network by what its user calls it: ours, a library's, or that of a function in the user's own code."""
 
+import hashlib
 import importlib
 import importlib.util
 import sys
@@ -88,10 +89,22 @@ def _module(place: str, name: str) -> ModuleType:
 
 
 def _from_file(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(path.stem, path.resolve())
+    """The module of a file, which may import others that lie beside it, as where Python runs it."""
+    path = path.resolve()
+    name = path.stem
+    if getattr(sys.modules.get(name), "__file__", None) != str(path) and name in sys.modules:
+        name = f"{name}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # another module is called like it
+    spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ImportError(f"{path} is no file of Python")
     module = importlib.util.module_from_spec(spec)
-    sys.modules.setdefault(path.stem, module)  # where classes look for their own module
-    spec.loader.exec_module(module)
+    sys.modules[name] = module  # where classes look for their own module
+    sys.path.append(str(path.parent))
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    finally:
+        sys.path.remove(str(path.parent))
     return module

@@ -43,8 +43,20 @@ class ImageSet:
         return self.images.shape[-1]
 
     def subset(self, indices: Tensor | Sequence[int], name: str | None = None) -> "ImageSet":
-        """The images at ``indices`` in that order, with the same classes."""
-        index = torch.as_tensor(indices, dtype=torch.int64)
+        """The images at ``indices`` in that order, or those of which a mask says so, with the same classes.
+
+        Raises:
+            ConfigurationError: a mask is not of one value for each image.
+        """
+        index = torch.as_tensor(indices)
+        if index.dtype == torch.bool:
+            if index.shape != self.labels.shape:
+                raise ConfigurationError(
+                    f"a mask of shape {tuple(index.shape)} for the {len(self)} images of '{self.name}': give one value "
+                    "for each image"
+                )
+            index = index.nonzero().flatten()
+        index = index.to(torch.int64)
         return replace(self, name=name or self.name, images=self.images[index], labels=self.labels[index])
 
     def select_classes(self, classes: Sequence[int], name: str | None = None) -> "ImageSet":

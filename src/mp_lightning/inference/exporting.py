@@ -64,13 +64,18 @@ def export(model: nn.Module, path: str | Path, images: Tensor, mode: ExportMode 
         ONNX where the package onnxruntime is missing.
 
     Raises:
-        ConfigurationError: as :func:`exportable`; or the ending is unknown, a package is missing, or the model cannot
-            be exported.
+        ConfigurationError: as :func:`exportable`; or the images are no batch of two, the ending is unknown, a package
+            is missing, or the model cannot be exported.
     """
     path = Path(path)
     if path.suffix not in SUFFIXES:
         raise ConfigurationError(f"to={path} cannot be used; give a file name that ends in {' or '.join(SUFFIXES)}")
     frozen = exportable(model, mode)
+    if not isinstance(images, Tensor) or images.dim() < 3 or len(images) < 2 or not images.is_floating_point():
+        what = f"a {type(images).__name__}"
+        if isinstance(images, Tensor):
+            what = f"a tensor of shape {tuple(images.shape)} and type {images.dtype}"
+        raise ConfigurationError(f"images= is {what}; give a batch (B, C, H, W) of at least two images, float32")
     partial = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
         with torch.no_grad():

@@ -3,7 +3,8 @@
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from mp_lightning.errors import ConfigurationError
@@ -18,6 +19,9 @@ class Mean:
 
     While a model with batch norm has no such buffers (it was not re-estimated, or was trained on since), expectation
     would be far off; then the outputs of ``samples`` noisy forwards are averaged instead, with a warning.
+
+    Attributes:
+        calls: how many forwards of the model were made since this object was.
     """
 
     expects = True
@@ -25,6 +29,7 @@ class Mean:
     _remedy = "mp_lightning.reestimate_batch_norm"
 
     def __init__(self, samples: int = 20) -> None:
+        self.calls = 0
         self._warned = False
         self._sampling = True
         self._stand_in = OutputAverage(samples)
@@ -33,6 +38,7 @@ class Mean:
 
     def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._stand_in.busy:
+            attachment.forget_other_weights()
             lacking = self.lacks(attachment)
             self._uses_stand_in = lacking is not None
             self._warn_once(lacking)
@@ -45,6 +51,7 @@ class Mean:
         attachment.folding = self._folds
 
     def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
+        self.calls += 1
         if self._uses_stand_in:
             return self._stand_in.finish(attachment, module, output)
         _swap_buffers(attachment)
@@ -84,8 +91,16 @@ def _swap_buffers(attachment: "Attachment") -> None:
         owner, leaf = owners[name], name.rpartition(".")[-1]
         current = owner._buffers[leaf]
         assert current is not None
-        swapped[name], owner._buffers[leaf] = current, copy.to(current)
+        swapped[name], owner._buffers[leaf] = current, _like(copy, current)
     attachment.evaluation_buffers = swapped
+
+
+def _like(copy: Tensor, current: Tensor) -> Tensor:
+    """On the device and in the dtype of another; no tensor of inference mode, which no gradient could pass later."""
+    if (copy.dtype, copy.device) == (current.dtype, current.device):
+        return copy
+    with torch.inference_mode(False):
+        return copy.to(current)
 
 
 def _owner(model: nn.Module, name: str) -> nn.Module:

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.sites import Attachment
+from mp_lightning.sites.blocks import batch_norms
 from mp_lightning.sites.saving import weights_of
 
 BATCHES = 50  # the most training batches that re-estimation looks at
@@ -69,19 +70,26 @@ def reestimate_batch_norm(attachment: Attachment, forwards: Iterable[Callable[[]
             so it must be a list or the like.
 
     Raises:
-        ConfigurationError: there is no function, or one never ran the model; ``attachment`` is none.
+        ConfigurationError: there is no function, or none ran the model; ``forwards`` can be gone through once
+            alone and not twice; ``attachment`` is none.
     """
     if not isinstance(attachment, Attachment):
         raise ConfigurationError(
             f"reestimate_batch_norm was given a {type(attachment).__name__}; give the attachment that attach() returned"
         )
+    if fold and isinstance(forwards, Iterator):
+        raise ConfigurationError(
+            "reestimate_batch_norm was given a generator or another iterator, and fold=True goes through the functions "
+            "twice; give a list of them"
+        )
     norms = {
         name: module
-        for name, module in attachment.model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and not _is_frozen(module, attachment)
+        for name, module in batch_norms(attachment.model).items()
+        if not _is_frozen(name, module, attachment)
     }
     attachment.evaluation_buffers = attachment.constants = None
     attachment.weights = weights_of(attachment.model)
+    attachment.weights_known = True
     with torch.inference_mode(False), torch.no_grad():
         _estimate(attachment, forwards, norms, fold)
 
@@ -119,8 +127,8 @@ def _estimate(
 
 
 def _run(attachment: Attachment, forwards: Iterable[Callable[[], Any]], stop: _StopAfterForward) -> None:
-    """Run the model on each batch."""
-    done = 0
+    """Run the model on each batch; a training step may pass over some."""
+    done = reached = 0
     for forward in islice(forwards, BATCHES):
         done += 1
         stop.seen.clear()
@@ -132,24 +140,26 @@ def _run(attachment: Attachment, forwards: Iterable[Callable[[], Any]], stop: _S
         try:
             forward()
         except _ForwardDone:
-            continue
+            pass
         except Exception:
             if not stop.seen:
                 raise
-            continue  # after a forward of the model: a step may want gradients, which there are none of
-        if stop.seen:
-            continue
-        names = " or ".join(f"self.{name}" if name else "self" for name in attachment.entry_modules())
-        raise ConfigurationError(
-            f"batch norm cannot be re-estimated: a training step did not call the model ({names}); call it there, "
-            "or use inference='mc'"
-        )
+            # After a forward of the model: a step may want gradients, which there are none of.
+        reached += bool(stop.seen)
     if not done:
         raise ConfigurationError("batch norm cannot be re-estimated without a training batch; use inference='mc'")
+    if not reached:
+        names = " or ".join(f"self.{name}" if name else "self" for name in attachment.entry_modules())
+        raise ConfigurationError(
+            f"batch norm cannot be re-estimated: no training step called the model ({names}); call it there, "
+            "or use inference='mc'"
+        )
 
 
-def _is_frozen(norm: _BatchNorm, attachment: Attachment) -> bool:
-    """Whether training left the statistics of this layer alone."""
+def _is_frozen(name: str, norm: _BatchNorm, attachment: Attachment) -> bool:
+    """Whether training left the statistics of this layer alone; where nothing was trained, whether it would."""
+    if attachment.trained_norms is not None:
+        return name not in attachment.trained_norms
     if attachment.model.training and not norm.training:
         return True
     return norm.weight is not None and not norm.weight.requires_grad

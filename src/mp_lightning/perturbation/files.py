@@ -129,7 +129,7 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
     name = DEFAULT_PHI if source is None else str(source)
     if name in list_phi():
         return _read(BUNDLED / f"{name}.safetensors", name)
-    return _read(Path(name), name)
+    return _read(Path(name).expanduser(), name)
 
 
 def list_phi() -> list[str]:

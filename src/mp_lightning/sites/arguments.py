@@ -3,6 +3,8 @@
 from numbers import Real
 from typing import Any
 
+from torch import nn
+
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import Perturbation
 
@@ -25,6 +27,21 @@ def whole_number(value: Any, name: str, least: int, what: str) -> int:
     return int(value)
 
 
+def check_model(model: Any, what: str) -> None:
+    """Refuse what is no module.
+
+    Args:
+        model: that was given.
+        what: it was given to.
+
+    Raises:
+        ConfigurationError: says what it is.
+    """
+    if not isinstance(model, nn.Module):
+        kind = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ConfigurationError(f"{what} was given {kind}; give a torch.nn.Module that was made")
+
+
 def check_arguments(
     *,
     perturbation: Any = None,
@@ -40,6 +57,8 @@ def check_arguments(
     Raises:
         ConfigurationError: names the argument.
     """
+    if isinstance(perturbation, type):
+        raise ConfigurationError(f"perturbation={perturbation.__name__} is a class; give an object of it")
     if perturbation is not None and not isinstance(perturbation, Perturbation):
         raise ConfigurationError(
             f"perturbation={perturbation!r} has not the methods of mp_lightning.Perturbation; a phi goes by phi="

@@ -11,10 +11,10 @@ from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
-from mp_lightning.sites.blocks import make_blocks, scopes_of, why_unreached
+from mp_lightning.sites.blocks import batch_norms, make_blocks, scopes_of, why_unreached
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
-from mp_lightning.sites.root import Entry, Inference, entry_names
+from mp_lightning.sites.root import Entry, Inference, OneAtATime, entry_names
 from mp_lightning.sites.saving import are_those_of, state_of, take_over, weights_of
 from mp_lightning.sites.site import Site, in_backward
 from mp_lightning.sites.strength import GrowingStrength
@@ -24,6 +24,7 @@ NAME = "_metaperturb"  # the submodule that attach() adds
 CLIP = 100.0
 # Where the height of the input is known from: images of an evaluation, or images of training or the user.
 _PROVISIONAL, _FINAL = 1, 2
+_UNCOUNTED = 200  # training forwards without a batch that is counted; a step may make many
 PathName = Literal["auto", "reference"]  # how the perturbation is computed; the same function either way
 
 
@@ -39,6 +40,8 @@ class Attachment(GrowingStrength):
         evaluation_buffers: buffers of the model, by name, that inference by expectation uses in place of its own.
         constants: by site, the multiplier of each channel (C,) that inference by constants uses.
         weights: what tells the weights for which these two were estimated from others.
+        weights_known: nothing has happened since they were last compared with those of the model.
+        trained_norms: the batch norms, by name, whose statistics training has moved; None before any training.
         folding: use the constants.
         observed: by site, the sum of the expected multipliers of each channel (C,) and of how many forwards, while
             constants are estimated.
@@ -87,16 +90,21 @@ class Attachment(GrowingStrength):
         self.evaluation_buffers: dict[str, Tensor] | None = None
         self.constants: dict[str, Tensor] | None = None
         self.weights: list[float] | None = None
+        self.weights_known = False
+        self.trained_norms: set[str] | None = None
         self.observed: dict[str, tuple[Tensor, int]] | None = None
         self.folding = False
         self.on_detach: list[Callable[[], None]] = []
         self.perturbing = False
         self.depth = 0
+        self.turn = OneAtATime()
         self.managed = False
         self.strays = 0
         self._told_of_strays = False
         self.perturbed = False
         self._looked = False
+        self._forwards_uncounted = 0
+        self._norms: dict[str, Any] | None = None
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
         for name, value in {
@@ -151,25 +159,67 @@ class Attachment(GrowingStrength):
             ConfigurationError: the length of the ramp is not known, or ``loss`` is no number.
         """
         self.settle()
+        self._forwards_uncounted = 0
+        self._note_norms()
         self.count(loss, *self._shard())
         if not self._looked:
             self._looked = True
             if not self.perturbed and self._shard()[0] == 0:
                 warnings.warn(f"MetaPerturb: {why_unreached(self)}", stacklevel=2)
 
+    def _note_norms(self) -> None:
+        """Which batch norms move in this training; they may be frozen when they are re-estimated."""
+        if self._norms is None:
+            self._norms = batch_norms(self.model)
+        moving = {name for name, norm in self._norms.items() if norm.training and norm.track_running_stats}
+        self.trained_norms = (self.trained_norms or set()) | moving
+
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
         if self.frozen or in_backward():  # in backward, activation checkpointing computes this forward again
             return
+        if self.only_drawn(training):
+            return
         self.training_forward = training
         if training:
             self.evaluation_buffers = self.constants = self.weights = None  # of the weights before this step
+            if not torch.compiler.is_compiling():
+                self._note_uncounted()
         self.shard = self._shard()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:
             block.begin_forward()
         if image is not None:
             self._note_height(float(height_of(image)), _FINAL if training else _PROVISIONAL)
+
+    def only_drawn(self, training: bool) -> bool:
+        """Whether a graph is traced for a logger to show, before or in training; noise would be a constant of it."""
+        if torch.compiler.is_compiling() or not torch.jit.is_tracing():
+            return False
+        return training or int(self.steps) == 0 or (self.managed and self.inference is None)
+
+    def _note_uncounted(self) -> None:
+        """Say so, once, where training goes on while nobody counts its batches."""
+        self._forwards_uncounted += 1
+        if self._forwards_uncounted == _UNCOUNTED:
+            warnings.warn(
+                f"MetaPerturb: the model has made {_UNCOUNTED} training forwards and no batch was counted, so that the "
+                f"strength stays at {float(self.coeff):.3g}; call attachment.step(loss) after each batch, or, with "
+                "Lightning, train with MetaPerturbCallback, or let configure_callbacks of a module with the mixin add "
+                "super().configure_callbacks()",
+                stacklevel=2,
+            )
+
+    def forget_other_weights(self) -> None:
+        """Drop what was estimated for weights that the model does not have any more."""
+        if self.weights_known or self.weights is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+            return
+        self.weights_known = True
+        if not are_those_of(self.model, self.weights):
+            self.evaluation_buffers = self.constants = self.weights = None
+
+    def _part_loaded(self, module: nn.Module, incompatible: Any) -> None:
+        self.weights_known = False
 
     def _note_height(self, height: float, source: int) -> None:
         """The first training images decide; images that are evaluated before (a sanity check) may be of another size.
@@ -220,6 +270,8 @@ class Attachment(GrowingStrength):
     def train(self, mode: bool = True) -> "Attachment":
         """As any module; a model changes its mode between its forwards, so none is in progress."""
         self.settle()
+        self.weights_known = False
+        self._norms = None  # some may be others
         super().train(mode)
         return self
 
@@ -231,6 +283,7 @@ class Attachment(GrowingStrength):
             block.abandon()
         self.depth = 0
         self.perturbing = False
+        self.turn = OneAtATime()
 
     def fused_for(self, x: Tensor) -> FusedPerturbation | None:
         """The perturbation, where it is to be computed for ``x`` by its fast path."""
@@ -321,6 +374,7 @@ class Attachment(GrowingStrength):
         for entry in self._entries:
             self.hooked[entry.name] = model.get_submodule(entry.name)
             handles += entry.register(self.hooked[entry.name])
+            handles.append(self.hooked[entry.name].register_load_state_dict_post_hook(self._part_loaded))
         for scope, block in zip(scopes_of(self.plan), self._blocks, strict=True):
             self.hooked[scope] = model.get_submodule(scope)
             handles += block.register(self.hooked[scope])

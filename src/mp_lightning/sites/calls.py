@@ -15,10 +15,14 @@ from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import SiteError
 from mp_lightning.sites.activations import ACTIVATION_FUNCTIONS
+from mp_lightning.sites.root import refuse_tracing
 from mp_lightning.sites.site import Site, in_backward
 
 if TYPE_CHECKING:
     from mp_lightning.sites.attachment import Attachment
+
+
+_Changed = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Block:
@@ -53,6 +57,7 @@ class Block:
         return handles + [activation.register() for activation in self._module_sites]
 
     def begin(self, module: nn.Module, args: Any) -> None:
+        refuse_tracing(args)
         self.attachment.begin_block(module.training)
         self.training = module.training
         self.active += 1
@@ -126,9 +131,17 @@ class ActivationModule:
         self._alone = alone
 
     def register(self) -> RemovableHandle:
-        return self._module.register_forward_pre_hook(self.before)
+        return self._module.register_forward_pre_hook(self.before, with_kwargs=True)
 
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "_Changed | None":
+        if args:
+            changed = self._changed(module, args)
+            return None if changed is None else (changed, kwargs)
+        names = [name for name, value in kwargs.items() if isinstance(value, Tensor)][:1]
+        changed = self._changed(module, tuple(kwargs[name] for name in names)) if names else None
+        return None if changed is None else ((), {**kwargs, names[0]: changed[0]})
+
+    def _changed(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         if not self.block.active:
             if in_backward():
                 return self._replay(args)

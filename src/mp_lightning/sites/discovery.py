@@ -13,6 +13,7 @@ from torch import fx, nn
 
 from mp_lightning.errors import SiteError
 from mp_lightning.perturbation import check_fraction
+from mp_lightning.sites.arguments import check_model
 from mp_lightning.sites.plan import SitePlan, SiteSpec
 from mp_lightning.sites.recording import NoImageFits
 from mp_lightning.sites.rules import SiteGraph
@@ -32,7 +33,7 @@ def find_sites(model: nn.Module, target: str | None = None, share: float = 1.0) 
 
     Raises:
         SiteError: there is none; the message says what was found instead.
-        ConfigurationError: ``share`` is out of range.
+        ConfigurationError: ``share`` is out of range, or ``model`` is no module.
     """
     check_fraction(share, "sites")
     plan, graphs = _plan(model, target, _sites_of)
@@ -50,6 +51,7 @@ def find_activations(model: nn.Module, target: str | None = None) -> SitePlan:
 def _plan(
     model: nn.Module, target: str | None, choose: Callable[[list[SiteGraph]], list[SiteSpec]]
 ) -> tuple[SitePlan, list[SiteGraph]]:
+    check_model(model, "find_sites")
     if isinstance(model, torch.jit.ScriptModule):
         raise SiteError(_compiled(model, "it"))
     prefix = target or ""

@@ -1,13 +1,17 @@
 """The forwards of the model: when one begins and ends, and what may be wrapped around it in evaluation."""
 
+import threading
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils.hooks import RemovableHandle
 
+from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.sites.hooked import check_there
 from mp_lightning.sites.plan import SitePlan
+from mp_lightning.sites.site import in_backward
 
 if TYPE_CHECKING:
     from mp_lightning.sites.attachment import Attachment
@@ -34,6 +38,31 @@ class Inference(Protocol):
         ...
 
 
+class OneAtATime:
+    """Lets one thread at a time through the forwards of a model, which share what is known of them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (OneAtATime, ())  # a copy has its own
+
+    def take(self) -> bool:
+        """Wait for one's turn; False where there is none to be taken.
+
+        Activation checkpointing computes forwards again in threads of autograd, which a forward may be waiting for.
+        """
+        if torch.compiler.is_compiling() or in_backward():
+            return False
+        return self._lock.acquire()
+
+    def give_back(self, taken: bool) -> None:
+        """Let others go on; nothing where another thread took the turn, of a forward that never ended."""
+        if taken:
+            with suppress(RuntimeError):
+                self._lock.release()
+
+
 class Entry:
     """Counts the forwards of a module that users may call as 'the model'.
 
@@ -44,8 +73,9 @@ class Entry:
     def __init__(self, attachment: "Attachment", name: str) -> None:
         self.name = name
         self._attachment = attachment
-        # Forwards of this module in progress: does each count as a forward of the model, and what is wrapped around it?
-        self._stack: list[tuple[bool, Inference | None]] = []
+        # Forwards of this module in progress: does each count as a forward of the model, and what is wrapped around it,
+        # and has it taken its turn?
+        self._stack: list[tuple[bool, Inference | None, bool]] = []
 
     def register(self, module: nn.Module) -> list[RemovableHandle]:
         return [
@@ -55,37 +85,63 @@ class Entry:
 
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         attachment = self._attachment
+        taken = attachment.turn.take()
         # A strategy's detour to training_step is not a forward of the model.
         detour = "forward" in module.__dict__ and _DETOUR in getattr(module.forward, "__qualname__", "")
         outermost = not detour and attachment.depth == 0
-        inference = attachment.inference if outermost and not module.training else None
-        self._stack.append((outermost, None))
+        plain = module.training or attachment.only_drawn(module.training)
+        inference = attachment.inference if outermost and not plain else None
+        self._stack.append((outermost, None, taken))
         if not outermost:
             return
         attachment.depth += 1
+        refuse_tracing(args)
         if not torch.compiler.is_compiling():
             check_there(attachment.model, attachment.hooked)
         attachment.begin_forward(module.training, first_image((*args, *kwargs.values())))
         if inference is not None:
+            if isinstance(inference, str):
+                raise ConfigurationError(
+                    f"attachment.inference is '{inference}'; give an object, such as mp_lightning.Mean() or "
+                    "mp_lightning.MonteCarlo(samples=20)"
+                )
             inference.begin(attachment, args, kwargs)
-            self._stack[-1] = (outermost, inference)  # now that it began, it is to be finished
+            self._stack[-1] = (outermost, inference, taken)  # now that it began, it is to be finished
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
         attachment = self._attachment
         if not self._stack:  # another pre-hook raised before ours
             return None
-        outermost, inference = self._stack.pop()
-        if not outermost:
-            return None
-        attachment.depth -= 1
-        return None if inference is None else inference.finish(attachment, module, output)
+        outermost, inference, taken = self._stack.pop()
+        try:
+            if not outermost:
+                return None
+            attachment.depth -= 1
+            return None if inference is None else inference.finish(attachment, module, output)
+        finally:
+            attachment.turn.give_back(taken)
 
     def abandon(self) -> None:
         """Forget forwards that will never end."""
         while self._stack:
-            _, inference = self._stack.pop()
+            _, inference, taken = self._stack.pop()
             if inference is not None:
                 inference.finish(self._attachment, self._attachment.model, None)
+            self._attachment.turn.give_back(taken)
+
+
+def refuse_tracing(args: tuple[Any, ...]) -> None:
+    """A graph of torch.fx would hold the network without its perturbation.
+
+    Raises:
+        SiteError: the arguments are those of a symbolic trace.
+    """
+    if not torch.compiler.is_compiling() and any(isinstance(value, fx.Proxy) for value in args):
+        raise SiteError(
+            "torch.fx traces this network, as a feature extractor does, and would leave its perturbation out; take "
+            "features by forward hooks of its layers while it is called as a whole, or detach the perturbation first "
+            "where they are to be those of the plain network"
+        )
 
 
 def entry_names(model: nn.Module, plan: SitePlan) -> list[str]:

@@ -4,7 +4,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from mp_lightning.errors import ConfigurationError, SiteError
@@ -43,6 +43,7 @@ def state_of(attachment: "Attachment") -> dict[str, Any]:
         "evaluation_buffers": attachment.evaluation_buffers,
         "constants": attachment.constants,
         "weights": attachment.weights,
+        "trained_norms": None if attachment.trained_norms is None else sorted(attachment.trained_norms),
         "counters": {name: int(getattr(attachment, name)) for name in ("steps", "forwards")},
     }
     if isinstance(attachment.perturbation, MetaPerturb):
@@ -100,19 +101,34 @@ def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
     attachment.reached = state.get("reached", 1.0)  # before there was one, a short run had a longer ramp
     attachment.evaluation_buffers, attachment.constants = state["evaluation_buffers"], state.get("constants")
     attachment.weights = state.get("weights")
+    attachment.weights_known = False
+    trained = state.get("trained_norms")
+    attachment.trained_norms = None if trained is None else set(trained)
 
 
 @torch.no_grad()
 def weights_of(model: nn.Module) -> list[float]:
-    """What tells the weights of a model from others: the norm of each parameter."""
+    """What tells the weights of a model from others: the norm of each parameter, and then a projection of each."""
     there = [parameter.detach() for parameter in model.parameters() if not is_lazy(parameter)]
-    norms = [parameter.abs().float().norm().cpu() for parameter in there]
-    return [float(norm) for norm in norms]
+    there = [torch.view_as_real(parameter) if parameter.is_complex() else parameter for parameter in there]
+    flat = [parameter.float().flatten() for parameter in there]
+    norms = [values.norm() for values in flat]
+    projections = [values @ _ramp(values) for values in flat]
+    return [float(value) for value in (*norms, *projections)]
+
+
+def _ramp(values: Tensor) -> Tensor:
+    return torch.linspace(-1, 1, len(values), dtype=values.dtype, device=values.device)
 
 
 def are_those_of(model: nn.Module, weights: list[float]) -> bool:
     """Whether a model has the weights of which :func:`weights_of` gave this."""
     own = weights_of(model)
-    if len(own) != len(weights):
+    count = len(own) // 2
+    norms = own[:count]
+    if len(weights) not in (count, 2 * count):  # once the norms alone were kept
         return False
-    return all(math.isclose(a, b, rel_tol=_SAME, abs_tol=1e-6) for a, b in zip(own, weights, strict=True))
+    if not all(math.isclose(a, b, rel_tol=_SAME, abs_tol=1e-6) for a, b in zip(norms, weights, strict=False)):
+        return False
+    projections = zip(own[count:], weights[count:], norms, strict=False)
+    return all(abs(a - b) <= 4 * _SAME * norm + 1e-6 for a, b, norm in projections)

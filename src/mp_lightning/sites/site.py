@@ -97,6 +97,8 @@ class Site(KeepsPrecision):
     def _perturb(self, x: Tensor, stretched: float, call: int, training: bool) -> Tensor:
         """Maps (B, C, H, W) that are so many times higher than what they show."""
         shared = self.attachment
+        if shared.only_drawn(training):
+            return x
         if shared.folding and not training:
             return self._folded(x)
         if training:

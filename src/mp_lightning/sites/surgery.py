@@ -27,7 +27,7 @@ from mp_lightning.perturbation import (
     check_fraction,
     load_phi,
 )
-from mp_lightning.sites.arguments import check_arguments
+from mp_lightning.sites.arguments import check_arguments, check_model
 from mp_lightning.sites.attachment import CLIP, NAME, Attachment, PathName
 from mp_lightning.sites.calls import Block
 from mp_lightning.sites.choice import Sites, choose_sites
@@ -113,6 +113,7 @@ def attach(
         total_steps=total_steps,
         ramp_steps=ramp_steps,
     )
+    check_model(model, "attach")
     existing = attachment_of(model)
     named = None if perturbation is not None else load_phi(phi)
     for name, value in (("strength", strength), ("full_strength_at", full_strength_at), ("acts_below", acts_below)):
@@ -195,7 +196,11 @@ def detach(model: nn.Module) -> None:
 
     Args:
         model: that was attached; of a part of one, all of the model that it is a part of is undone.
+
+    Raises:
+        ConfigurationError: it is no module.
     """
+    check_model(model, "detach")
     attachment = attachment_of(model)
     if attachment is not None:
         attachment.detach()
