@@ -13,6 +13,7 @@ from images_on_disk import save_archive, save_folder
 from PIL import Image
 
 from mp_lightning.cli.card import without_folders
+from mp_lightning.cli.words import compose, split_words
 from mp_lightning.meta.checkpoint import checkpoints
 
 
@@ -355,3 +356,9 @@ def test_sixteen_bit_pictures(mp: CommandLine, tmp_path: Path) -> None:
 )
 def test_cards_name_no_folders(word: str, shown: str) -> None:
     assert without_folders(word) == shown
+
+
+def test_names_of_checkpoints_need_no_quotes():
+    options, overrides = split_words(["ckpt=ck/epoch=1-step=10.ckpt", "a=[b=1]", "c='d=1'", "e=1"])
+    assert (options, overrides) == ([], ["ckpt='ck/epoch=1-step=10.ckpt'", "a=[b=1]", "c='d=1'", "e=1"])
+    assert compose("export", overrides[:1]).ckpt == "ck/epoch=1-step=10.ckpt"

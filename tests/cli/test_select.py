@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from command_line import CommandLine, Done
 
+from mp_lightning.cli.run_scores import read_runs
 from mp_lightning.perturbation import initial_phi, load_phi, save_phi
 from mp_lightning.runs import RunFolder
 
@@ -170,3 +171,11 @@ def test_a_card_without_evaluation_is_no_score(mp: CommandLine, sweep: Path, tmp
     path.write_text(json.dumps(card))
     done = select(mp, tmp_path, f"sweep={sweep}")
     assert "The best of 2 by nll is seed2-0.001 " in done.stdout and "holds no result" in done.stdout
+
+
+def test_comparisons_are_no_runs_of_fit(sweep: Path) -> None:
+    before = [run.name for run in read_runs(sweep)]
+    (sweep / "compared").mkdir()
+    settings = {"target": "birds.npz", "tuning": {"seeds": 1, "values": 3}}
+    (sweep / "compared" / "settings.json").write_text(json.dumps(settings))
+    assert [run.name for run in read_runs(sweep)] == before and len(before) == 5

@@ -13,11 +13,12 @@ import pytest
 import torch
 from rich.console import Console
 from small_runs import PHI, Small, SmallData
+from torch.utils.data import DataLoader
 
 import mp_lightning
 from mp_lightning.compare.given import OWN_SETTINGS
 from mp_lightning.compare.summary import VERDICT_METRICS
-from mp_lightning.errors import ConfigurationError
+from mp_lightning.errors import ConfigurationError, DataError
 from mp_lightning.perturbation import load_phi
 from mp_lightning.runs import RunFolderError
 
@@ -257,3 +258,27 @@ def test_another_metric_has_a_default_folder_of_its_own(tmp_path: Path, monkeypa
         compare(tmp_path, folder=None, arms=["none"], seeds=1, **{"metric": m})[0].folder for m in VERDICT_METRICS
     ]
     assert len({*places}) == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int32])
+def test_labels_may_be_of_any_whole_numbers(tmp_path: Path, dtype: torch.dtype) -> None:
+    class Labels(SmallData):
+        def test_dataloader(self) -> Any:
+            return DataLoader([(x, torch.tensor(y, dtype=dtype)) for x, y in self.test], 6)
+
+    found, _ = compare(tmp_path, datamodule=Labels(), arms=["none"], seeds=1)
+    assert 0 <= found.rows[0].accuracy <= 1
+
+
+def test_a_label_of_no_class_is_named(tmp_path: Path) -> None:
+    class Labels(SmallData):
+        def test_dataloader(self) -> Any:
+            return DataLoader([(x, y + 100) for x, y in self.test], 6)
+
+    with pytest.raises(DataError, match=r"label 10\d is none of the \d+ classes that Small gives scores of"):
+        compare(tmp_path, datamodule=Labels(), arms=["none"], seeds=1)
+
+
+def test_a_part_of_the_test_images_is_not_asked_for_in_vain(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="limit_test_batches"):
+        compare(tmp_path, trainer={**ONE_EPOCH, "limit_test_batches": 1})

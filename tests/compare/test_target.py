@@ -101,3 +101,11 @@ def test_the_digest_tells_images_and_labels_apart(tmp_path: Path) -> None:
     paths = [save(tmp_path / f"{i}.npz", [0] * 4 + [1] * 4, test) for i, test in enumerate(([0, 1], [1, 0], [0, 1]))]
     first, other, same = (read_target(path, tmp_path, 8, **OPTIONS).digest() for path in paths)
     assert first == same != other
+
+
+def test_test_images_that_are_training_images_are_told_of(tmp_path: Path) -> None:
+    images = np.random.default_rng(0).integers(0, 256, (20, 8, 8, 3), dtype=np.uint8)
+    labels = np.arange(20) % 2
+    np.savez(tmp_path / "leak.npz", x_train=images, y_train=labels, x_test=images[:10], y_test=labels[:10])
+    with pytest.warns(UserWarning, match=r"10 of the 10 test images of target '.*leak\.npz' are training images"):
+        read_target(str(tmp_path / "leak.npz"), tmp_path, 8, n_per_class=None, flip=None, batch_size=4)

@@ -19,7 +19,7 @@ def wrapped(state: dict, prefix: str) -> dict:
     return {f"{prefix}{name}": value for name, value in state.items()}
 
 
-@pytest.mark.parametrize("kind", ["state_dict", "checkpoint", "compiled", "safetensors", "with others"])
+@pytest.mark.parametrize("kind", ["state_dict", "checkpoint", "compiled", "safetensors", "with others", "of a module"])
 def test_weights_are_found_however_they_were_saved(tmp_path: Path, kind: str) -> None:
     source = net()
     state = source.state_dict()
@@ -31,6 +31,8 @@ def test_weights_are_found_however_they_were_saved(tmp_path: Path, kind: str) ->
             torch.save({"state_dict": wrapped(state, "net."), "epoch": 3}, path)
         case "compiled":
             torch.save(wrapped(state, "module._orig_mod."), path)
+        case "of a module":
+            torch.save({"state_dict": wrapped(state, "backbone.")}, path)
         case "with others":
             torch.save({**wrapped(state, "model."), "teacher.weight": torch.zeros(2)}, path)
         case _:
@@ -47,7 +49,8 @@ def test_weights_are_found_however_they_were_saved(tmp_path: Path, kind: str) ->
 
 def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
     torch.save(net(width=4).state_dict(), tmp_path / "w.pt")
-    with pytest.raises(ConfigurationError, match=r"w\.pt' do not fit this network: \d+ of its tensors .* such as '"):
+    message = r"w\.pt' do not fit this network: \d+ of its tensors .* such as '.*the file has 'conv_layers.* and others"
+    with pytest.raises(ConfigurationError, match=message):
         load_weights(net(), read_weights(tmp_path / "w.pt"))
 
 
@@ -59,6 +62,10 @@ def test_weights_of_another_network_are_refused(tmp_path: Path) -> None:
         ("w.safetensors", b"nothing", "cannot be read"),
         ("numbers.pt", {"epoch": 3}, "hold no tensors"),
         ("list.pt", [1, 2], "hold a list"),
+        ("nan.pt", {"a": torch.tensor([float("nan")])}, "'a' of weights .* is not finite"),
+        ("mixin.pt", {"state_dict": {"net._metaperturb.coeff": torch.ones(())}}, "were trained with MetaPerturb"),
+        ("callback.pt", {"mp_lightning": {}, "state_dict": {"a": torch.ones(2)}}, "were trained with MetaPerturb"),
+        ("loop.pt", {"metaperturb": {}, "model": {"a": torch.ones(2)}}, "were trained with MetaPerturb"),
     ],
 )
 def test_files_without_weights_are_refused(tmp_path: Path, name: str, content, message: str) -> None:

@@ -8,7 +8,7 @@ import torch
 import mp_lightning
 from golden_files import golden_phi, load_golden
 from mp_lightning.errors import PhiError
-from mp_lightning.perturbation import catalogue, describe_phi, files, list_phi, load_phi
+from mp_lightning.perturbation import catalogue, describe_phi, files, list_phi, load_phi, save_phi
 from mp_lightning.perturbation.files import BUNDLED, DEFAULT_PHI
 
 NEEDED = ("sources", "data_terms", "architectures", "seed", "settings", "known_limits", "command", "versions", "sha256")
@@ -58,3 +58,13 @@ def test_a_bundled_file_that_was_changed_is_refused(tmp_path, monkeypatch):
         describe_phi()
     with pytest.raises(PhiError, match="SHA-256 differs"):
         load_phi()
+
+
+def test_a_phi_of_ones_own_is_described_by_its_card(tmp_path):
+    save_phi(tmp_path / "mine.safetensors", load_phi(DEFAULT_PHI), {"kind": "my own"})
+    described = describe_phi(tmp_path / "mine.safetensors")
+    assert described.card["kind"] == "my own" and not described.default and described.picture is None
+    assert "my own" in str(described)
+    assert describe_phi(None).name == DEFAULT_PHI
+    with pytest.raises(PhiError, match="was given a NamedPhi; give a file"):
+        describe_phi(load_phi())

@@ -2,6 +2,7 @@
 
 import copy
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.nn.functional as F
@@ -257,3 +258,49 @@ def test_tensors_at_the_sites_are_the_inputs_of_those_activations(factory, expec
 def test_function_relu_is_the_one_that_modules_call():
     """The counting of functional calls relies on it: one module call is one call of one listed function."""
     assert len(relu_inputs(lambda: nn.ReLU()(torch.zeros(1)))) == len(relu_inputs(lambda: F.relu(torch.zeros(1)))) == 1
+
+
+class HeadAlone(nn.Module):
+    """A trained network of which the last layer alone goes on being trained."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = torchvision.models.resnet18(num_classes=3)
+        self.net.requires_grad_(False)
+        self.net.fc.requires_grad_(True)
+
+
+def test_frozen_layers_of_a_network_whose_head_is_trained_have_its_sites_however_it_is_given():
+    class Held(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = HeadAlone().net
+
+    class Called(Held):
+        def forward(self, x):
+            return self.net(x)
+
+    names = find_sites(HeadAlone().net).names
+    assert len(names) == 8
+    for kind in (Held, Called):
+        assert find_sites(kind()).names == [f"net.{name}" for name in names]
+
+
+def test_the_remedy_for_a_frozen_backbone_is_one_that_works():
+    class Model(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.backbone = torchvision.models.resnet18(num_classes=3)
+            self.head = nn.Linear(3, 2)
+
+        def forward(self, x):
+            return self.head(self.backbone(x))
+
+    model = Model()
+    model.backbone.requires_grad_(False)
+    with pytest.raises(SiteError, match=r"frozen and left alone: backbone; freeze them after attach\(module\)"):
+        find_sites(model)
+    model = Model()
+    assert len(attach(model, sites=1).plan) == 8
+    model.backbone.requires_grad_(False)
+    assert model(torch.zeros(2, 3, 32, 32)).isfinite().all()

@@ -44,7 +44,8 @@ class Run:
 
 def read_runs(sweep: Path) -> list[Run]:
     """All run folders below a folder, in the order of their names; those without a score say why in ``state``."""
-    return [_read_run(folder, str(folder.relative_to(sweep))) for folder in sorted(_run_folders(sweep))]
+    runs = [_read_run(folder, str(folder.relative_to(sweep))) for folder in sorted(_run_folders(sweep))]
+    return [run for run in runs if "tuning.values" not in run.settings]  # which comparisons have
 
 
 def _run_folders(sweep: Path) -> Iterator[Path]:

@@ -21,6 +21,7 @@ SWEEP = {"-m", "--multirun"}
 _OPTIONS = {*HELP, *SWEEP, "--resolve", "--hydra-help", "--version", "--info", "-i"}
 _OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p"}
 _OPTUNA = "hydra/sweeper/optuna"
+_OF_HYDRA = set("'\"\\[]{}(),$")
 _KEY = re.compile(r"(\+{0,2}|~)[A-Za-z_][\w/@-]*(\.[\w/@-]+|\[[^]]*\])*")
 
 
@@ -44,8 +45,14 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
         elif word.startswith("-"):
             raise ConfigurationError(f"unknown option '{word}'; options are {', '.join(sorted(_OPTIONS))}, --cfg job")
         elif not word.startswith("command="):
-            overrides.append(word)
+            overrides.append(_quoted(word))
     return options, overrides
+
+
+def _quoted(word: str) -> str:
+    """Hydra takes a value with an equals sign, as names of checkpoints have, in quotes alone."""
+    key, _, value = word.partition("=")
+    return f"{key}='{value}'" if "=" in value and not set(value) & _OF_HYDRA else word
 
 
 def compose(verb: str, overrides: list[str], sweep: bool = False) -> DictConfig:

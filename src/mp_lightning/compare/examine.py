@@ -237,6 +237,7 @@ def forward(trainer: L.Trainer, predict: Predict, module: L.LightningModule, bat
 
     Raises:
         ConfigurationError: there are no scores of classes, or no labels.
+        DataError: a label is of no class.
     """
     moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
     try:
@@ -253,7 +254,14 @@ def forward(trainer: L.Trainer, predict: Predict, module: L.LightningModule, bat
             f"labels are {shape}, not one class number for each image; pass predict=, a function from the module and "
             "a batch to scores (B, K) and labels int64 (B,)"
         )
-    return values, y
+    classes = values.shape[1] if values.dim() == 2 else None
+    if classes is not None and len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        culprit = int(y.min()) if int(y.min()) < 0 else int(y.max())
+        raise DataError(
+            f"label {culprit} is none of the {classes} classes that {type(module).__name__} gives scores of; number "
+            "the classes from 0 without gaps"
+        )
+    return values, y.long()
 
 
 def _as_trained(trainer: L.Trainer, data: Any) -> Any:

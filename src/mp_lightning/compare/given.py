@@ -35,6 +35,11 @@ def check_trainer(trainer: Any) -> None:
             raise ConfigurationError(f"trainer= has {key}={value!r}; give a whole number above 0")
     if not any(value > 0 for value in ends.values()):
         raise ConfigurationError(f"trainer= does not say when a run ends; give one of {', '.join(_ENDS)}")
+    part = trainer.get("limit_test_batches")
+    if part is not None and not (isinstance(part, float) and part == 1):  # 1 is a batch, 1.0 all of them
+        raise ConfigurationError(
+            "trainer= has limit_test_batches, while all test images of the data are classified; leave it out"
+        )
     devices = trainer.get("devices", 1)
     if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):
         raise ConfigurationError(

@@ -1,6 +1,7 @@
 """The DataModule of the command: few labelled images to train on, and test images that are read once."""
 
 import hashlib
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,7 @@ from mp_lightning.randomness import derived_seed
 VALIDATION_FRACTION = 0.2  # of the training images of each class, for tuning
 _TEST_FRACTION = 0.5  # of a dataset that has no test images
 _TEST_BATCH = 256
+_KNOWN = 0.01  # of the test images: more of them among the training images are no chance
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,6 +123,14 @@ def read_target(
         raise DataError(
             f"class '{name}' of target '{source}' has {fewest} training images, fewer than n_per_class={n_per_class}; "
             "ask for fewer"
+        )
+    told = {*train.digests()}
+    known = sum(digest in told for digest in test.digests())
+    if known > _KNOWN * len(test):
+        warnings.warn(
+            f"{known} of the {len(test)} test images of target '{source}' are training images as well; a test on them "
+            "rewards what a network has learned by heart",
+            stacklevel=2,
         )
     target = Target(train.name, train, test, n_per_class, may_mirror(source, flip))
     if target.training_images < batch_size:

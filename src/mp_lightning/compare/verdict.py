@@ -91,7 +91,7 @@ def underfitted(baseline: str, train_accuracy: float) -> Verdict:
         train_accuracy: its mean over the seeds, 0 to 1.
     """
     # Rounded down: 98.96 % is not 99 %.
-    percent = math.floor(train_accuracy * 1000 + 1e-6) / 10
+    percent = math.floor(train_accuracy * 1000 + 1e-3) / 10
     return Verdict(
         "underfitted",
         f"underfitted: a regularizer was not tested ({baseline} reaches {percent:.1f} % of its training images; "

@@ -1,6 +1,7 @@
 """Weights to fine-tune from: a file of tensors, fitted to a network whose head may have other classes."""
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from mp_lightning.checkpoints import MARKER
+from mp_lightning.checkpoints import KEY, MARKER
 from mp_lightning.errors import ConfigurationError
-
-_PREFIXES = ("module.", "model.", "net.", "_orig_mod.")
+from mp_lightning.sites.attachment import NAME
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,10 +46,11 @@ def read_weights(path: str | Path) -> Weights:
         raise ConfigurationError(f"weights '{path}' do not exist; give a file with a state_dict") from error
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(f"weights '{path}' cannot be read; give a file with a state_dict") from error
+    perturbed = not {KEY, "metaperturb"}.isdisjoint(content)  # of Lightning, or of a loop as in docs/using.md
     for key in ("state_dict", "model"):
         if isinstance(content.get(key), dict):
             content = content[key]
-    if MARKER in content:
+    if perturbed or MARKER in content or any(NAME in str(name).split(".") for name in content):
         raise ConfigurationError(
             f"weights '{path}' were trained with MetaPerturb, without which they are another network; give weights "
             "that were trained without it"
@@ -57,6 +58,9 @@ def read_weights(path: str | Path) -> Weights:
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
     if not tensors:
         raise ConfigurationError(f"weights '{path}' hold no tensors; give a file with a state_dict")
+    for name, value in tensors.items():
+        if not bool(value.isfinite().all()):
+            raise ConfigurationError(f"'{name}' of weights '{path}' is not finite; give weights of a sound training")
     return Weights(tensors, str(path))
 
 
@@ -76,9 +80,11 @@ def load_weights(net: nn.Module, weights: Weights) -> list[str]:
     head = next(reversed([name for name, module in net.named_modules() if isinstance(module, nn.Linear)]), None)
     strange = [name for name in missing if head is None or name.rpartition(".")[0] != head]
     if strange:
+        there = next(iter(given))
         raise ConfigurationError(
             f"weights '{weights.path}' do not fit this network: {len(strange)} of its tensors are missing or of "
-            f"another shape, such as '{strange[0]}'; give weights of the same architecture, or choose another model="
+            f"another shape, such as '{strange[0]}' (the file has '{there}' and others); give weights of the same "
+            "architecture, or choose another model="
         )
     net.load_state_dict(fitting, strict=False)
     return missing
@@ -99,10 +105,10 @@ def _read_torch(path: str | Path) -> dict[str, Any]:
 
 
 def _renamed(tensors: dict[str, Tensor], own: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors under names without what wrappers put before them."""
-    while not any(name in own for name in tensors):
-        prefix = next((p for p in _PREFIXES if any(name.startswith(p) for name in tensors)), None)
-        if prefix is None:
-            break
-        tensors = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return tensors
+    """The tensors under names without what wrappers, such as a LightningModule, put before them."""
+    ends = {name: [end for end in own if name.endswith(f".{end}")] for name in tensors}
+    prefixes = Counter(name.removesuffix(end) for name, found in ends.items() for end in found)
+    best, fitting = max(prefixes.items(), key=lambda item: item[1], default=("", 0))
+    if fitting <= sum(name in own for name in tensors):
+        return tensors
+    return {name.removeprefix(best): value for name, value in tensors.items() if name.startswith(best)}

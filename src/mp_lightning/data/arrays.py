@@ -127,8 +127,8 @@ def _class_names(name: str, labels: np.ndarray, classes: Sequence[str] | None) -
         culprit = low if low < 0 else high
         if low >= 0 and classes is not None:
             raise DataError(
-                f"label {culprit} of '{name}' is none of the {len(classes)} classes that have a name, or images to train "
-                "on: number the classes from 0 without gaps, and give each of them such"
+                f"label {culprit} of '{name}' is none of the {len(classes)} classes that have a name, or images to "
+                "train on: number the classes from 0 without gaps, and give each of them such"
             )
         raise DataError(f"label {culprit} of '{name}' is out of range: number the classes from 0 without gaps")
     if low == high:

@@ -1,6 +1,5 @@
 """Where the images of a meta-training run come from, and which are held out to judge the result."""
 
-import hashlib
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -197,7 +196,7 @@ def _without(source: Source, images: ImageSet, target: Target, refuse: bool = Tr
     Raises:
         DataError: they are more than a few.
     """
-    of_source, of_target = _digests(images), _digests(target.train) + _digests(target.test)
+    of_source, of_target = images.digests(), target.train.digests() + target.test.digests()
     common = set(of_source).intersection(of_target)
     if not common:
         return source
@@ -209,11 +208,6 @@ def _without(source: Source, images: ImageSet, target: Target, refuse: bool = Tr
         )
     kept = [number for number, digest in enumerate(of_source) if digest not in common]
     return replace(source, images=source.images.subset(kept))
-
-
-def _digests(images: ImageSet) -> list[bytes]:
-    """What tells each image from others of its size."""
-    return [hashlib.blake2b(image.data, digest_size=16).digest() for image in images.images.contiguous().numpy()]
 
 
 def _target(train: ImageSet, test: ImageSet | None, train_per_class: int, seed: int, flip: bool) -> Target:

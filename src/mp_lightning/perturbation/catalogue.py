@@ -33,7 +33,7 @@ _HEADINGS = {
 
 @dataclass(frozen=True, repr=False)
 class PhiDescription:
-    """What is known of a bundled phi. Printed, it is the card as text.
+    """What is known of a phi. Printed, it is the card as text.
 
     Attributes:
         name: for ``MetaPerturbCallback(name)``.
@@ -84,19 +84,28 @@ class PhiDescription:
     __repr__ = __str__
 
 
-def describe_phi(name: str = DEFAULT_PHI) -> PhiDescription:
-    """The card of a phi that comes with the package, its SHA-256 verified.
+def describe_phi(name: str | Path | None = None) -> PhiDescription:
+    """The card of a phi, its SHA-256 verified.
 
     Args:
-        name: one of :func:`list_phi`; by default the one that is taken where none is named.
+        name: one of :func:`list_phi`, or a file of one's own with a card beside it; None for the one that is taken
+            where none is named.
 
     Raises:
         PhiError: there is none of that name, or its file is not the one that its card describes.
     """
-    if name not in list_phi():
-        raise PhiError(f"no phi '{name}' comes with the package; name one of {', '.join(list_phi())}")
+    if name is not None and not isinstance(name, str | Path):
+        raise PhiError(
+            f"describe_phi was given a {type(name).__name__}; give a file, or one of {', '.join(list_phi())}"
+        )
+    name = DEFAULT_PHI if name is None else str(name)
+    bundled = name in list_phi()
+    if not bundled and not name.endswith(".safetensors"):
+        raise PhiError(
+            f"no phi '{name}' comes with the package; name one of {', '.join(list_phi())}, or a .safetensors file"
+        )
     phi = load_phi(name)
-    picture = BUNDLED / f"{name}.png"
+    picture = BUNDLED / f"{name}.png" if bundled else Path(name).expanduser().with_suffix(".png")
     return PhiDescription(
         name=name,
         strength=phi.strength,

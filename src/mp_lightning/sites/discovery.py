@@ -111,6 +111,7 @@ def _with_unique_names(sites: list[SiteSpec]) -> list[SiteSpec]:
 def _nothing_found(model: nn.Module, graphs: list[SiteGraph], failures: list[str]) -> str:
     left_out = [reason for graph in graphs for reason in graph.left_out]
     seen = [graph.name(node) for graph in graphs for node in graph.activations()]
+    remedy = "name the sites yourself with sites="
     if is_frozen(model):
         found = "all its parameters are frozen"
     elif scripted := [name for name, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)]:
@@ -126,13 +127,13 @@ def _nothing_found(model: nn.Module, graphs: list[SiteGraph], failures: list[str
             f"of its activations ({', '.join(seen[:5])}) none ends a residual block, is inside of one, or follows a "
             "convolution"
         )
-    elif failures:
-        found = f"its forward cannot be followed: {', '.join(failures[:3])}"
     elif frozen := _frozen_networks(model):
         found = f"these networks in it are frozen and left alone: {', '.join(frozen[:5])}"
+        remedy = "freeze them after attach(module), or let a finetuning callback freeze them"
+    elif failures:
+        found = f"its forward cannot be followed: {', '.join(failures[:3])}"
     else:
         found = "its networks call no activation that can be seen"
-    remedy = "name the sites yourself with sites="
     return f"no site for a perturbation in {type(model).__name__}: {found}; {remedy}"
 
 

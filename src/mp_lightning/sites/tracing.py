@@ -148,14 +148,20 @@ def is_frozen(module: nn.Module) -> bool:
 
 
 def _is_traceable(module: nn.Module, through_lightning: bool) -> bool:
-    if not through_lightning and any(base.__name__ == "LightningModule" for base in type(module).__mro__):
+    if not through_lightning and _is_lightning(module):
         return False
     return not isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _is_lightning(module: nn.Module) -> bool:
+    return any(base.__name__ == "LightningModule" for base in type(module).__mro__)
 
 
 def _holds_other_networks(module: nn.Module) -> bool:
     """Whether a part must be left out, so that the parts have to be looked at one by one."""
     with_convolutions = [c for c in module.children() if any(isinstance(m, CONVOLUTIONS) for m in c.modules())]
+    if all(is_frozen(child) for child in with_convolutions) and not _is_lightning(module):
+        return False  # one network, whose head alone is trained
     return any(_is_left_alone(child) and not isinstance(child, CONVOLUTIONS) for child in with_convolutions)
 
 
