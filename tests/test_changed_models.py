@@ -11,42 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._pytree import tree_map
 
-from lightning_modules import Classifier, digits, loader, module, trainer
-from mp_lightning import Mean, MetaPerturbCallback, attach, attachment_of, detach, reestimate_batch_norm
-from mp_lightning.backbones import build_backbone
+from holder import ACTING, Holder, images, network, trained
+from lightning_modules import Classifier, loader, module, trainer
+from mp_lightning import Mean, MetaPerturbCallback, attach, attachment_of, detach
 from mp_lightning.checkpoints import CheckpointError
 from mp_lightning.errors import ConfigurationError
-
-ACTING = {"ramp_steps": 0, "full_strength_at": 1.0}  # from the first batch on
-
-
-def network():
-    return build_backbone("conv4", 10, width=8, image_size=16)
-
-
-def images():
-    return digits()[0][:16]
-
-
-class Holder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = network()
-
-    def forward(self, x):
-        return self.net(x)
-
-
-def trained():
-    torch.manual_seed(0)
-    model = Holder()
-    attachment = attach(model, **ACTING)
-    for _ in range(4):
-        model(images())
-        attachment.step(1.0)
-    reestimate_batch_norm(attachment, [lambda: model(images())])
-    attachment.inference = Mean()
-    return model.eval(), attachment
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -108,6 +77,7 @@ def test_what_was_attached_by_hand_is_not_attached_anew(tmp_path):
 
 def test_batch_norm_that_is_gone_is_named_and_none_is_exchanged():
     model, attachment = trained()
+    model(images())  # after another change of its mode, batch norm would be of other weights and not be used at all
     norms = [name for name, part in model.named_modules() if isinstance(part, nn.BatchNorm2d)]
     first = model.get_submodule(norms[0])
     before = first.running_mean.clone()

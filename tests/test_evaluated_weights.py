@@ -7,37 +7,10 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import nn
 
-from lightning_modules import Classifier, digits, loader, module, trainer
+from holder import ACTING, Holder, images, trained
+from lightning_modules import Classifier, loader, module, trainer
 from mp_lightning import Mean, MetaPerturbCallback, attach, attachment_of, reestimate_batch_norm
-from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError
-
-ACTING = {"ramp_steps": 0, "full_strength_at": 1.0}  # from the first batch on
-
-
-class Holder(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = build_backbone("conv4", 10, width=8, image_size=16)
-
-    def forward(self, x):
-        return self.net(x)
-
-
-def images():
-    return digits()[0][:16]
-
-
-def trained():
-    torch.manual_seed(0)
-    model = Holder()
-    attachment = attach(model, **ACTING)
-    for _ in range(4):
-        model(images())
-        attachment.step(1.0)
-    reestimate_batch_norm(attachment, [lambda: model(images())])
-    attachment.inference = Mean(samples=2)
-    return model.eval(), attachment
 
 
 @pytest.mark.parametrize("part", ["", "net"])
