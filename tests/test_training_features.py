@@ -31,7 +31,14 @@ from torch.utils.data import DataLoader, TensorDataset
 from torchvision.models.feature_extraction import create_feature_extractor
 
 from lightning_modules import digits
-from mp_lightning import ConfigurationError, MetaPerturbCallback, attach, attachment_of, reestimate_batch_norm
+from mp_lightning import (
+    ConfigurationError,
+    MetaPerturbCallback,
+    MetaPerturbMixin,
+    attach,
+    attachment_of,
+    reestimate_batch_norm,
+)
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import SiteError
 from mp_lightning.perturbation import NoiseKey
@@ -586,6 +593,31 @@ def test_an_activation_may_be_called_by_keyword():
     plain = model(x)
     attachment = attach(model, ramp_steps=0, full_strength_at=1.0)
     assert attachment.plan.names and not torch.allclose(model(x), plain)
+
+
+@pytest.mark.parametrize("options", [{}, {"ramp_steps": 0, "full_strength_at": 1.0}])
+def test_a_strength_that_does_not_move_needs_no_counting(options, recwarn):
+    model = Named()
+    attach(model, **options)
+    for _ in range(201):
+        model(torch.zeros(2, 3, 8, 8))
+    assert not [warning for warning in recwarn if "no batch was counted" in str(warning.message)]
+
+
+def test_a_module_with_the_mixin_whose_callback_is_hidden_is_told():
+    class Hides(MetaPerturbMixin, L.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Named()
+            self.perturb()
+
+        def configure_callbacks(self):
+            return []
+
+    model = Hides()
+    with pytest.warns(UserWarning, match=r"no batch was counted.*super\(\)\.configure_callbacks"):
+        for _ in range(200):
+            model.net(torch.zeros(2, 3, 8, 8))
 
 
 def test_training_that_nobody_counts_is_told(recwarn):

@@ -250,6 +250,7 @@ class MetaPerturbCallback(EvaluationEpochs):
             persistent=self.persistent,
             path=self.path,
         )
+        attachment.by_callback = True
         attachment.managed |= existing is None and not self.persistent
         if self.path != "auto":  # how it is computed belongs to this run, whoever attached it
             attachment.path = self.path

@@ -48,6 +48,7 @@ class Attachment(GrowingStrength):
         frozen: see :meth:`freeze`.
         perturbed: whether a site was reached in training.
         hooked: the parts of the model that have hooks, by name.
+        by_callback: attached by a callback, or by the mixin.
         managed: made by the callback, which makes another where a part of the model was replaced.
         strays: how many blocks ran in evaluation mode outside of any forward of the model.
     """
@@ -98,7 +99,7 @@ class Attachment(GrowingStrength):
         self.perturbing = False
         self.depth = 0
         self.turn = OneAtATime()
-        self.managed = False
+        self.by_callback = self.managed = False
         self.strays = 0
         self._told_of_strays = False
         self.perturbed = False
@@ -199,9 +200,12 @@ class Attachment(GrowingStrength):
         return training or int(self.steps) == 0 or (self.managed and self.inference is None)
 
     def _note_uncounted(self) -> None:
-        """Say so, once, where training goes on while nobody counts its batches."""
+        """Say so, once, where training goes on while nobody counts its batches, on which the strength depends."""
         self._forwards_uncounted += 1
-        if self._forwards_uncounted == _UNCOUNTED:
+        if self._forwards_uncounted != _UNCOUNTED:
+            return
+        grows = self.ramp_steps is not None and (self.fitting.follows or int(self.steps) < self.ramp_steps)
+        if grows or self.by_callback:
             warnings.warn(
                 f"MetaPerturb: the model has made {_UNCOUNTED} training forwards and no batch was counted, so that the "
                 f"strength stays at {float(self.coeff):.3g}; call attachment.step(loss) after each batch, or, with "

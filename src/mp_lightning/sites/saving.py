@@ -113,7 +113,7 @@ def weights_of(model: nn.Module) -> list[float]:
     there = [torch.view_as_real(parameter) if parameter.is_complex() else parameter for parameter in there]
     flat = [parameter.float().flatten() for parameter in there]
     norms = [values.norm() for values in flat]
-    projections = [values @ _ramp(values) for values in flat]
+    projections = [(values * _ramp(values)).sum() for values in flat]  # in float32 under autocast, too
     return [float(value) for value in (*norms, *projections)]
 
 
