@@ -141,7 +141,12 @@ def test_images_that_cannot_be_compared_on(
 def test_a_class_that_only_the_test_images_have(mp: CommandLine, tmp_path: Path) -> None:
     test = {"x_test": np.zeros((8, 16, 16, 3), np.uint8), "y_test": np.arange(8) % 5}
     save_archive(tmp_path / IMAGES, classes=4, per_class=20, **test)
-    assert_refused(mp, tmp_path, ["compare", *SMALL], "label 4 of 'images (test)' is out of range")
+    assert_refused(
+        mp,
+        tmp_path,
+        ["compare", *SMALL],
+        "label 4 of 'images (test)' is none of the 4 classes that have a name, or images to train on",
+    )
     assert not list(tmp_path.rglob("results.csv"))
 
 

@@ -173,9 +173,10 @@ def test_a_card_without_evaluation_is_no_score(mp: CommandLine, sweep: Path, tmp
     assert "The best of 2 by nll is seed2-0.001 " in done.stdout and "holds no result" in done.stdout
 
 
-def test_comparisons_are_no_runs_of_fit(sweep: Path) -> None:
+def test_comparisons_are_no_runs_of_fit(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:
     before = [run.name for run in read_runs(sweep)]
     (sweep / "compared").mkdir()
     settings = {"target": "birds.npz", "tuning": {"seeds": 1, "values": 3}}
     (sweep / "compared" / "settings.json").write_text(json.dumps(settings))
-    assert [run.name for run in read_runs(sweep)] == before and len(before) == 5
+    assert [run.name for run in read_runs(sweep) if not run.compares] == before and len(before) == 5
+    assert "compared" not in select(mp, tmp_path, f"sweep={sweep}").stdout

@@ -41,11 +41,15 @@ class Run:
     images: tuple[Any, Any] | None = None
     phi: NamedPhi | None = None
 
+    @property
+    def compares(self) -> bool:
+        """Whether it is one of ``compare``, and not of ``fit``."""
+        return any(key.partition(".")[0] == "tuning" for key in self.settings)
+
 
 def read_runs(sweep: Path) -> list[Run]:
     """All run folders below a folder, in the order of their names; those without a score say why in ``state``."""
-    runs = [_read_run(folder, str(folder.relative_to(sweep))) for folder in sorted(_run_folders(sweep))]
-    return [run for run in runs if "tuning.values" not in run.settings]  # which comparisons have
+    return [_read_run(folder, str(folder.relative_to(sweep))) for folder in sorted(_run_folders(sweep))]
 
 
 def _run_folders(sweep: Path) -> Iterator[Path]:

@@ -54,12 +54,13 @@ def run(config: DictConfig, path: Path) -> None:
         RunsError: there is no finished run, or they were judged on different images or in different ways.
     """
     given = read(config)
-    runs = read_runs(given.sweep)
+    found = read_runs(given.sweep)
+    runs = [run for run in found if not run.compares]
     finished = ranked(runs, given.by)
     if not finished:
         raise RunsError(
             f"the runs below '{given.sweep}' are not of fit; what compare found is in its summary.md"
-            if runs and all(run.settings.get("tuning.values") for run in runs)
+            if found and not runs
             else f"none of the {len(runs)} runs below '{given.sweep}' has a score ({states(runs)}); repeat the command "
             "that started them, or start others"
             if runs
