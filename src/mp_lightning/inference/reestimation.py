@@ -17,8 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.sites import Attachment
-from mp_lightning.sites.blocks import batch_norms
-from mp_lightning.sites.saving import weights_of
+from mp_lightning.sites.estimates import batch_norms, weights_of
 
 BATCHES = 50  # the most training batches that re-estimation looks at
 

@@ -11,11 +11,12 @@ from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
-from mp_lightning.sites.blocks import batch_norms, make_blocks, scopes_of, why_unreached
+from mp_lightning.sites.blocks import make_blocks, scopes_of, why_unreached
+from mp_lightning.sites.estimates import are_those_of, batch_norms, weights_of
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, OneAtATime, entry_names
-from mp_lightning.sites.saving import are_those_of, state_of, take_over, weights_of
+from mp_lightning.sites.saving import state_of, take_over
 from mp_lightning.sites.site import Site, in_backward
 from mp_lightning.sites.strength import GrowingStrength
 
@@ -24,7 +25,6 @@ NAME = "_metaperturb"  # the submodule that attach() adds
 CLIP = 100.0
 # Where the height of the input is known from: images of an evaluation, or images of training or the user.
 _PROVISIONAL, _FINAL = 1, 2
-_UNCOUNTED = 200  # training forwards without a batch that is counted; a step may make many
 PathName = Literal["auto", "reference"]  # how the perturbation is computed; the same function either way
 
 
@@ -48,7 +48,6 @@ class Attachment(GrowingStrength):
         frozen: see :meth:`freeze`.
         perturbed: whether a site was reached in training.
         hooked: the parts of the model that have hooks, by name.
-        by_callback: attached by a callback, or by the mixin.
         managed: made by the callback, which makes another where a part of the model was replaced.
         strays: how many blocks ran in evaluation mode outside of any forward of the model.
     """
@@ -99,12 +98,11 @@ class Attachment(GrowingStrength):
         self.perturbing = False
         self.depth = 0
         self.turn = OneAtATime()
-        self.by_callback = self.managed = False
+        self.managed = False
         self.strays = 0
         self._told_of_strays = False
         self.perturbed = False
         self._looked = False
-        self._forwards_uncounted = 0
         self._norms: dict[str, Any] | None = None
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
@@ -160,7 +158,6 @@ class Attachment(GrowingStrength):
             ConfigurationError: the length of the ramp is not known, or ``loss`` is no number.
         """
         self.settle()
-        self._forwards_uncounted = 0
         self._note_norms()
         self.count(loss, *self._shard())
         if not self._looked:
@@ -184,8 +181,7 @@ class Attachment(GrowingStrength):
         self.training_forward = training
         if training:
             self.evaluation_buffers = self.constants = self.weights = None  # of the weights before this step
-            if not torch.compiler.is_compiling():
-                self._note_uncounted()
+            self.note_forward()
         self.shard = self._shard()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:
@@ -198,21 +194,6 @@ class Attachment(GrowingStrength):
         if torch.compiler.is_compiling() or not torch.jit.is_tracing():
             return False
         return training or int(self.steps) == 0 or (self.managed and self.inference is None)
-
-    def _note_uncounted(self) -> None:
-        """Say so, once, where training goes on while nobody counts its batches, on which the strength depends."""
-        self._forwards_uncounted += 1
-        if self._forwards_uncounted != _UNCOUNTED:
-            return
-        grows = self.ramp_steps is not None and (self.fitting.follows or int(self.steps) < self.ramp_steps)
-        if grows or self.by_callback:
-            warnings.warn(
-                f"MetaPerturb: the model has made {_UNCOUNTED} training forwards and no batch was counted, so that the "
-                f"strength stays at {float(self.coeff):.3g}; call attachment.step(loss) after each batch, or, with "
-                "Lightning, train with MetaPerturbCallback, or let configure_callbacks of a module with the mixin add "
-                "super().configure_callbacks()",
-                stacklevel=2,
-            )
 
     def forget_other_weights(self) -> None:
         """Drop what was estimated for weights that the model does not have any more."""

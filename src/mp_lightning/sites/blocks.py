@@ -4,7 +4,6 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mp_lightning.sites.calls import ActivationModule, Block
 from mp_lightning.sites.plan import SitePlan
@@ -37,12 +36,6 @@ def why_unreached(attachment: "Attachment") -> str:
         f"nothing was perturbed in the first training batch, as no forward of {_in_words(scopes)} was made by "
         "calling it; call it, and not its forward or other methods, or choose sites that are reached (sites=)"
     )
-
-
-def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Those that have running statistics, by name."""
-    found = ((name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm))
-    return {name: module for name, module in found if module.running_mean is not None}
 
 
 def make_blocks(attachment: "Attachment", model: nn.Module) -> list[Block]:

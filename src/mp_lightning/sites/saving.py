@@ -1,11 +1,8 @@
 """What a checkpoint holds of an attachment, and how one takes it over."""
 
-import math
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import MetaPerturb
@@ -19,8 +16,6 @@ _NEEDED = {
     *("phi_name", "plan", "channel_norm", "seed", "clip", "ramp_steps", "input_size", "sites", "counters"),
     "evaluation_buffers",
 }
-# Relative difference up to which two weights are taken for the same: they may have been in half precision meanwhile.
-_SAME = 2e-3
 
 
 def state_of(attachment: "Attachment") -> dict[str, Any]:
@@ -104,31 +99,3 @@ def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
     attachment.weights_known = False
     trained = state.get("trained_norms")
     attachment.trained_norms = None if trained is None else set(trained)
-
-
-@torch.no_grad()
-def weights_of(model: nn.Module) -> list[float]:
-    """What tells the weights of a model from others: the norm of each parameter, and then a projection of each."""
-    there = [parameter.detach() for parameter in model.parameters() if not is_lazy(parameter)]
-    there = [torch.view_as_real(parameter) if parameter.is_complex() else parameter for parameter in there]
-    flat = [parameter.float().flatten() for parameter in there]
-    norms = [values.norm() for values in flat]
-    projections = [(values * _ramp(values)).sum() for values in flat]  # in float32 under autocast, too
-    return [float(value) for value in (*norms, *projections)]
-
-
-def _ramp(values: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, len(values), dtype=values.dtype, device=values.device)
-
-
-def are_those_of(model: nn.Module, weights: list[float]) -> bool:
-    """Whether a model has the weights of which :func:`weights_of` gave this."""
-    own = weights_of(model)
-    count = len(own) // 2
-    norms = own[:count]
-    if len(weights) not in (count, 2 * count):  # once the norms alone were kept
-        return False
-    if not all(math.isclose(a, b, rel_tol=_SAME, abs_tol=1e-6) for a, b in zip(norms, weights, strict=False)):
-        return False
-    projections = zip(own[count:], weights[count:], norms, strict=False)
-    return all(abs(a - b) <= 4 * _SAME * norm + 1e-6 for a, b, norm in projections)

@@ -17,6 +17,7 @@ RAMP_FRACTION = 0.4  # Section 4 of the paper
 SHORTEST_RUN = 1200  # steps of the optimizer, from which on all of the strength is reached
 _HORIZON = 0.1  # of the ramp: the batches that the recent loss looks back over
 _IDLE = 0.1  # of the strength: hardly any of it acts
+_UNCOUNTED = 200  # training forwards without a batch that is counted; a step may make many
 _FEWEST = 20  # batches that a loss which has not fallen has been looked at for
 _LONG_ENOUGH = 0.4  # of the shortest run, for a loss that has not fallen to mean anything
 
@@ -36,6 +37,7 @@ class GrowingStrength(KeepsPrecision):
         ramp_steps: number of batches over which the strength grows; None if that is not known.
         reached: share of the strength that acts when the ramp has ended; less than 1 in a short run.
         fitting: how far the network fits its training images, which the strength may follow.
+        by_callback: made by a callback, or by the mixin, which are to count.
     """
 
     strength: Tensor
@@ -53,6 +55,8 @@ class GrowingStrength(KeepsPrecision):
         self.fitting = Fitting(full_strength_at, persistent, acts_below)
         self.ramp_steps: int | None = None
         self.reached = 1.0
+        self.by_callback = False
+        self._forwards = 0  # since a batch was counted
         self._warned = False
 
     def ramp_over(self, ramp_steps: int) -> None:
@@ -106,6 +110,7 @@ class GrowingStrength(KeepsPrecision):
                 "the ramp's length is unknown; pass total_steps= (number of training batches) or ramp_steps="
             )
         self.steps.add_(1)
+        self._forwards = 0
         if self.fitting.follows:
             if loss is None and not self.fitting.told and not self._warned and rank == 0:
                 self._warned = True
@@ -117,6 +122,23 @@ class GrowingStrength(KeepsPrecision):
                 )
             self.fitting.note(loss, self.ramp_steps * _HORIZON, synchronize=world > 1)
         self.update_coeff()
+
+    def note_forward(self) -> None:
+        """Say so, once, where training goes on while nobody counts its batches, on which the strength depends."""
+        if torch.compiler.is_compiling():
+            return
+        self._forwards += 1
+        if self._forwards != _UNCOUNTED:
+            return
+        grows = self.ramp_steps is not None and (self.fitting.follows or int(self.steps) < self.ramp_steps)
+        if grows or self.by_callback:
+            warnings.warn(
+                f"MetaPerturb: the model has made {_UNCOUNTED} training forwards and no batch was counted, so that the "
+                f"strength stays at {float(self.coeff):.3g}; call attachment.step(loss) after each batch, or, with "
+                "Lightning, train with MetaPerturbCallback, or let configure_callbacks of a module with the mixin add "
+                "super().configure_callbacks()",
+                stacklevel=2,
+            )
 
     def update_coeff(self) -> None:
         """Set the strength that follows from the batches counted, and the losses noted, so far."""
