@@ -13,7 +13,7 @@ from torch import nn
 
 from mp_lightning.backbones.build import build_backbone, list_backbones
 from mp_lightning.backbones.libraries import LIBRARIES, build_transformers_network
-from mp_lightning.errors import ConfigurationError
+from mp_lightning.errors import ConfigurationError, one_line
 
 FORMS = "torchvision:NAME, timm:NAME, transformers:NAME, package.module:factory or file.py:factory"
 
@@ -53,9 +53,7 @@ def make(name: str, factory: Callable[..., Any], arguments: dict[str, Any], reme
     try:
         made = factory(**arguments)
     except Exception as error:  # the user's code raises anything
-        raise ConfigurationError(
-            f"model={name} failed: {type(error).__name__}: {str(error).partition(chr(10))[0]}; {remedy}"
-        ) from error
+        raise ConfigurationError(f"model={name} failed: {type(error).__name__}: {one_line(error)}; {remedy}") from error
     if not isinstance(made, nn.Module):
         raise ConfigurationError(f"model={name} gave a {type(made).__name__}; it must give a torch.nn.Module")
     return made
@@ -83,8 +81,7 @@ def _module(place: str, name: str) -> ModuleType:
         return _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # the user's code raises anything
         raise ConfigurationError(
-            f"model={name}: {place} cannot be imported ({type(error).__name__}: "
-            f"{str(error).partition(chr(10))[0]}); give {FORMS}"
+            f"model={name}: {place} cannot be imported ({type(error).__name__}: {one_line(error)}); give {FORMS}"
         ) from error
 
 

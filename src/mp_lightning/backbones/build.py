@@ -44,13 +44,13 @@ def build_backbone(
         A module that maps float images (B, in_channels, image_size, image_size) to logits (B, num_classes).
 
     Raises:
-        ConfigurationError: unknown name, a number below 1, images too small for the poolings of the network, a width
-            for a network of a library, or timm is not installed.
+        ConfigurationError: unknown name, no whole number of at least 1, images too small for the poolings of the
+            network, a width for a network of a library, or timm is not installed.
     """
     numbers = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size, "width": width}
     for key, value in numbers.items():
-        if value is not None and value < 1:
-            raise ConfigurationError(f"{key}={value} of backbone '{name}' is out of range: give at least 1")
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ConfigurationError(f"{key}={value!r} of backbone '{name}': give a whole number of at least 1")
     library, colon, name_there = name.partition(":")
     if colon and library in LIBRARIES:
         if width is not None:

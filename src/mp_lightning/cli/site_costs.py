@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mp_lightning.compare.cost import KeptForBackward, wait
-from mp_lightning.errors import ConfigurationError, UserError
+from mp_lightning.errors import ConfigurationError, UserError, one_line
 from mp_lightning.perturbation import NamedPhi
 from mp_lightning.sites import Attachment, SitePlan, attach
 from mp_lightning.sites.layout import LAST
@@ -55,7 +55,7 @@ def measure(
         size = "x".join(map(str, images[1:]))
         raise ConfigurationError(
             f"{type(model).__name__} does not take images of {size} ({type(error).__name__}: "
-            f"{str(error).strip().partition(chr(10))[0][:120]}); give their size with input="
+            f"{one_line(error, 120)}); give their size with input="
         ) from error
     model.zero_grad(set_to_none=True)
     attachment = attach(model, phi, sites=plan)

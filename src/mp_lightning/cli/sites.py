@@ -15,7 +15,7 @@ from mp_lightning.backbones.anyone import build_network
 from mp_lightning.cli.model_options import read_image, required
 from mp_lightning.cli.options import check, check_keys
 from mp_lightning.cli.site_costs import SiteCost, measure
-from mp_lightning.errors import ConfigurationError
+from mp_lightning.errors import ConfigurationError, one_line
 from mp_lightning.perturbation import NamedPhi, check_fraction, load_phi
 from mp_lightning.sites import SitePlan, choose_sites
 from mp_lightning.sites.choice import is_share
@@ -159,5 +159,5 @@ def _device(name: str | None) -> torch.device:
         return torch.device(name)
     except Exception as error:  # of many kinds
         raise ConfigurationError(
-            f"device={name} cannot be used ({str(error).partition(chr(10))[0][:100]}); give cpu, cuda or the like"
+            f"device={name} cannot be used ({one_line(error, 100)}); give cpu, cuda or the like"
         ) from error

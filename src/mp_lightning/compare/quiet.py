@@ -9,7 +9,7 @@ _LOGGERS = ("lightning.pytorch", "lightning.fabric")
 # Advice about loaders, logging and settings of the callback, to someone who wrote the training.
 _ADVICE = (
     *(r".*does not have many workers.*", r".*isinstance\(treespec, LeafSpec\).*", r".*log_every_n_steps.*"),
-    r"MetaPerturb: .* of the strength acts.*",
+    *(r"You passed in a `val_dataloader` but have no `validation_step`.*", r"MetaPerturb: .* of the strength acts.*"),
 )
 
 

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mp_lightning.errors import ConfigurationError
+from mp_lightning.errors import ConfigurationError, one_line
 from mp_lightning.inference.mean import Mean
 from mp_lightning.sites import Attachment, attachment_of
 
@@ -79,7 +79,7 @@ def export(model: nn.Module, path: str | Path, images: Tensor, mode: ExportMode 
     partial = path.with_name(f".{path.name}.{os.getpid()}{path.suffix}")
     try:
         with torch.no_grad():
-            expected = frozen(images)
+            expected = _output(frozen, images)
             program = torch.export.export(frozen, (images,), dynamic_shapes=({0: torch.export.Dim.AUTO},))
             _check_batch_is_free(program, images)
         try:
@@ -94,11 +94,22 @@ def export(model: nn.Module, path: str | Path, images: Tensor, mode: ExportMode 
     except Exception as error:  # torch.export raises many kinds for code that it cannot follow
         raise ConfigurationError(
             f"{type(model).__name__} cannot be exported ({type(error).__name__}: "
-            f"{str(error).strip().partition(chr(10))[0][:200]}); its forward must be one that torch.export can follow"
+            f"{one_line(error, 200)}); its forward must be one that torch.export can follow"
         ) from error
     finally:
         if partial.exists():
             partial.unlink()
+
+
+def _output(model: nn.Module, images: Tensor) -> object:
+    try:
+        return model(images)
+    except Exception as error:  # whatever its layers say
+        size = "x".join(map(str, images.shape[1:]))
+        raise ConfigurationError(
+            f"images of {size} do not pass through {type(model).__name__} "
+            f"({type(error).__name__}: {one_line(error, 200)}); give images of the shape that it takes"
+        ) from error
 
 
 def _check_batch_is_free(program: torch.export.ExportedProgram, images: Tensor) -> None:

@@ -17,6 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils.hooks import RemovableHandle
 
+from mp_lightning.errors import one_line
+
 SHAPE = "shape"  # key of a node's meta: of the tensor that it gives
 _SIZES = (224, 64, 32, 128, 256, 384)  # sides of images, in pixels, that are tried
 _OPERATORS = {"__getitem__": "getitem", "__iadd__": "add_", "__imul__": "mul_"}
@@ -54,7 +56,7 @@ def _first_that_fits(module: nn.Module, leaf: Callable[[nn.Module, str], bool]) 
         try:
             return shape, _Recorder(module, leaf).run(shape)
         except Exception as error:  # user code that gets the wrong image raises anything
-            reasons.append(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:100]}")
+            reasons.append(f"{type(error).__name__}: {one_line(error, 100)}")
             if len(reasons) > 2 and len(set(reasons[-3:])) == 1:
                 break  # whatever it is, the size of the image has nothing to do with it
     raise NoImageFits(reasons[0] if reasons else "it has no convolution that would tell what it takes")
