@@ -463,7 +463,16 @@ def test_a_step_that_tells_no_loss_is_told_how(tmp_path, recwarn):
         assert (float(attachment_of(model).coeff) == 1) != tells
 
 
-@pytest.mark.parametrize("options", [{"samples": 2.5}, {"fit_samples": 0}, {"ramp_steps": "x"}, {"ramp_steps": -1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"samples": 2.5},
+        {"fit_samples": 0},
+        {"ramp_steps": "x"},
+        {"ramp_steps": -1},
+        {"acts_below": 0.5, "full_strength_at": 0.7},
+    ],
+)
 def test_bad_numbers_are_named_at_once(options):
     with pytest.raises(ConfigurationError, match=next(iter(options)).removeprefix("fit_")):
         MetaPerturbCallback(**options)

@@ -19,6 +19,8 @@ FLOORS = {
     "runs": 0,
     "randomness": 0,
     "conf": 0,
+    "quiet": 0,
+    "versions": 0,
     "perturbation": 1,
     "sites": 2,
     "callback": 3,

@@ -1,13 +1,12 @@
 """The Lightning callback: a learned regularizer in one line."""
 
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
-from torch import Tensor, nn
+from torch import nn
 
 from mp_lightning.announcements import opening, stays_in_force
 from mp_lightning.checkpoints import CheckpointHooks
@@ -26,14 +25,14 @@ from mp_lightning.neighbours import (
 from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_fraction, load_phi
 from mp_lightning.reestimation_steps import reestimate, training_data
 from mp_lightning.restoring import load_trained, set_back, set_to_evaluation
-from mp_lightning.schedule import batches_per_step, total_training_batches
+from mp_lightning.schedule import batches_per_step, total_training_batches, training_loss
 from mp_lightning.site_metrics import SiteLog, batches_between_looks
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
 from mp_lightning.sites.arguments import check_arguments, whole_number
 from mp_lightning.sites.attachment import CLIP, PathName, check_path
 from mp_lightning.sites.choice import is_file, is_share
 from mp_lightning.sites.hooked import check_there
-from mp_lightning.sites.surgery import detach_changed
+from mp_lightning.sites.surgery import detach_changed, following
 
 
 class MetaPerturbCallback(EvaluationEpochs):
@@ -158,6 +157,7 @@ class MetaPerturbCallback(EvaluationEpochs):
         for name, share in shares.items():
             if share is not None:
                 check_fraction(share, name)
+        following(None if perturbation is not None else self.phi, full_strength_at, acts_below)  # the same, early
         if log_every is not None:
             whole_number(log_every, "log_every", 0, "of batches, or 0 for nothing")
         self.log_every = log_every
@@ -288,7 +288,7 @@ class MetaPerturbCallback(EvaluationEpochs):
     ) -> None:
         attachment = self._attached(pl_module)
         metrics = self._site_log.end_batch() if self._site_log is not None else {}
-        attachment.step(_loss(trainer, outputs))
+        attachment.step(training_loss(trainer, outputs))
         attachment.inference = self._between_batches()
         if metrics and trainer.is_global_zero:
             for logger in trainer.loggers:
@@ -386,9 +386,3 @@ class MetaPerturbCallback(EvaluationEpochs):
                 f"{type(module).__name__} was detached while it trained; detach after fit, or remove the callback"
             )
         return attachment
-
-
-def _loss(trainer: pl.Trainer, outputs: Any) -> Tensor | None:
-    """The training loss of a batch, where the step gives one."""
-    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-    return loss.detach() * trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None  # which divided it

@@ -1,9 +1,11 @@
-"""When the perturbation reaches its full strength: the horizon that the ramp is measured by, as a trainer knows it."""
+"""What the strength depends on, as a trainer knows it: the horizon that the ramp is measured by, and the loss."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import count
 from typing import Any
+
+from torch import Tensor
 
 from mp_lightning.errors import ConfigurationError
 
@@ -66,3 +68,9 @@ def _epochs(trainer: Any) -> Iterator[tuple[float, int]]:
         for scheduler in schedulers:
             accumulated = scheduler.get_accumulate_grad_batches(epoch)
         yield trainer.num_training_batches, accumulated
+
+
+def training_loss(trainer: Any, outputs: Any) -> Tensor | None:
+    """The loss of a training batch, of what Lightning hands to ``on_train_batch_end``; None where there is none."""
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+    return loss.detach() * trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None  # which divided it

@@ -61,6 +61,18 @@ def test_a_users_module_and_data_are_compared(tmp_path: Path) -> None:
     assert text.rstrip().splitlines()[-1].strip() == str(found)
 
 
+@pytest.mark.slow
+def test_networks_that_compile_themselves_whole_are_compared(tmp_path: Path) -> None:
+    class Compiled(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.compile(self.net, backend="eager", fullgraph=True)  # type: ignore[assignment]
+
+    torch._dynamo.reset()
+    found, _ = compare(tmp_path, module_factory=Compiled, seeds=1)
+    assert [row.arm for row in found.rows] == ["none", "metaperturb"]
+
+
 def test_how_much_of_the_strength_acted_is_said_before_the_verdict_and_in_the_report(tmp_path: Path) -> None:
     phi = replace(load_phi(PHI), full_strength_at=0.4)  # of which a run of one epoch sees the beginning
     found, text = compare(tmp_path, phi=phi, seeds=1)

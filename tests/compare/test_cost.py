@@ -28,8 +28,9 @@ class Slow(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
-def fit(module: L.LightningModule, cost: Cost, epochs: int) -> None:
-    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+def fit(module: L.LightningModule, cost: Cost, epochs: int, accumulate: int = 1) -> None:
+    options: dict[str, Any] = {"accumulate_grad_batches": accumulate}
+    options |= {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
     trainer = L.Trainer(max_epochs=epochs, callbacks=[cost], enable_model_summary=False, limit_val_batches=0, **options)
     trainer.fit(module, datamodule=SmallData())
 
@@ -47,6 +48,14 @@ def test_steps_are_counted_and_the_curve_averages_the_loss_between_points() -> N
     assert sum(steps) == 201
     assert len(cost.curve) == POINTS + 1
     assert cost.curve[:2] == [(4, pytest.approx(1.5)), (8, pytest.approx(5.5))] and cost.curve[-1] == (201, 200.0)
+
+
+def test_the_curve_is_that_of_the_loss_whether_or_not_gradients_are_accumulated() -> None:
+    cost = Cost()
+    module = Slow()
+    module.training_step = lambda batch, batch_idx: module.weight * 0 + 2.0  # type: ignore[method-assign]
+    fit(module, cost, 2, accumulate=3)
+    assert [loss for _, loss in cost.curve] == pytest.approx([2.0] * len(cost.curve)) and cost.curve
 
 
 def test_memory_is_what_is_kept_for_the_backward() -> None:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mp_lightning.data import ImageSet
+from mp_lightning.data import ImageSet, image_set
 from mp_lightning.errors import ConfigurationError, DataError
 
 
@@ -74,19 +74,14 @@ def test_halves_follow_the_seed() -> None:
     assert indices(whole.halves(1)[0]) != indices(whole.halves(2)[0])
 
 
-def test_resized_averages_when_it_shrinks() -> None:
+def test_a_smaller_image_averages() -> None:
     # One white column in four: without antialiasing only the two in the middle of four would count, both black.
     images = torch.zeros(2, 3, 32, 32, dtype=torch.uint8)
     images[..., ::4] = 255
-    small = ImageSet("lines", images, torch.tensor([0, 1]), ("a", "b")).resized(8)
+    small = image_set("lines", images, torch.tensor([0, 1]), ("a", "b"), size=8)
     assert small.images.shape == (2, 3, 8, 8)
     assert small.images.dtype == torch.uint8
     assert (small.images[..., 1:-1].float() - 255 / 4).abs().max() < 16
-
-
-def test_resized_refuses_no_pixels() -> None:
-    with pytest.raises(ConfigurationError, match="size=0"):
-        numbered([2, 2]).resized(0)
 
 
 def test_a_mask_takes_the_images_of_which_it_says_so():

@@ -135,6 +135,17 @@ def test_reestimated_batch_norm_is_the_average_over_batches(name):
     assert same(before, model) == []
 
 
+def test_what_was_estimated_can_be_saved_while_a_forward_runs():
+    model, attachment = attached()
+    reestimate_batch_norm(attachment, forwards(model, batches()))
+    attachment.inference = Mean()
+    before, found = copy.deepcopy(attachment.state()["evaluation_buffers"]), []
+    model.fc.register_forward_hook(lambda *_: found.append(copy.deepcopy(attachment.state()["evaluation_buffers"])))
+    model.eval()(batches()[0])
+    assert before and before.keys() == found[0].keys()
+    assert all(torch.equal(value, found[0][name]) for name, value in before.items())
+
+
 def test_buffers_come_back_when_a_forward_raises():
     model, attachment = attached()
     reestimate_batch_norm(attachment, forwards(model, batches()))

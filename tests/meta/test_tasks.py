@@ -11,10 +11,10 @@ from mp_lightning.errors import ConfigurationError, DataError
 from mp_lightning.meta.tasks import Source, Split, Task, make_tasks
 
 
-def numbered_images(classes: int = 4, per_class: int = 6, name: str = "set") -> ImageSet:
+def numbered_images(classes: int = 4, per_class: int = 6, name: str = "set", size: int = 8) -> ImageSet:
     """Images that all differ: pixel value of an image is its number."""
     count = classes * per_class
-    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, 8, 8)
+    images = torch.arange(count, dtype=torch.uint8)[:, None, None, None].expand(count, 3, size, size)
     return image_set(name, images, torch.arange(classes).repeat_interleave(per_class))
 
 
@@ -93,9 +93,9 @@ def test_batches_depend_on_the_step_alone() -> None:
 
 def test_batches_leave_the_global_generator_alone() -> None:
     state = torch.get_rng_state()
-    task = tasks_of(numbered_images(), flip=True)[0]
+    task = tasks_of(numbered_images(size=16), flip=True)[0]
     task.batch("train", 0, 4, 0, torch.device("cpu"))
-    task.architecture.build(task.train.resized(16), 1)
+    task.architecture.build(task.train, 1)
     assert torch.equal(state, torch.get_rng_state())
 
 

@@ -56,7 +56,7 @@ def convolution(channels=2):
 
 
 @pytest.mark.parametrize(
-    ("share", "names"), [(1, "01234"), (0.5, "234"), (0.4, "34"), (0.2, "4"), (0.01, "4"), (0.6, "234")]
+    ("share", "names"), [(1, "01234"), (0.5, "234"), (0.4, "34"), (0.2, "4"), (0.01, "4"), (1e-4, "4"), (0.6, "234")]
 )
 def test_a_share_means_the_last_sites_rounded_up(share, names):
     model = nn.Sequential(*[convolution() for _ in range(5)])

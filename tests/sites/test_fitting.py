@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError
@@ -195,3 +196,26 @@ def test_the_default_waits_for_the_loss_and_then_acts():
         for loss in losses:
             attachment.step(loss)
         assert float(attachment.coeff) == pytest.approx(coeff, abs=1e-3) and acts() == (coeff > 0)
+
+
+class Asks(TorchDispatchMode):
+    """Notes operators for which a GPU would have to finish all that it was given before."""
+
+    def __init__(self):
+        super().__init__()
+        self.found = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in ("_local_scalar_dense", "nanmedian", "median", "nonzero", "equal"):
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_counting_a_batch_waits_for_no_device():
+    attachment = attach(build_backbone("conv4", 3, width=4, image_size=16), total_steps=4)
+    assert attachment.fitting.follows
+    with Asks() as asks:
+        for loss in (2.0, 2.0, 1.0):
+            attachment.count(torch.tensor(loss), 0, 1)
+    assert asks.found == []
+    assert int(attachment.fitting.losses) == 3

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import SiteError
+from mp_lightning.inference import reestimate_batch_norm
 from mp_lightning.perturbation import initial_phi
 from mp_lightning.sites import attach, attachment_of
 
@@ -322,6 +323,30 @@ def test_with_synchronized_statistics_two_processes_are_one(one_and_two_processe
             assert (part["gradient"][name] - value).abs().max() <= 1e-5 * max(1.0, float(value.abs().max())), name
         for name, value in whole["statistics"].items():
             assert torch.allclose(part["statistics"][name], value, rtol=1e-5, atol=1e-6), name
+
+
+def _estimate_alone(rank, world, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    found = {}
+    for distributed in (False, True):
+        torch.manual_seed(0)
+        model = build_backbone("conv4", 10, width=4, image_size=16)
+        attachment = attach(model, initial_phi(0), distributed=distributed)
+        x = _whole_batch()[0] + rank
+        reestimate_batch_norm(attachment, [lambda model=model, x=x: model(x)])
+        found[distributed] = attachment.evaluation_buffers
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_processes_that_train_a_network_each_estimate_for_themselves(tmp_path):
+    torch.multiprocessing.spawn(_estimate_alone, (2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    name = "conv_layers.0.bn.running_mean"
+    assert not torch.allclose(first[False][name], second[False][name])
+    assert torch.allclose(first[True][name], second[True][name])
+    assert torch.allclose(first[True][name], (first[False][name] + second[False][name]) / 2, atol=1e-5)
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -21,6 +21,7 @@ from mp_lightning.cli.help import help_page
 from mp_lightning.cli.output import error_line
 from mp_lightning.cli.words import CONFIGURATION, HELP, PROGRAM, SWEEP, compose, first_lines, run_folder, split_words
 from mp_lightning.errors import UserError
+from mp_lightning.quiet import ADVICE, LOGGERS
 from mp_lightning.runs import run_name, unusable
 
 VERBS = {
@@ -33,14 +34,12 @@ VERBS = {
 _ONCE = {"select", "sites", "export"}  # verbs of which a sweep makes no sense
 USER_ERROR = 2
 _FULL_ERROR = "HYDRA_FULL_ERROR"
-# Advice of Lightning and torch about what the commands here do on purpose.
+# Of Lightning and torch about what the commands here do on purpose.
 _NO_CONCERN_OF_THE_USER = (
-    r".*isinstance\(treespec, LeafSpec\).*",
-    r".*does not have many workers.*",
+    *ADVICE,
     r".*resuming from a checkpoint that ended before the epoch ended.*",
     r".*GPU available but not used.*",
     r".*`tensorboardX` has been removed.*",
-    r".*log_every_n_steps.*",
 )
 
 
@@ -121,7 +120,7 @@ def _sweep(verb: str, overrides: list[str], start: Callable[[], Any]) -> None:
 
 
 def _job(config: DictConfig) -> Any:
-    for name in ("lightning.pytorch", "lightning.fabric"):
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NO_CONCERN_OF_THE_USER:
         warnings.filterwarnings("ignore", message=message)

@@ -1,18 +1,17 @@
 """The card of a phi that was meta-trained: where its numbers come from and how it did on held-out images."""
 
-import platform
 import re
 import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from importlib.metadata import version
 from typing import Any
 
 from mp_lightning.meta.module import JointMetaTraining
 from mp_lightning.meta.tasks import Task
 from mp_lightning.meta.transfer import ArmResult, Target, TransferSettings
+from mp_lightning.versions import versions
 
 
 def task_entries(tasks: Sequence[Task]) -> list[dict[str, Any]]:
@@ -64,10 +63,7 @@ def make_card(
             "results": [asdict(result) for result in results],
         },
         "command": f"python -m mp_lightning.meta {shlex.join(map(without_folders, sys.argv[1:]))}",
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("mp_lightning", "torch", "lightning", "torchvision")},
-        },
+        "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 

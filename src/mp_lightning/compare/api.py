@@ -22,12 +22,12 @@ from mp_lightning.compare.given import (
     check_trainer,
     list_of_arms,
 )
-from mp_lightning.compare.quiet import quiet
 from mp_lightning.compare.run import Experiment
 from mp_lightning.compare.tuning import Budget
 from mp_lightning.compare.user_data import UserData
 from mp_lightning.inference import Output
 from mp_lightning.perturbation import NamedPhi, Phi, load_phi
+from mp_lightning.quiet import quiet
 from mp_lightning.runs import RunFolder
 
 ARMS = ("none", "dropout", "dropblock", "fixed_noise", "metaperturb")

@@ -26,7 +26,6 @@ from mp_lightning.sites.strength import SHORTEST_RUN
 
 RESULTS = "results.csv"
 TUNING = "tuning.csv"
-OnSteps = Callable[[int], None]
 # Shows how far a stage has come: its name, the number of its runs, and how many of them are finished already.
 Display = Callable[[str, int, int], AbstractContextManager["Shown"]]
 

@@ -11,13 +11,13 @@ from rich.markup import escape
 from mp_lightning.compare.arms import AnyArm, NamedArm, follows_the_loss
 from mp_lightning.compare.comparison import Plan, carry_out, check_plan
 from mp_lightning.compare.display import Bars
-from mp_lightning.compare.quiet import quiet
 from mp_lightning.compare.report import Repeat, write_report
 from mp_lightning.compare.results import METRICS, Row
 from mp_lightning.compare.summary import Summary, summarize
 from mp_lightning.compare.table import terminal_table
 from mp_lightning.compare.texts import acted_texts
 from mp_lightning.compare.tuning import Tuned
+from mp_lightning.quiet import quiet
 from mp_lightning.sites.strength import SHORTEST_RUN
 
 _LEAST_WIDTH = 110  # of tables, where the output is not a terminal

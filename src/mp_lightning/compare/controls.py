@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.perturbation import MetaPerturb, NoisePer, Norms, Phi, Statistics, check_noise_per, mathematics
+from mp_lightning.perturbation import MetaPerturb, NoisePer, Norms, Statistics, check_noise_per, mathematics
 from mp_lightning.sites import Attachment
 
 
@@ -131,7 +131,7 @@ class NoiseOnly(MetaPerturb):
 
     def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
         """z, (B, C, H, W)."""
-        return self.noise(x, _like(self.phi, x), eps)
+        return self.noise(x, self.phi.to(x.dtype), eps)
 
 
 class ScaleOnly(MetaPerturb):
@@ -141,7 +141,7 @@ class ScaleOnly(MetaPerturb):
 
     def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
         """s, (1, C, 1, 1)."""
-        return self.scale(x, _like(self.phi, x), statistics, norms)
+        return self.scale(x, self.phi.to(x.dtype), statistics, norms)
 
 
 class MeanOne(MetaPerturb):
@@ -232,7 +232,3 @@ def _softplus_moments(location: float, spread: float) -> tuple[float, float]:
 def _ratio(location: float, spread: float = 1.0) -> float:
     mean, std = _softplus_moments(location, spread)
     return std / mean
-
-
-def _like(phi: Phi, x: Tensor) -> Phi:
-    return Phi(*(value.to(x.dtype) for value in phi))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.schedule import total_training_batches
+from mp_lightning.schedule import total_training_batches, training_loss
 
 POINTS = 50  # of the learning curve
 _TIMED = 50  # steps, spread over the run
@@ -79,9 +79,9 @@ class Cost(L.Callback):
             wait(pl_module.device)
             self._times.append(time.perf_counter() - self._start)
         self._stop_measuring()
-        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        if isinstance(loss, Tensor):
-            self._losses.append(loss.detach())
+        loss = training_loss(trainer, outputs)
+        if loss is not None:
+            self._losses.append(loss)
         self._step += 1
         if self._step % self._point == 0:
             self._note_losses()

@@ -19,7 +19,7 @@ from mp_lightning.compare.pairing import seed_all
 from mp_lightning.errors import ConfigurationError, DataError
 from mp_lightning.inference import Output
 from mp_lightning.inference.mc import OUTPUTS, output_kind, tolerance_of
-from mp_lightning.inference.reestimation import BATCHES
+from mp_lightning.inference.reestimation import BATCHES, plain_averages
 from mp_lightning.neighbours import act_last
 from mp_lightning.sites import Attachment, attachment_of
 
@@ -158,23 +158,16 @@ class Examination(L.Callback):
         ]
         attachment = attachment_of(module)
         inference = None if attachment is None else attachment.inference
-        module.eval()
-        momenta = [norm.momentum for norm in norms]
-        for norm in norms:
-            norm.train()
-            norm.reset_running_stats()
-            norm.momentum = None
         try:
             if attachment is not None:
                 attachment.inference = None  # one forward with noise, where there is any, and not several
-            for batch in islice(_batches(loader, "train_dataloader"), BATCHES) if norms else ():
-                forward(trainer, self._predict, module, batch)
+            with plain_averages(module, norms):
+                for batch in islice(_batches(loader, "train_dataloader"), BATCHES) if norms else ():
+                    forward(trainer, self._predict, module, batch)
         finally:
             if attachment is not None:
                 attachment.inference = inference
-            for norm, momentum in zip(norms, momenta, strict=True):
-                norm.momentum = momentum
-                norm.eval()
+            module.eval()
 
 
 def _multiplier(attachment: Attachment, forwards: Iterator[Callable[[], Any]]) -> list[SiteMoments]:

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
-from mp_lightning.compare.quiet import quiet
 from mp_lightning.compare.results import Details, Row
 from mp_lightning.compare.run import Experiment, Job, RunError, perform
 from mp_lightning.errors import ConfigurationError, one_line
+from mp_lightning.quiet import quiet
 
 Finished = tuple[Job, Row, Details]
 _POLL = 0.2  # seconds

@@ -2,12 +2,10 @@
 
 import json
 import os
-import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +16,7 @@ from mp_lightning.compare.results import Details, Row
 from mp_lightning.compare.summary import Summary
 from mp_lightning.compare.tuning import Budget, Tuned
 from mp_lightning.runs import unusable, write_whole
-
-
-def _versions() -> dict[str, str]:
-    libraries = ("mp_lightning", "torch", "lightning", "torchvision")
-    return {"python": platform.python_version(), **{name: version(name) for name in libraries}}
+from mp_lightning.versions import versions
 
 
 def _today() -> str:
@@ -46,7 +40,7 @@ class Repeat:
     settings: Mapping[str, Any]
     budget: Budget
     tuned: Sequence[Tuned] = ()
-    versions: Mapping[str, str] = field(default_factory=_versions)
+    versions: Mapping[str, str] = field(default_factory=versions)
     date: str = field(default_factory=_today)
 
 

@@ -76,8 +76,7 @@ class Target:
         """A few characters that tell these images and labels from others."""
         digest = hashlib.sha256()
         for images in (self.train, self.test):
-            digest.update(images.images.numpy().data)
-            digest.update(images.labels.numpy().data)
+            images.add_to(digest)
         return digest.hexdigest()[:12]
 
     def drawn(self, seed: int) -> ImageSet:
@@ -95,7 +94,6 @@ def read_target(
     n_per_class: int | None,
     flip: bool | None,
     batch_size: int,
-    data_seed: int = 0,
     on_progress: Progress | None = None,
 ) -> Target:
     """Images by name or by path. Where there are no test images, half of the images of each class are held out.
@@ -105,14 +103,13 @@ def read_target(
         n_per_class: training images of each class that a run may see; None: all.
         flip: whether images may be mirrored; None: unless the dataset is one of digits.
         batch_size: images in a training batch, of which there must be as many.
-        data_seed: which images are held out, where none come as test images.
 
     Raises:
         DataError: images cannot be read, are fewer than a batch or than asked for, or a class is missing.
     """
     train, test = load_source(source, root, size, on_progress)
     if test is None:
-        train, test = _hold_out(train, data_seed)
+        train, test = _hold_out(train)
     counts = torch.bincount(train.labels, minlength=train.num_classes)
     fewest, name = int(counts.min()), train.classes[int(counts.argmin())]
     if fewest == 0:
@@ -141,7 +138,7 @@ def read_target(
     return target
 
 
-def _hold_out(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
+def _hold_out(images: ImageSet) -> tuple[ImageSet, ImageSet]:
     counts = torch.bincount(images.labels, minlength=images.num_classes)
     if int(counts.min()) < 2:
         name = images.classes[int(counts.argmin())]
@@ -149,7 +146,7 @@ def _hold_out(images: ImageSet, seed: int) -> tuple[ImageSet, ImageSet]:
             f"class '{name}' of '{images.name}' has {int(counts.min())} images, too few to train and to test on; add "
             "some, or give x_test and y_test"
         )
-    return _split(images, 1 - _TEST_FRACTION, seed)
+    return _split(images, 1 - _TEST_FRACTION, seed=0)
 
 
 def _split(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, ImageSet]:

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
 
 from mp_lightning.compare.arms import KINDS, AnyArm, NamedArm, Part
 from mp_lightning.compare.results import METRICS, Row
@@ -40,15 +39,6 @@ class Tuned:
     parameter: str
     chosen: float
     tried: tuple[tuple[float, float], ...] = ()
-
-    def to_dict(self) -> dict[str, Any]:
-        """As plain values."""
-        return {
-            "arm": self.arm,
-            "parameter": self.parameter,
-            "chosen": self.chosen,
-            "tried": [list(pair) for pair in self.tried],
-        }
 
 
 def untuned(arms: Iterable[AnyArm]) -> list[str]:

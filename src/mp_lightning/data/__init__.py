@@ -2,7 +2,7 @@
 
 from mp_lightning.data.arrays import image_set
 from mp_lightning.data.augment import normalize, standard_augment
-from mp_lightning.data.catalogue import list_datasets, load_dataset, load_source, may_mirror, mirrors
+from mp_lightning.data.catalogue import list_datasets, load_dataset, load_source, may_mirror
 from mp_lightning.data.digits import load_digits
 from mp_lightning.data.draws import batch_indices
 from mp_lightning.data.files import load_images
@@ -22,7 +22,6 @@ __all__ = [
     "load_images",
     "load_source",
     "may_mirror",
-    "mirrors",
     "normalize",
     "standard_augment",
 ]

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mp_lightning.data.resize import resize
 from mp_lightning.errors import ConfigurationError, DataError
 
 
@@ -81,15 +80,10 @@ class ImageSet:
         names = tuple(self.classes[number] for number in chosen)
         return ImageSet(name or self.name, self.images[kept], labels[kept], names)
 
-    def resized(self, size: int) -> "ImageSet":
-        """The same images, ``size`` pixels a side (bilinear, antialiased).
-
-        Raises:
-            ConfigurationError: the size is below 1.
-        """
-        if size < 1:
-            raise ConfigurationError(f"size={size} for '{self.name}' is out of range: give at least 1 pixel")
-        return replace(self, images=resize(self.images, size))
+    def add_to(self, digest: "hashlib._Hash") -> None:
+        """Add images and labels to a digest."""
+        digest.update(self.images.numpy().data)
+        digest.update(self.labels.numpy().data)
 
     def digests(self) -> list[bytes]:
         """What tells each image from others of its size."""

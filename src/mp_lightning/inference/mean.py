@@ -35,6 +35,7 @@ class Mean:
         self._stand_in = OutputAverage(samples)
         self._uses_stand_in = False
         self._has_batch_norm: bool | None = None
+        self._own: list[tuple[nn.Module, str, Tensor]] = []
 
     def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self._stand_in.busy:
@@ -45,7 +46,7 @@ class Mean:
         if self._uses_stand_in:
             self._stand_in.begin(attachment, args, kwargs)
             return
-        _swap_buffers(attachment)
+        self._own = _put_in(attachment)
         self._sampling = attachment.sampling
         attachment.sampling = False
         attachment.folding = self._folds
@@ -54,7 +55,9 @@ class Mean:
         self.calls += 1
         if self._uses_stand_in:
             return self._stand_in.finish(attachment, module, output)
-        _swap_buffers(attachment)
+        for layer, leaf, buffer in self._own:
+            layer._buffers[leaf] = buffer
+        self._own = []
         attachment.sampling = self._sampling
         attachment.folding = False
         return output
@@ -77,22 +80,22 @@ class Mean:
             )
 
 
-def _swap_buffers(attachment: "Attachment") -> None:
-    """Exchange the model's buffers with the copies: once to put them in, once more to take them out.
+def _put_in(attachment: "Attachment") -> list[tuple[nn.Module, str, Tensor]]:
+    """Let the copies take the places of the model's own buffers, which are returned with their layers and names.
 
     Raises:
-        ConfigurationError: a layer that they belong to is gone; then none is exchanged.
+        ConfigurationError: a layer that they belong to is gone; then none is put in.
     """
-    if not attachment.evaluation_buffers:
-        return
-    owners = {name: _owner(attachment.model, name) for name in attachment.evaluation_buffers}
-    swapped = {}
-    for name, copy in attachment.evaluation_buffers.items():
-        owner, leaf = owners[name], name.rpartition(".")[-1]
-        current = owner._buffers[leaf]
-        assert current is not None
-        swapped[name], owner._buffers[leaf] = current, _like(copy, current)
-    attachment.evaluation_buffers = swapped
+    copies = attachment.evaluation_buffers or {}
+    layers = {path: _layer(attachment.model, path) for path in {name.rpartition(".")[0]: None for name in copies}}
+    own = []
+    for name, copy in copies.items():
+        path, _, leaf = name.rpartition(".")
+        buffer = layers[path]._buffers[leaf]
+        assert buffer is not None
+        copies[name] = layers[path]._buffers[leaf] = _like(copy, buffer)
+        own.append((layers[path], leaf, buffer))
+    return own
 
 
 def _like(copy: Tensor, current: Tensor) -> Tensor:
@@ -103,19 +106,18 @@ def _like(copy: Tensor, current: Tensor) -> Tensor:
         return copy.to(current)
 
 
-def _owner(model: nn.Module, name: str) -> nn.Module:
-    """The layer that has a buffer of this name."""
-    path, _, leaf = name.rpartition(".")
+def _layer(model: nn.Module, path: str) -> nn.Module:
+    """The batch norm of this name."""
     try:
-        owner = model.get_submodule(path)
+        layer = model.get_submodule(path)
     except AttributeError:
-        owner = None
-    if owner is None or owner._buffers.get(leaf) is None:
+        layer = None
+    if layer is None or layer._buffers.get("running_mean") is None:
         raise ConfigurationError(
             f"batch norm self.{path}, which was re-estimated, was replaced or removed since; detach the perturbation "
             "before such a change, or call mp_lightning.reestimate_batch_norm after it"
         )
-    return owner
+    return layer
 
 
 class Fold(Mean):

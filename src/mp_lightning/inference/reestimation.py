@@ -104,7 +104,7 @@ def _estimate(
                 constants = {name: total / count for name, (total, count) in attachment.observed.items()}
             finally:
                 attachment.observed = None
-        _average_over_processes(constants)
+        _average_over_processes(constants, attachment)
         attachment.constants = constants
     if not norms:
         attachment.evaluation_buffers = {}
@@ -121,7 +121,7 @@ def _estimate(
     except BaseException:
         attachment.constants = None  # which are of no use without
         raise
-    _average_over_processes(copies)
+    _average_over_processes(copies, attachment)
     attachment.evaluation_buffers = copies
 
 
@@ -165,28 +165,43 @@ def _is_frozen(name: str, norm: _BatchNorm, attachment: Attachment) -> bool:
 
 
 @contextmanager
+def plain_averages(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
+    """In this context batch norms take the plain average over the batches that they see, anew.
+
+    Args:
+        model: is set to evaluation mode, but for these batch norms.
+        norms: parts of it that have running statistics.
+    """
+    momenta = [norm.momentum for norm in norms]
+    model.eval()
+    for norm in norms:
+        norm.train()
+        norm.reset_running_stats()
+        norm.momentum = None
+    try:
+        # A plain average needs the count of batches, on which a compiled graph cannot branch.
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for norm, momentum in zip(norms, momenta, strict=True):
+            norm.momentum = momentum
+
+
+@contextmanager
 def _estimating(
     attachment: Attachment, norms: list[_BatchNorm], stop: _StopAfterForward
 ) -> Iterator[_StopAfterForward]:
     """Everything in evaluation mode but batch norm, which takes the plain average over batches; undone on leaving."""
     modes = [(module, module.training) for module in attachment.model.modules()]
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in attachment.model.parameters()]
-    buffers = [(m, {k: v.clone() for k, v in m._buffers.items() if v is not None}, m.momentum) for m in norms]
-    previous = attachment.inference
-    attachment.model.eval()
-    for module in norms:
-        module.train()
-        module.reset_running_stats()
-        module.momentum = None
-    attachment.inference = stop
+    buffers = [(m, {k: v.clone() for k, v in m._buffers.items() if v is not None}) for m in norms]
+    previous, attachment.inference = attachment.inference, stop
     try:
-        # A plain average needs the count of batches, on which a compiled graph cannot branch.
-        with torch.compiler.set_stance("force_eager"):
+        with plain_averages(attachment.model, norms):
             yield stop
     finally:
         attachment.inference = previous
-        for module, saved, momentum in buffers:
-            module.momentum = momentum
+        for module, saved in buffers:
             for name, value in saved.items():
                 getattr(module, name).copy_(value)
         for parameter, requires_grad, gradient in parameters:
@@ -196,9 +211,11 @@ def _estimating(
             module_.training = training
 
 
-def _average_over_processes(copies: dict[str, Tensor]) -> None:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+def _average_over_processes(values: dict[str, Tensor], attachment: Attachment) -> None:
+    """Over those that train this model; see ``distributed`` of :func:`attach`."""
+    _, world = attachment.rank_and_world()
+    if world == 1:
         return
-    for value in copies.values():
+    for value in values.values():
         torch.distributed.all_reduce(value)
-        value /= torch.distributed.get_world_size()
+        value /= world

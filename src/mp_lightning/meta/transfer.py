@@ -45,8 +45,7 @@ class Target:
     def add_to(self, digest: "hashlib._Hash") -> None:
         """Add images and labels to a digest."""
         for images in (self.train, self.test):
-            digest.update(images.images.numpy().data)
-            digest.update(images.labels.numpy().data)
+            images.add_to(digest)
 
 
 @dataclass(frozen=True)

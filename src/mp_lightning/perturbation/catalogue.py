@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mp_lightning.errors import PhiError
-from mp_lightning.perturbation.files import BUNDLED, DEFAULT_PHI, list_phi, load_phi
-from mp_lightning.perturbation.noise import NoisePer
+from mp_lightning.perturbation.files import BUNDLED, DEFAULT_PHI, NamedPhi, list_phi, load_phi
 
 _WIDTH = 100
 # In this order, under these headings; what a card holds beside them is in PhiDescription.card.
@@ -32,31 +31,16 @@ _HEADINGS = {
 
 
 @dataclass(frozen=True, repr=False)
-class PhiDescription:
-    """What is known of a phi. Printed, it is the card as text.
+class PhiDescription(NamedPhi):
+    """A phi with all that is known of it. Printed, it is the card as text.
 
     Attributes:
-        name: for ``MetaPerturbCallback(name)``.
-        strength: at which it acts.
-        noise_per: what its noise is drawn for, 'element' or 'channel'.
-        share_of_sites: at how many of a network's sites it acts, counted from the last one.
-        full_strength_at: share of the first training loss at or below which the whole strength acts; 1: it does not
-            follow the loss.
-        acts_below: share of it at or above which nothing acts.
         default: whether it is the one that is taken where none is named.
-        card: plain values: sources, settings, seeds, how it was chosen, results, SHA-256 of the file, ...
         picture: a PNG of its filters and its response; None if there is none.
     """
 
-    name: str
-    strength: float
-    noise_per: NoisePer
-    share_of_sites: float
-    full_strength_at: float
-    acts_below: float
-    default: bool
-    card: dict[str, Any]
-    picture: Path | None
+    default: bool = False
+    picture: Path | None = None
 
     def __str__(self) -> str:
         default = " (the default)" if self.default else ""
@@ -106,17 +90,7 @@ def describe_phi(name: str | Path | None = None) -> PhiDescription:
         )
     phi = load_phi(name)
     picture = BUNDLED / f"{name}.png" if bundled else Path(name).expanduser().with_suffix(".png")
-    return PhiDescription(
-        name=name,
-        strength=phi.strength,
-        noise_per=phi.noise_per,
-        share_of_sites=phi.share_of_sites,
-        full_strength_at=phi.full_strength_at,
-        acts_below=phi.acts_below,
-        default=name == DEFAULT_PHI,
-        card=phi.card,
-        picture=picture if picture.is_file() else None,
-    )
+    return PhiDescription(**vars(phi), default=name == DEFAULT_PHI, picture=picture if picture.is_file() else None)
 
 
 def _text(key: str, value: Any) -> str:

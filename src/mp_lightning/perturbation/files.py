@@ -23,21 +23,27 @@ from mp_lightning.perturbation.phi import SHAPES, Phi
 
 DEFAULT_PHI = "tiny-imagenet-7"
 BUNDLED = Path(__file__).parent / "bundled"
-STRENGTH = "strength"
+# What a phi is meant for, in its file where it is not 1, which is what the paper's is meant for.
+FRACTIONS = ("strength", "share_of_sites", "full_strength_at", "acts_below")
 PER_CHANNEL = "noise_per_channel"
-SHARE = "share_of_sites"
-FULL_AT = "full_strength_at"
-BELOW = "acts_below"
 _REMEDY = "give a phi.safetensors written by 'python -m mp_lightning.meta fit'"
 
 
 @dataclass(frozen=True)
 class NamedPhi:
-    """phi with the name it is shown under, its card (empty if there was none), and what it is meant for.
+    """phi with its name, its card, and what it is meant for.
 
-    That is the strength at which it acts, what its noise is drawn for, the share of the sites of a network at which it
-    acts, counted from the last one, the share of the first training loss from which all of that strength acts, and the
-    one below which any of it does.
+    Attributes:
+        phi: the 82 numbers.
+        name: that it is shown under, for ``MetaPerturbCallback(name)`` where it comes with the package.
+        card: plain values: sources, settings, seeds, how it was chosen, results, SHA-256 of the file, ...; empty if
+            there was none.
+        strength: at which it acts.
+        noise_per: what its noise is drawn for, 'element' or 'channel'.
+        share_of_sites: at how many of a network's sites it acts, counted from the last one.
+        full_strength_at: share of the first training loss at or below which the whole strength acts; 1: it does not
+            follow the loss.
+        acts_below: share of it at or above which nothing acts.
     """
 
     phi: Phi
@@ -79,18 +85,15 @@ def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dic
     if path.suffix != ".safetensors":
         raise ConfigurationError(f"phi file '{path}' cannot be written; give a name that ends in .safetensors")
     tensors = {key: value.detach().float().cpu().contiguous() for key, value in named.phi._asdict().items()}
-    meant_for = {key: float(getattr(named, key)) for key in (STRENGTH, SHARE, FULL_AT, BELOW)}
+    meant_for = {key: float(getattr(named, key)) for key in FRACTIONS}
     tensors |= {key: torch.tensor(value) for key, value in meant_for.items() if value != 1}
     if named.noise_per == "channel":
         tensors[PER_CHANNEL] = torch.tensor(1.0)
     content = save(tensors)
     card = {
         **card,
-        "strength": meant_for[STRENGTH],
+        **{key: value for key, value in meant_for.items() if key != "acts_below" or value != 1},
         "noise_per": named.noise_per,
-        "share_of_sites": meant_for[SHARE],
-        "full_strength_at": meant_for[FULL_AT],
-        **({"acts_below": meant_for[BELOW]} if meant_for[BELOW] != 1 else {}),
         "file": path.name,
         "sha256": hashlib.sha256(content).hexdigest(),
     }
@@ -115,12 +118,10 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
         ConfigurationError: what a :class:`NamedPhi` is meant for is out of range.
     """
     if isinstance(source, NamedPhi):
-        check_fraction(source.strength, f"strength of phi '{source.name}'")
+        for key in FRACTIONS:
+            check_fraction(getattr(source, key), f"{key} of phi '{source.name}'")
         check_noise_per(source.noise_per, f"noise_per of phi '{source.name}'")
-        check_fraction(source.share_of_sites, f"{SHARE} of phi '{source.name}'")
-        check_fraction(source.full_strength_at, f"{FULL_AT} of phi '{source.name}'")
-        check_fraction(source.acts_below, f"{BELOW} of phi '{source.name}'")
-        check_following(source.full_strength_at, source.acts_below, f"{BELOW} of phi '{source.name}'")
+        check_following(source.full_strength_at, source.acts_below, f"acts_below of phi '{source.name}'")
         _check(source.phi._asdict(), f"phi '{source.name}'")
         return source
     if isinstance(source, Phi):
@@ -148,12 +149,9 @@ def _read(path: Path, name: str) -> NamedPhi:
         raise PhiError(f"phi file '{path}' cannot be read ({error.strerror}); {_REMEDY}") from error
     except (SafetensorError, ValueError, TypeError, KeyError) as error:
         raise PhiError(f"phi file '{path}' is not a whole safetensors file; {_REMEDY}") from error
-    strength = _taken_fraction(tensors, STRENGTH, f"phi file '{path}'")
-    share_of_sites = _taken_fraction(tensors, SHARE, f"phi file '{path}'")
-    full_strength_at = _taken_fraction(tensors, FULL_AT, f"phi file '{path}'")
-    acts_below = _taken_fraction(tensors, BELOW, f"phi file '{path}'")
-    if _at_odds(full_strength_at, acts_below):
-        raise PhiError(f"phi file '{path}': '{BELOW}' is not above '{FULL_AT}'; {_REMEDY}")
+    meant_for = {key: _taken_fraction(tensors, key, f"phi file '{path}'") for key in FRACTIONS}
+    if _at_odds(meant_for["full_strength_at"], meant_for["acts_below"]):
+        raise PhiError(f"phi file '{path}': 'acts_below' is not above 'full_strength_at'; {_REMEDY}")
     noise_per = _taken_noise_per(tensors, f"phi file '{path}'")
     _check(tensors, f"phi file '{path}'")
     card = _read_card(path.with_suffix(".json"))
@@ -163,7 +161,7 @@ def _read(path: Path, name: str) -> NamedPhi:
             f"phi file '{path}' is not the one its card describes (SHA-256 differs); restore it, or {_REMEDY}"
         )
     phi = Phi(**{key: tensors[key].float() for key in SHAPES})
-    return NamedPhi(phi, name, card, strength, noise_per, share_of_sites, full_strength_at, acts_below)
+    return NamedPhi(phi, name, card, noise_per=noise_per, **meant_for)
 
 
 def _read_card(path: Path) -> dict[str, Any]:

@@ -64,11 +64,12 @@ def batch_moments(responses: Tensor, synchronize: bool = False) -> Moments | Non
         synchronize: take the moments over the batches of all processes of the default process group.
     """
     if synchronize and torch.distributed.is_initialized():
-        count = responses.new_tensor(float(len(responses)))
+        count = responses.new_full((), float(len(responses)))
         torch.distributed.all_reduce(count)
         mean = distributed.all_reduce(responses.sum(dim=0)) / count
         squares = distributed.all_reduce((responses - mean).square().sum(dim=0))
-        return Moments(mean, squares / (count - 1)) if count > 1 else None
+        several = len(responses) > 1 or torch.distributed.get_world_size() > 1  # known without asking a GPU for count
+        return Moments(mean, squares / (count - 1)) if several else None
     if len(responses) < 2:
         return None
     var, mean = torch.var_mean(responses, dim=0)

@@ -86,7 +86,7 @@ class MetaPerturb(KeepsPrecision):
 
     def multiplier(self, x: Tensor, eps: Tensor | None, statistics: Statistics, norms: Norms) -> Tensor:
         """s * z, (B, C, H, W)."""
-        phi = Phi(*(value.to(x.dtype) for value in self.phi))
+        phi = self.phi.to(x.dtype)
         return self.scale(x, phi, statistics, norms) * self.noise(x, phi, eps)
 
     def scale(self, x: Tensor, phi: Phi, statistics: Statistics, norms: Norms) -> Tensor:

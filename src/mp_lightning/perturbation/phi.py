@@ -18,6 +18,10 @@ class Phi(NamedTuple):
     scale_kernels: Tensor  # (4, 3, 3) filters whose pooled responses describe a channel
     scale_weight: Tensor  # (10,) batch means (4), batch variances (4), channels, size
 
+    def to(self, dtype: torch.dtype) -> "Phi":
+        """The same numbers in another dtype."""
+        return Phi(*(value.to(dtype) for value in self))
+
 
 SHAPES: dict[str, tuple[int, ...]] = {
     "op1_identity": (3, 3),

@@ -84,7 +84,7 @@ class Attachment(GrowingStrength):
         self.path: PathName = path
         self._can_fuse = isinstance(perturbation, FusedPerturbation)
         self.distributed = distributed
-        self.shard = self._shard()
+        self.shard = self.rank_and_world()
         self.sampling = True
         self.inference: Inference | None = None
         self.evaluation_buffers: dict[str, Tensor] | None = None
@@ -159,10 +159,10 @@ class Attachment(GrowingStrength):
         """
         self.settle()
         self._note_norms()
-        self.count(loss, *self._shard())
+        self.count(loss, *self.rank_and_world())
         if not self._looked:
             self._looked = True
-            if not self.perturbed and self._shard()[0] == 0:
+            if not self.perturbed and self.rank_and_world()[0] == 0:
                 warnings.warn(f"MetaPerturb: {why_unreached(self)}", stacklevel=2)
 
     def _note_norms(self) -> None:
@@ -182,7 +182,7 @@ class Attachment(GrowingStrength):
         if training:
             self.evaluation_buffers = self.constants = self.weights = None  # of the weights before this step
             self.note_forward()
-        self.shard = self._shard()  # now: a model may be attached before the processes know of each other
+        self.shard = self.rank_and_world()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:
             block.begin_forward()
@@ -348,7 +348,7 @@ class Attachment(GrowingStrength):
         self._set_size_source(_FINAL if state["input_size"] > 0 else 0)
         self.update_coeff()
 
-    def _shard(self) -> tuple[int, int]:
+    def rank_and_world(self) -> tuple[int, int]:
         """(rank, number of processes): where this process's samples stand in the global batch."""
         if self.distributed and torch.distributed.is_available() and torch.distributed.is_initialized():
             return torch.distributed.get_rank(), torch.distributed.get_world_size()

@@ -68,7 +68,8 @@ def _deepest(sites: list[SiteSpec], networks: list[str], share: float) -> list[S
     chosen: set[SiteSpec] = set()
     for network in networks:
         inside = [site for site in sites if not network or f"{site.scope}.".startswith(f"{network}.")]
-        chosen.update(inside[len(inside) - math.ceil(share * len(inside) - _ROUNDING) :])
+        count = max(1, math.ceil(share * len(inside) - _ROUNDING))
+        chosen.update(inside[-count:])
     return [site for site in sites if site in chosen]
 
 

@@ -25,7 +25,9 @@ def weights_of(model: nn.Module) -> list[float]:
     flat = [parameter.float().flatten() for parameter in there]
     norms = [values.norm() for values in flat]
     projections = [(values * _ramp(values)).sum() for values in flat]  # in float32 under autocast, too
-    return [float(value) for value in (*norms, *projections)]
+    values = [value.to(norms[0].device) for value in (*norms, *projections)]
+    found: list[float] = torch.stack(values).tolist() if values else []  # a GPU waits once
+    return found
 
 
 def _ramp(values: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ adaptive augmentation (Karras et al., NeurIPS 2020, arXiv 2006.06676, Section 3)
 the probability of augmentation; here the training loss decides the strength of the perturbation.
 """
 
+from collections.abc import Iterator
 from numbers import Real
 from typing import Any
 
@@ -36,6 +37,7 @@ class Fitting(nn.Module):
     Attributes:
         follows: whether the strength follows the loss.
         told: whether any loss was given.
+        first: the mean of the first losses, a float32 tensor without dimensions; 0 before any is known.
     """
 
     full_strength_at: Tensor
@@ -43,6 +45,7 @@ class Fitting(nn.Module):
     first_losses: Tensor
     recent: Tensor
     losses: Tensor
+    first: Tensor
     follows: bool
     told: bool
 
@@ -56,19 +59,17 @@ class Fitting(nn.Module):
             "losses": torch.zeros((), dtype=torch.int64),
         }.items():
             self.register_buffer(name, value, persistent=persistent)
+        self.register_buffer("first", torch.zeros((), dtype=torch.float32), persistent=False)
         self._refresh()
         self.register_load_state_dict_post_hook(_refreshed)
-
-    @property
-    def first(self) -> Tensor:
-        """The mean of the first losses, a float32 tensor without dimensions; not a number before any is known."""
-        return self._usual_losses().nanmean()
 
     def _usual_losses(self) -> Tensor:
         """The first losses (5,), with NaN for those that are not known or far above the others."""
         noted = torch.arange(_FIRST, device=self.losses.device) < self.losses
         first = torch.where(noted, self.first_losses, torch.nan)
-        usual = (first <= _OUTLIER * first.nanmedian()) | (first <= 0)
+        middle = ((self.losses.clamp(max=_FIRST) - 1) // 2).clamp(min=0)
+        median = first.sort().values.gather(0, middle.view(1))  # nanmedian() would make a GPU wait
+        usual = (first <= _OUTLIER * median) | (first <= 0)
         return torch.where(usual, first, torch.nan)
 
     def note(self, loss: Tensor | float | None, horizon: float, synchronize: bool) -> None:
@@ -96,31 +97,36 @@ class Fitting(nn.Module):
         self.losses += known
         weight = torch.where(self.losses == 1, torch.ones_like(value), 1 / max(horizon, _SHORTEST))
         self.recent.copy_(torch.where(known, self.recent + weight * (value - self.recent), self.recent))
-        outlier = (self.losses == _FIRST) & self._usual_losses().isnan().any()
+        usual = self._usual_losses()
+        self.first.copy_(usual.nanmean().nan_to_num())
+        outlier = (self.losses == _FIRST) & usual.isnan().any()
         self.recent.copy_(torch.where(known & outlier, self.first, self.recent))  # which would take long to forget it
 
     def factor(self) -> Tensor:
         """What the strength is multiplied by, a float32 tensor without dimensions; 1 before any loss is known."""
-        first = self.first
         span = (self.acts_below - self.full_strength_at).clamp(min=1e-6)
-        factor = ((self.acts_below - self.recent / first) / span).clamp(0, 1)
-        follows = (self.full_strength_at < OFF) & (self.losses > 0) & (first > 0)
+        factor = ((self.acts_below - self.recent / self.first) / span).clamp(0, 1)
+        follows = (self.full_strength_at < OFF) & (self.losses > 0) & (self.first > 0)
         return torch.where(follows, factor, torch.ones_like(factor))
 
     def state(self) -> dict[str, Any]:
         """All of it, as numbers and lists."""
-        return {name: value.tolist() for name, value in self.named_buffers()}
+        return {name: value.tolist() for name, value in self._kept()}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
-        for name, value in self.named_buffers():
+        for name, value in self._kept():
             kept = state.get(name, 1.0) if name == "acts_below" else state[name]  # before there was another, it was 1
             value.copy_(torch.tensor(kept, dtype=value.dtype))
         self._refresh()
 
+    def _kept(self) -> Iterator[tuple[str, Tensor]]:
+        return (item for item in self.named_buffers() if item[0] != "first")  # which follows from the others
+
     def _refresh(self) -> None:
         self.follows = float(self.full_strength_at) < OFF
         self.told = int(self.losses) > 0
+        self.first.copy_(self._usual_losses().nanmean().nan_to_num())
 
 
 def _refreshed(module: nn.Module, incompatible: Any) -> None:

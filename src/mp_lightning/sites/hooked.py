@@ -32,8 +32,19 @@ def check_there(model: nn.Module, hooked: dict[str, nn.Module]) -> None:
 
 
 def _is_at(model: nn.Module, name: str, module: nn.Module) -> bool:
-    try:
-        found = model.get_submodule(name)
-    except AttributeError:
-        return False
+    found = _part(model, name)
     return found is module or getattr(found, "_orig_mod", None) is module  # compiled since
+
+
+def _part(model: nn.Module, name: str) -> nn.Module | None:
+    """As ``get_submodule``, which takes ten times as long, and this is looked up in every forward."""
+    found = model
+    for part in name.split(".") if name else ():
+        inside = found._modules.get(part)
+        if inside is None:
+            try:
+                return model.get_submodule(name)  # inside of what was compiled since
+            except AttributeError:
+                return None
+        found = inside
+    return found

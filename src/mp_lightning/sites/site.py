@@ -147,7 +147,11 @@ class Site(KeepsPrecision):
                     f"site '{self.spec.name}' has no constant, as no batch reached it when the constants were "
                     "estimated; use inference='mean', or leave it out of the plan"
                 )
-            factor = 1 + shared.coeff * (shared.constants[self.spec.name].to(shared.coeff.device) - 1)
+            constant = shared.constants[self.spec.name]
+            if constant.device != shared.coeff.device:  # as after a checkpoint was loaded
+                with torch.inference_mode(False):
+                    constant = shared.constants[self.spec.name] = constant.to(shared.coeff.device)
+            factor = 1 + shared.coeff * (constant - 1)
         if factor.dtype != x.dtype:
             factor = factor.to(x.dtype)
         y = x * factor.view(1, -1, 1, 1)

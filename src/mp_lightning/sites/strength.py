@@ -145,7 +145,7 @@ class GrowingStrength(KeepsPrecision):
         ramp = max(self.ramp_steps or 0, 0)
         whole = self.strength * self.reached
         grown = whole * (self.steps / ramp).clamp(max=1.0) if ramp else whole
-        self.coeff.copy_(grown * self.fitting.factor())
+        self.coeff.copy_(grown * self.fitting.factor() if self.fitting.follows else grown)
 
     def outlook(self, total_steps: int | None) -> str:
         """How the strength will grow in a run of so many training batches (None: nobody knows), in words."""

@@ -119,7 +119,7 @@ def attach(
     for name, value in (("strength", strength), ("full_strength_at", full_strength_at), ("acts_below", acts_below)):
         if value is not None:
             check_fraction(value, name)
-    follows = _following(named, full_strength_at, acts_below)
+    follows = following(named, full_strength_at, acts_below)
     if existing is not None:
         check_there(existing.model, existing.hooked)
         wanted = None if sites is None and target is None else choose_sites(existing.model, sites, target)
@@ -166,7 +166,7 @@ def attach(
     return attachment
 
 
-def _following(named: NamedPhi | None, full_strength_at: float | None, acts_below: float | None) -> tuple[float, float]:
+def following(named: NamedPhi | None, full_strength_at: float | None, acts_below: float | None) -> tuple[float, float]:
     """From which share of the first loss all of the strength acts, and below which any: as given, or as phi has it.
 
     Raises:
@@ -221,13 +221,15 @@ def detach_changed(model: nn.Module) -> str | None:
 
 def attachment_of_itself(model: nn.Module) -> Attachment | None:
     """What :func:`attach` added to this very module."""
-    attachment = model._modules.get(NAME)
+    attachment = model._modules[NAME] if NAME in model._modules else None  # noqa: SIM401 - not in a script
     return attachment if isinstance(attachment, Attachment) else None
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment of a model, of one of its parts, or of the model that it is a part of, if there is one."""
-    inside = next((module for module in model.modules() if isinstance(module, Attachment)), None)
+    inside = attachment_of_itself(model)  # the usual case, asked for in every batch
+    if inside is None:
+        inside = next((module for module in model.modules() if isinstance(module, Attachment)), None)
     if inside is not None:
         return inside
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())

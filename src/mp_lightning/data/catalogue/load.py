@@ -25,18 +25,9 @@ def list_datasets() -> list[str]:
     return list(DATASETS)
 
 
-def mirrors(name: str) -> bool:
-    """Whether an image of this dataset, mirrored left to right, is still of its class: not so for digits.
-
-    Raises:
-        ConfigurationError: the name is not known.
-    """
-    return _known(name).mirrors
-
-
 def may_mirror(source: str, flip: bool | None) -> bool:
     """Whether images are mirrored: as asked for, and where nothing is asked for, unless it changes their class."""
-    return flip if flip is not None else source not in DATASETS or mirrors(source)
+    return flip if flip is not None else source not in DATASETS or DATASETS[source].mirrors
 
 
 def load_dataset(

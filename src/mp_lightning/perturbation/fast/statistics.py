@@ -50,13 +50,14 @@ def moments_backward(gradients: Moments, responses: Tensor, used: Moments, synch
 
     The variance depends on the mean as well, but the sum of the deviations is zero, and with it that part.
     """
-    count = float(len(responses))
+    count: float | Tensor = float(len(responses))
+    several = len(responses) > 1
     gmean, gvar = gradients
     if synchronize and torch.distributed.is_initialized():
-        counts = responses.new_tensor(count)
-        for value in (counts, gmean, gvar):
+        count = responses.new_full((), float(len(responses)))
+        for value in (count, gmean, gvar):
             torch.distributed.all_reduce(value)
-        count = float(counts)
-    if count < 2:
+        several = several or torch.distributed.get_world_size() > 1  # known without asking a GPU for count
+    if not several:
         return gmean.expand_as(responses)
     return gmean / count + gvar * (responses - used.mean) * (2 / (count - 1))

@@ -5,10 +5,11 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_LOGGERS = ("lightning.pytorch", "lightning.fabric")
-# Advice about loaders, logging and settings of the callback, to someone who wrote the training.
-_ADVICE = (
-    *(r".*does not have many workers.*", r".*isinstance\(treespec, LeafSpec\).*", r".*log_every_n_steps.*"),
+LOGGERS = ("lightning.pytorch", "lightning.fabric")
+# About loaders and logging, to someone who wrote the training.
+ADVICE = (r".*does not have many workers.*", r".*isinstance\(treespec, LeafSpec\).*", r".*log_every_n_steps.*")
+# What the trainings of a comparison do on purpose.
+_ON_PURPOSE = (
     *(r"You passed in a `val_dataloader` but have no `validation_step`.*", r"MetaPerturb: .* of the strength acts.*"),
 )
 
@@ -16,10 +17,10 @@ _ADVICE = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """In this context Lightning tells neither devices nor what it advises; warnings of other kinds are shown."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    loggers = [logging.getLogger(name) for name in LOGGERS]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings():
-        for message in _ADVICE:
+        for message in (*ADVICE, *_ON_PURPOSE):
             warnings.filterwarnings("ignore", message=message)
         for logger in loggers:
             logger.setLevel(logging.WARNING)
