@@ -21,6 +21,8 @@ FLOORS = {
     "conf": 0,
     "quiet": 0,
     "versions": 0,
+    "whole": 0,
+    "nested": 0,
     "perturbation": 1,
     "sites": 2,
     "callback": 3,

@@ -2,11 +2,11 @@
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from mp_lightning.errors import UserError
+from mp_lightning.whole import write_json
 
 try:
     import fcntl
@@ -143,7 +143,7 @@ class RunFolder:
             RunFolderError: it cannot be written.
         """
         try:
-            write_whole(self.path / REPORT, report)
+            write_json(self.path / REPORT, report)
         except OSError as error:
             raise unusable(self.path, error) from error
 
@@ -173,7 +173,7 @@ class RunFolder:
         except (FileNotFoundError, ValueError):
             before = None
         if not isinstance(before, dict):
-            write_whole(path, settings)
+            write_json(path, settings)
             return
         different = differences(before, settings)
         if different:
@@ -216,10 +216,3 @@ def unusable(path: Path, error: OSError) -> RunFolderError:
         f"run folder '{path}' cannot be written ({error.strerror}); choose another with hydra.run.dir= "
         "(in Python folder=)"
     )
-
-
-def write_whole(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file so that at any time either the old content is there or the new one."""
-    partial = path.with_name(f"{path.name}.partial")
-    partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, path)

@@ -52,7 +52,7 @@ classifier.Classifier.configure_optimizers = starting
 # By name, code that kills the process in the n-th passage of one place.
 PLACES: dict[str, Callable[[int], str]] = {
     "before a run is kept": lambda n: f"kill_at(store.Store, 'append', {n})",
-    "before details are written": lambda n: f"kill_at(store, 'write_whole', {n})",
+    "before details are written": lambda n: f"kill_at(store, 'write_json', {n})",
     "between details and row": lambda n: f"kill_at(store.Store, '_write', {n})",
     "in the middle of a row": lambda n: IN_A_ROW.format(n),
     "after a row": lambda n: f"kill_at(store.Store, '_write', {n}, late=True)",
@@ -62,13 +62,13 @@ PLACES: dict[str, Callable[[int], str]] = {
 CALIBRATION = {
     "in the pilot run of the controls": "kill_at(classifier.Classifier, 'training_step', 3)",
     "while moments are measured": "kill_at(calibration, 'site_moments', 1)",
-    "before moments are written": "kill_at(calibration, 'write_whole', 1)",
-    "after moments are written": "kill_at(calibration, 'write_whole', 1, late=True)",
+    "before moments are written": "kill_at(calibration, 'write_json', 1)",
+    "after moments are written": "kill_at(calibration, 'write_json', 1, late=True)",
 }
 REPORT = {
     "before the verdict": "kill_at(conclusion, 'summarize', 1)",
     "while pictures are drawn": "kill_at(report, 'write_png', 2)",
-    "between the files of the report": "kill_at(report, '_whole', 2, late=True)",
+    "between the files of the report": "kill_at(report, 'write_whole', 2, late=True)",
     "before the page is in its place": "kill_at(report, 'page', 1, late=True)",
 }
 IN_PROCESSES = {

@@ -61,7 +61,7 @@ def test_a_table_that_cannot_be_written_names_its_folder(tmp_path: Path) -> None
 def test_a_table_that_cannot_be_cut_names_its_folder(tmp_path: Path) -> None:
     history = History(tmp_path / "metrics.csv")
     add_steps(history, 1, 4)
-    (tmp_path / "metrics.partial").mkdir()
+    (tmp_path / "metrics.csv.partial").mkdir()
     with pytest.raises(RunFolderError, match=r"cannot be written \(Is a directory\); choose another with"):
         history.resume(2, {})
     assert history.read()["step"] == [1, 2, 4]

@@ -6,11 +6,12 @@ import textwrap
 from dataclasses import dataclass
 from importlib.resources import files
 from importlib.resources.abc import Traversable
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 from mp_lightning.cli.words import CONFIGURATION, PROGRAM, compose
+from mp_lightning.nested import flat
 
 WIDTH = 100
 _COLUMN = 36  # where the meaning of a key begins
@@ -67,7 +68,7 @@ def help_page(verb: str, what: str) -> str:
     """
     folder = files(CONFIGURATION)
     config = compose(verb, [])
-    values = _flat(OmegaConf.to_container(config, resolve=False))
+    values = flat(cast(dict[str, Any], OmegaConf.to_container(config, resolve=False)))
     own = read_comments((folder / f"{verb}.yaml").read_text(encoding="utf-8"))
     chosen = _defaults(folder / f"{verb}.yaml")
     lines = [f"usage: {PROGRAM} {verb} [key=value ...] [options]", "", *_wrapped(f"{what[0].upper()}{what[1:]}."), ""]
@@ -180,16 +181,6 @@ def _aligned(left: str, meaning: str) -> list[str]:
 
 def _wrapped(text: str, indent: str = "") -> list[str]:
     return textwrap.wrap(text, WIDTH, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def _flat(section: Any, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        if isinstance(value, dict) and value:
-            found |= _flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found
 
 
 def _shown(value: Any) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 from mp_lightning.cli.card import without_folders
 from mp_lightning.cli.output import OUTPUT, last_error, only_stopped
 from mp_lightning.errors import PhiError, UserError
+from mp_lightning.nested import flat
 from mp_lightning.perturbation import NamedPhi, load_phi
 from mp_lightning.runs import ASIDE, REPORT, SETTINGS
 
@@ -107,7 +108,7 @@ def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
 
 
 def _read_run(folder: Path, name: str) -> Run:
-    run = Run(name, _flat(_json(folder / SETTINGS) or {}))
+    run = Run(name, flat(_json(folder / SETTINGS) or {}))
     report = _json(folder / REPORT)
     if report is None:
         try:
@@ -145,10 +146,3 @@ def _json(path: Path) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return content if isinstance(content, dict) else None
-
-
-def _flat(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in section.items():
-        found |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return found

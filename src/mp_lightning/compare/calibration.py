@@ -25,8 +25,9 @@ from mp_lightning.compare.run import Experiment, Job, OnStep, RunError, fresh_mo
 from mp_lightning.compare.store import RunKey
 from mp_lightning.perturbation import NamedPhi
 from mp_lightning.randomness import derived_seed
-from mp_lightning.runs import unusable, write_whole
+from mp_lightning.runs import unusable
 from mp_lightning.sites import attachment_of
+from mp_lightning.whole import write_json
 
 _WHEN = "at the end of a run"  # before, it was after 100 steps
 _BATCHES = 10
@@ -112,7 +113,7 @@ def write_moments(path: Path, phi: str, moments: list[SiteMoments]) -> None:
         RunFolderError: the file cannot be written.
     """
     try:
-        write_whole(path, {"phi": phi, "measured": _WHEN, "sites": moments})
+        write_json(path, {"phi": phi, "measured": _WHEN, "sites": moments})
     except OSError as error:
         raise unusable(path.parent, error) from error
 

@@ -14,6 +14,7 @@ from mp_lightning.compare.results import METRICS, Row
 from mp_lightning.compare.statistics import POWER
 from mp_lightning.compare.summary import Summary
 from mp_lightning.compare.verdict import LEVEL, OVERFITTED, SEEDS_NEEDED
+from mp_lightning.nested import flat
 
 _NARROW = 2.5  # inches
 _READING = (
@@ -177,9 +178,9 @@ def _picture(picture: Picture) -> str:
 
 def _repeat(facts: Mapping[str, Any]) -> str:
     lines = []
-    for key, value in _flat({key: value for key, value in facts.items() if key not in ("command", "settings")}):
+    for key, value in _as_text({key: value for key, value in facts.items() if key not in ("command", "settings")}):
         lines.append(f'<tr><th scope="row"><div>{escape(key)}</div></th><td>{escape(value)}</td></tr>')
-    settings = "\n".join(f"{key}: {value}" for key, value in _flat(facts["settings"]))
+    settings = "\n".join(f"{key}: {value}" for key, value in _as_text(facts["settings"]))
     return (
         '<section id="repeat"><h2>How to repeat it</h2>'
         f"<pre>{escape(str(facts['command']))}</pre>"
@@ -191,12 +192,9 @@ def _repeat(facts: Mapping[str, Any]) -> str:
     )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Names with dots, and values as text."""
-    found: list[tuple[str, str]] = []
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            found += _flat(value, f"{prefix}{key}.")
-        else:
-            found.append((f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value, default=str)))
-    return found
+def _as_text(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Names with dots, and values."""
+    return [
+        (key, value if isinstance(value, str) else json.dumps(value, default=str))
+        for key, value in flat(values).items()
+    ]

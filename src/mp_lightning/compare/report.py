@@ -1,8 +1,7 @@
 """What a comparison leaves to be read: summary.json, summary.md, report.html, and the pictures as files."""
 
 import json
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -15,8 +14,9 @@ from mp_lightning.compare.pictures import pictures, write_png
 from mp_lightning.compare.results import Details, Row
 from mp_lightning.compare.summary import Summary
 from mp_lightning.compare.tuning import Budget, Tuned
-from mp_lightning.runs import unusable, write_whole
+from mp_lightning.runs import unusable
 from mp_lightning.versions import versions
+from mp_lightning.whole import write_json, write_text, write_whole
 
 
 def _today() -> str:
@@ -64,11 +64,11 @@ def write_report(
     plain = json.dumps({**summary.to_dict(), "repeat": facts}, default=str)
     try:
         # JSON knows no NaN, which a tuning that diverged leaves.
-        write_whole(folder / "summary.json", json.loads(plain, parse_constant=lambda name: None))
-        _write(folder / "summary.md", markdown(summary, rows, facts))
+        write_json(folder / "summary.json", json.loads(plain, parse_constant=lambda name: None))
+        write_text(folder / "summary.md", markdown(summary, rows, facts))
         for picture in drawn:
-            _whole(folder / f"{picture.name}.png", partial(write_png, picture))
-        _write(folder / "report.html", page(summary, rows, drawn, facts))
+            write_whole(folder / f"{picture.name}.png", partial(write_png, picture))
+        write_text(folder / "report.html", page(summary, rows, drawn, facts))
     except OSError as error:
         raise unusable(folder, error) from error
 
@@ -149,13 +149,3 @@ def _literal(text: str) -> str:
     """Text in which nothing is markup."""
     line = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;")
     return "".join(f"\\{letter}" if letter in "\\`*_[]|#" else letter for letter in line)
-
-
-def _write(path: Path, text: str) -> None:
-    _whole(path, lambda partly: partly.write_text(text, encoding="utf-8"))
-
-
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
-    partly = path.with_name(f"{path.name}.partial")
-    write(partly)
-    os.replace(partly, path)

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_type_hints
 
 from mp_lightning.compare.results import Details, Row, SiteMultiplier
-from mp_lightning.runs import RunFolderError, unusable, write_whole
+from mp_lightning.runs import RunFolderError, unusable
+from mp_lightning.whole import write_json
 
 _FIELDS = [field.name for field in dataclasses.fields(Row)]
 _COLUMNS = [*_FIELDS, "gap"]
@@ -68,7 +69,7 @@ class Store:
         try:
             place = self._details(row)
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(place, dataclasses.asdict(details))
+            write_json(place, dataclasses.asdict(details))
             self._write(row)
         except OSError as error:
             raise unusable(self._path.parent, error) from error

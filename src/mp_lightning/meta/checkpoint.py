@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Checkpoint
 from mp_lightning.errors import UserError
 from mp_lightning.meta import exchange
 from mp_lightning.runs import unusable
+from mp_lightning.whole import write_whole
 
 KEPT = 2
 # Between two checkpoints that are due by their steps another is made once this much time has passed.
@@ -47,18 +48,18 @@ class WholeFiles(TorchCheckpointIO):
         """Write ``path``; where the system refuses, the reason is kept in ``failure`` and nothing is left behind."""
         content = io.BytesIO()
         torch.save(checkpoint, content)
-        path = Path(path)
-        partial = path.with_name(f"{path.name}.partial")
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
+
+        def write(partial: Path) -> None:
             with partial.open("wb") as file:
                 file.write(content.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(partial, path)
+
+        try:
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            write_whole(Path(path), write)
         except OSError as error:
             self.failure = error
-            _remove(partial)
 
 
 class KeepCheckpoint(Checkpoint):

@@ -2,10 +2,10 @@
 
 import csv
 import math
-import os
 from pathlib import Path
 
 from mp_lightning.runs import unusable
+from mp_lightning.whole import write_text
 
 ROWS = 100
 
@@ -100,9 +100,7 @@ class History:
             self.path.unlink()
             return
         kept = lines[:1] + [line for line in lines[1:] if line.endswith("\n") and _step(line) <= step]
-        partial = self.path.with_suffix(".partial")
-        partial.write_text("".join(kept), encoding="utf-8")
-        os.replace(partial, self.path)
+        write_text(self.path, "".join(kept))
 
     def read(self) -> dict[str, list[float]]:
         """The table by column."""

@@ -18,8 +18,9 @@ from mp_lightning.data import ImageSet, batch_indices, normalize, standard_augme
 from mp_lightning.inference import MonteCarlo
 from mp_lightning.perturbation import NamedPhi
 from mp_lightning.randomness import derived_seed, random_state
-from mp_lightning.runs import unusable, write_whole
+from mp_lightning.runs import unusable
 from mp_lightning.sites import attach
+from mp_lightning.whole import write_json
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class KeptRuns:
         """
         self._runs[key] = list(result)
         try:
-            write_whole(self._path, self._runs)
+            write_json(self._path, self._runs)
         except OSError as error:
             raise unusable(self._path.parent, error) from error
 

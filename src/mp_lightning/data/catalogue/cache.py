@@ -1,6 +1,5 @@
 """Decoded and resized images of a dataset, kept beside its files, since decoding takes minutes and reading seconds."""
 
-import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -12,6 +11,7 @@ from mp_lightning.data.archives import read_archive
 from mp_lightning.data.arrays import labelled
 from mp_lightning.data.images import ImageSet
 from mp_lightning.errors import DataError
+from mp_lightning.whole import write_whole
 
 # Counts what changes the pixels: another number makes all kept images anew.
 _VERSION = 1
@@ -39,9 +39,8 @@ def read_cache(path: Path, names: Sequence[str], size: int) -> tuple[ImageSet, I
 
 def write_cache(path: Path, train: ImageSet, test: ImageSet) -> None:
     """Keep both sets, if there is a right to write and room."""
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        path.parent.mkdir(exist_ok=True)
+
+    def write(partial: Path) -> None:
         with partial.open("wb") as file:
             np.savez(
                 file,
@@ -51,7 +50,7 @@ def write_cache(path: Path, train: ImageSet, test: ImageSet) -> None:
                 y_test=test.labels.numpy(),
                 classes=np.array(train.classes),
             )
-        os.replace(partial, path)
-    except OSError:
-        with suppress(OSError):
-            partial.unlink()
+
+    with suppress(OSError):
+        path.parent.mkdir(exist_ok=True)
+        write_whole(path, write)
