@@ -71,6 +71,8 @@ CASES: dict[str, tuple[list[str], list[str]]] = {
     "steps true": (["fit", "meta.steps=true"], ["meta.steps=True cannot"]),
     "negative lr": (["fit", "meta.lr=-1"], ["meta.lr=-1 cannot be used; give a finite number from 0"]),
     "lr not a number": (["fit", "meta.lr=nan"], ["meta.lr=nan cannot"]),
+    "lr beyond float32": (["fit", "meta.lr=1e39"], ["meta.lr=1e+39 cannot be used; give a finite number from 0"]),
+    "no checkpoints": (["fit", "+trainer.enable_checkpointing=false"], ["fit continues from its checkpoints"]),
     "infinite lr": (["fit", "meta.lr=inf"], ["meta.lr=inf cannot"]),
     "lr of text": (["fit", "evaluation.lr=fast"], ["evaluation.lr=fast cannot"]),
     "no batch": (["fit", "meta.batch_size=0"], ["meta.batch_size=0 cannot"]),

@@ -241,7 +241,7 @@ def test_a_judgement_that_fails_leaves_what_was_learned(mp: CommandLine, tmp_pat
 
 def test_a_judgement_that_diverges_is_no_score(mp: CommandLine, tmp_path: Path) -> None:
     for _ in range(2):
-        assert "Training with phi diverged on these images" in fit(mp, tmp_path, "evaluation.lr=1e30").stdout
+        assert "diverged on these images" in fit(mp, tmp_path, "evaluation.lr=1e30").stdout
     assert json.loads((only_run(tmp_path) / "report.json").read_text())["nll"] is None
     done = mp(tmp_path, "select", "sweep=runs")
     assert done.code == 2 and "has a score (1 failed: its score is not finite)" in done.stderr
@@ -353,6 +353,70 @@ def test_time_limit_keeps_what_was_done(mp: CommandLine, tmp_path: Path) -> None
     assert (tmp_path / "pinned" / "checkpoints" / "step-00000003.ckpt").is_file()
     again = fit(mp, tmp_path, words[0], words[2])
     assert "Continuing after meta-step 3 of this run" in again.stdout
+
+
+def test_each_command_has_its_own_time_limit(mp: CommandLine, tmp_path: Path) -> None:
+    words = ["meta.steps=3000", "+trainer.max_time=00:00:00:01", "hydra.run.dir=pinned"]
+    done = [int(re.search(r"after (\d+) of", fit(mp, tmp_path, *words, code=2).stderr)[1]) for _ in range(2)]
+    assert 0 < done[0] < done[1]
+
+
+TERMINATED_IN_THE_EXCHANGE = """
+import os, signal
+from mp_lightning.meta import joint
+reduce, count = joint.JointGradient.reduce, iter(range(1, 99))
+def reduce_and_end(self):
+    reduce(self)
+    if next(count) == 3:
+        os.kill(os.getpid(), signal.SIGTERM)
+joint.JointGradient.reduce = reduce_and_end
+"""
+TERMINATED_IN_THE_JUDGEMENT = """
+import os, signal
+from mp_lightning.cli import fit
+def end(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+fit.compare_transfer = end
+"""
+
+
+@pytest.mark.parametrize("when", [TERMINATED_IN_THE_EXCHANGE, TERMINATED_IN_THE_JUDGEMENT])
+def test_termination_is_heeded_whenever_it_comes(mp: CommandLine, tmp_path: Path, when: str) -> None:
+    (done,) = mp.together(tmp_path, "fit", *TINY, "meta.steps=6", first={0: when})
+    assert (done.code, done.stderr) == (143, "mp_lightning: terminated; the same command continues this run\n")
+    reached = 4 if when == TERMINATED_IN_THE_EXCHANGE else 6
+    assert f"Continuing after meta-step {reached} of" in fit(mp, tmp_path, "meta.steps=6").stdout
+
+
+def test_images_that_were_changed_since_a_run_was_finished_are_told_of(mp: CommandLine, tmp_path: Path) -> None:
+    save_archive(tmp_path / "a.npz")
+    folder = save_folder(tmp_path / "birds")
+    words = ["data=[a.npz,birds]"]
+    fit(mp, tmp_path, *words)
+    assert "was changed" not in fit(mp, tmp_path, *words).stdout
+    save_archive(tmp_path / "a.npz", classes=6)
+    assert "'a.npz' was changed since, so that another phi might be learned" in fit(mp, tmp_path, *words).stdout
+    shutil.copy(next(folder.rglob("*.png")), folder / "class0" / "more.png")
+    assert "'birds' was changed since" in fit(mp, tmp_path, *words).stdout
+
+
+def test_a_phi_that_was_damaged_is_written_again_from_the_checkpoint(mp: CommandLine, tmp_path: Path) -> None:
+    fit(mp, tmp_path)
+    before = phi_bytes(only_run(tmp_path))
+    (only_run(tmp_path) / "phi.safetensors").write_bytes(before[:100])
+    assert "Continuing after meta-step 2 of" in fit(mp, tmp_path).stdout
+    assert phi_bytes(only_run(tmp_path)) == before
+
+
+def test_a_phi_that_harms_training_beyond_measure_is_not_offered(mp: CommandLine, tmp_path: Path) -> None:
+    done = fit(mp, tmp_path, "meta.steps=1", "meta.lr=1e30")
+    assert "lower meta.lr" in done.stdout and "Use it" not in done.stdout
+
+
+def test_images_in_the_home_folder(mp: CommandLine, tmp_path: Path) -> None:
+    save_archive(tmp_path / "a.npz")
+    done, *_ = mp.together(tmp_path, "fit", *TINY, "data=~/a.npz", environments=[{"HOME": str(tmp_path)}])
+    assert done.code == 0, done.stderr
 
 
 def test_archive_as_source(mp: CommandLine, tmp_path: Path) -> None:

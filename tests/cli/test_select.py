@@ -105,7 +105,18 @@ def test_runs_that_are_linked_together_are_found_each_once(mp: CommandLine, tmp_
 def test_runs_of_two_targets_are_not_compared(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:
     make_run(sweep, 5, nll=0.1, accuracy=0.9, target="birds: 3 images")
     error = select(mp, tmp_path, f"sweep={sweep}", code=2).stderr
-    assert "judged on different targets" in error and "birds" in error and "digits59" in error
+    assert "judged in 2 ways" in error and "birds" in error and "digits59" in error
+    assert "like=seed0-0.001" in error and "hydra.sweep.dir=" in error
+
+
+def test_runs_of_one_target_are_chosen_by_one_of_them(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:
+    make_run(sweep, 5, nll=0.1, accuracy=0.9, target="birds: 3 images")
+    done = select(mp, tmp_path, f"sweep={sweep}", "like=seed0-0.001")
+    assert "The best of 3 by nll is seed1-0.0003" in done.stdout
+    assert "Left out, as they were judged otherwise: seed5-0.001" in done.stdout
+    assert "like=seed9 is no run that has a score; name one of seed0-0.001, " in (
+        select(mp, tmp_path, f"sweep={sweep}", "like=seed9", code=2).stderr
+    )
 
 
 @pytest.mark.parametrize("other", [{"images": "def", "seed": 0}, {"images": "abc", "seed": 1}])
@@ -120,7 +131,7 @@ def test_runs_of_other_images_or_another_seed_are_not_compared(
     assert "The best of 3 by nll is seed0-0.001 " in select(mp, tmp_path, "sweep=sweep").stdout
     make_run(sweep, 3, nll=1.3, accuracy=0.4, judged=other)
     (line,) = select(mp, tmp_path, "sweep=sweep", code=2).stderr.splitlines()
-    assert "'seed1-0.001' and 'seed3-0.001' were judged on different images or with another evaluation.seed" in line
+    assert "the runs were judged in 2 ways, such as 'seed0-0.001' on" in line and "and 'seed3-0.001' on" in line
 
 
 @pytest.mark.parametrize(
@@ -161,7 +172,7 @@ def test_runs_from_before_a_setting_of_the_judgement_compare_with_later_ones(mp:
     make_run(tmp_path / "sweep", 1, 1.2, 0.3, judged={"settings": {"steps": 9, "acts_below": 1.0}})
     select(mp, tmp_path, "sweep=sweep")
     make_run(tmp_path / "sweep", 2, 1.2, 0.3, judged={"settings": {"steps": 9, "acts_below": 0.6}})
-    assert "judged with different settings of evaluation" in select(mp, tmp_path, "sweep=sweep", code=2).stderr
+    assert "judged in 2 ways" in select(mp, tmp_path, "sweep=sweep", code=2).stderr
 
 
 def test_a_card_without_evaluation_is_no_score(mp: CommandLine, sweep: Path, tmp_path: Path) -> None:

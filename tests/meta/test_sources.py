@@ -160,11 +160,20 @@ def test_the_built_in_sources_are_no_target(images: ImageSource) -> None:
         built_in(SPLIT, replace(NO_TARGET, dataset="digits", train_per_class=20), 0, images)
 
 
+def test_a_class_that_is_held_out_whole_is_told(tmp_path: Path, images: ImageSource) -> None:
+    """Blank images are all alike."""
+    blank = np.zeros((40, 16, 16, 3), np.uint8)
+    np.savez(tmp_path / "blank.npz", x_train=blank, y_train=np.arange(40) % 4)
+    with pytest.raises(DataError, match=r"class '0' has no images left without those that are among .*, 20 of the "):
+        from_settings([source(str(tmp_path / "blank.npz"))], NO_TARGET, images)
+
+
 def test_a_double_by_chance_leaves_the_source(tmp_path: Path, images: ImageSource) -> None:
     """One image of 120 that the target has as well."""
     settings = [source(save(tmp_path / "a.npz"))]
     target = replace(NO_TARGET, dataset=save(tmp_path / "t.npz", classes=2, per_class=60, first=39))
-    sources, held_out = from_settings(settings, target, images)
+    with pytest.warns(UserWarning, match="among the held-out ones too, and left out: 1 of the 40 images of source 'a'"):
+        sources, held_out = from_settings(settings, target, images)
     assert len(held_out.train) + len(held_out.test) == 120
     assert shades(sources[0].images) == set(range(39)) and len(sources[0].images) == 39
 

@@ -275,3 +275,8 @@ def test_a_json_file_that_is_no_card_is_not_replaced(tmp_path, text):
 def test_a_card_is_a_dictionary(tmp_path):
     with pytest.raises(ConfigurationError, match="is a NoneType; give a dictionary"):
         save_phi(tmp_path / "phi.safetensors", initial_phi(0), None)
+
+
+def test_a_folder_in_place_of_its_phi_is_told_the_file(tmp_path):
+    with pytest.raises(PhiError, match=r"is a folder; give the file in it, such as '.*phi\.safetensors'"):
+        load_phi(tmp_path)

@@ -34,6 +34,7 @@ VERBS = {
 _ONCE = {"select", "sites", "export"}  # verbs of which a sweep makes no sense
 USER_ERROR = 2
 _FULL_ERROR = "HYDRA_FULL_ERROR"
+_FORMAT = warnings.formatwarning
 # Of Lightning and torch about what the commands here do on purpose.
 _NO_CONCERN_OF_THE_USER = (
     *ADVICE,
@@ -124,6 +125,7 @@ def _job(config: DictConfig) -> Any:
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in _NO_CONCERN_OF_THE_USER:
         warnings.filterwarnings("ignore", message=message)
+    warnings.formatwarning = _in_a_line
     with _told_in_a_line("run"):
         return _module(config.command).run(config, Path(HydraConfig.get().runtime.output_dir))
 
@@ -148,6 +150,13 @@ def _told_in_a_line(what: str) -> Iterator[None]:
         if error.on_every_rank and interruption.rank() > 0:
             sys.exit(USER_ERROR)
         fail(str(error))
+
+
+def _in_a_line(message: Warning | str, category: type[Warning], filename: str, lineno: int, line: Any = None) -> str:
+    """A warning of this package without the place in its code, and others as ever."""
+    if Path(filename).is_relative_to(Path(__file__).parents[1]):
+        return f"Warning: {' '.join(str(message).split())}\n"  # not as an error is told, which sweeps look for
+    return _FORMAT(message, category, filename, lineno, line)
 
 
 def _module(verb: str) -> Any:

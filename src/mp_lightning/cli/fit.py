@@ -14,13 +14,15 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from mp_lightning.cli import interruption
 from mp_lightning.cli.card import make_card, task_entries
 from mp_lightning.cli.fit_settings import FitSettings, read
 from mp_lightning.cli.run_scores import PHI
 from mp_lightning.cli.training import make_trainer, meta_train
 from mp_lightning.cli.words import PROGRAM
 from mp_lightning.compare.progress import progress_display, reading_display
-from mp_lightning.errors import ConfigurationError
+from mp_lightning.data.stamps import Stamp, stamps
+from mp_lightning.errors import ConfigurationError, PhiError
 from mp_lightning.meta.history import History
 from mp_lightning.meta.module import JointMetaTraining
 from mp_lightning.meta.phi_picture import draw_phi
@@ -30,7 +32,7 @@ from mp_lightning.meta.sources import ImageSource, built_in, from_settings
 from mp_lightning.meta.table import training_table
 from mp_lightning.meta.tasks import Task, make_tasks
 from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, compare_transfer
-from mp_lightning.perturbation import NamedPhi, initial_phi, save_phi
+from mp_lightning.perturbation import NamedPhi, initial_phi, load_phi, save_phi
 from mp_lightning.runs import RunFolder, run_name, times_anew, unusable
 from mp_lightning.sites.strength import share_reached
 
@@ -52,11 +54,17 @@ def run(config: DictConfig, path: Path) -> float:
     console.quiet = not first
     folder = RunFolder(path, given.relevant, fresh=given.fresh, owner=first)
     report = None if given.fresh and not first else folder.report()
-    if report is not None and (path / PHI).is_file():
+    data = [*(source.dataset for source in given.sources), *filter(None, [given.evaluation.dataset])]
+    if report is not None and _is_phi(path / PHI):
         console.print("This run is finished, and its images were not read again; run.fresh=true starts it anew.")
+        for changed in _changed(report.get("data", {})):
+            console.print(f"'{changed}' was changed since, so that another phi might be learned.", markup=False)
         console.print(f"It left in {_bold(path)}:")
         _print_report(console, report, path)
         return math.nan if report["nll"] is None else float(report["nll"])
+    if trainer.world_size == 1:
+        interruption.listen_to_sigterm("run")
+    read_from = stamps(data)
     with reading_display(console) as on_progress:
         images = ImageSource(given.data_root, on_progress)
         if given.sources:
@@ -75,6 +83,7 @@ def run(config: DictConfig, path: Path) -> float:
     meta_train(trainer, module, folder, given.fresh and not first, console)
     if history is None:
         return math.nan
+    interruption.listen_to_sigterm("run")  # from now on there is nothing to agree on with other processes
     final = NamedPhi(
         module.perturbation.phi,
         "final phi",
@@ -100,21 +109,38 @@ def run(config: DictConfig, path: Path) -> float:
         raise unusable(path, error) from error
     table = training_table(history, descriptions)
     reached = share_reached(given.transfer.steps) if given.transfer.full_strength_at < 1 else 1.0
-    return _finish(console, folder, target, results, table, reached)
+    report = {
+        "target": str(target),
+        "results": [str(result) for result in results],
+        "reached": reached,
+        "data": read_from,
+    }
+    return _finish(console, folder, report, results, table)
+
+
+def _is_phi(path: Path) -> bool:
+    """Whether there is a whole one; another is written again from the run's checkpoint."""
+    try:
+        load_phi(path)
+    except PhiError:
+        return False
+    return True
+
+
+def _changed(before: dict[str, Stamp]) -> list[str]:
+    """The paths whose images are not those of that time; what is gone is not told."""
+    return [path for path, stamp in stamps(before).items() if stamp != before[path]]
 
 
 def _finish(
-    console: Console, folder: RunFolder, target: Target, results: list[ArmResult], table: Table, reached: float
+    console: Console, folder: RunFolder, report: dict[str, Any], results: list[ArmResult], table: Table
 ) -> float:
     """Mark the run as finished and say what it left; returns the score."""
     path = folder.path
     nll, *_, without = (fmean(result.nll) for result in results)
-    report = {
+    report |= {
         "nll": nll if math.isfinite(nll) else None,
         "nll_without_phi": without if math.isfinite(without) else None,
-        "target": str(target),
-        "results": [str(result) for result in results],
-        "reached": reached,
     }
     folder.finish(report)
     wide = console if console.is_terminal else Console(highlight=False, width=max(console.width, _LEAST_WIDTH))
@@ -196,8 +222,14 @@ def _print_report(console: Console, report: dict[str, Any], path: Path) -> None:
         console.print(f"  {line}")
     if report.get("reached", 1) < 1:
         console.print(f"In so short a training at most {report['reached']:.0%} of the strength acts.")
+    if report["nll"] is None and report.get("nll_without_phi") is not None:
+        console.print(
+            "Training with phi diverged on these images, and without it did not: there is no score; lower meta.lr, or "
+            "evaluation.lr."
+        )
+        return
     if report["nll"] is None:
-        console.print("Training with phi diverged on these images: there is no score; lower evaluation.lr.")
+        console.print("Training diverged on these images: there is no score; lower evaluation.lr.")
     elif report["nll"] > (report.get("nll_without_phi") or math.inf):
         console.print("It does not help so short a training. Whether it helps a longer one on images of yours:")
         arms = shlex.quote(f"arms=[none,metaperturb:{path / PHI}]")

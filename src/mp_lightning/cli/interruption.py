@@ -1,4 +1,4 @@
-"""Ctrl-C: one line, exit code 130, and the end of the process whatever becomes of the exception."""
+"""Ctrl-C and SIGTERM: one line, exit code 130 or 143, and the end of the process whatever becomes of an exception."""
 
 import os
 import signal
@@ -13,12 +13,13 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from mp_lightning.cli.output import error_line
 
 INTERRUPTED = 130  # 128 + SIGINT
+TERMINATED = 143  # 128 + SIGTERM
 # Seconds from Ctrl-C to the end, should a library swallow the exception or wait for a process that is gone.
 PATIENCE = 30.0
 _USUAL = signal.default_int_handler
 _came = False  # a library that it stops may make another error of it
 _said = False
-_saying = threading.Lock()
+_saying = threading.RLock()  # a signal may come while it is held
 
 
 def listen(what: str) -> None:
@@ -43,6 +44,16 @@ def listen(what: str) -> None:
         signal.signal(signal.SIGINT, on_ctrl_c)
 
 
+def listen_to_sigterm(what: str) -> None:
+    """From now on SIGTERM ends this process with a line; not where someone handles it otherwise, or from a thread.
+
+    Args:
+        what: it is that the same command would continue.
+    """
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, lambda number, frame: _end_at_once(what, "terminated", TERMINATED))
+
+
 def came() -> bool:
     """Whether there was a Ctrl-C."""
     return _came
@@ -57,18 +68,20 @@ def end(what: str) -> NoReturn:
     sys.exit(INTERRUPTED)
 
 
-def _end_at_once(what: str) -> NoReturn:
-    _say(what)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(INTERRUPTED)
+def _end_at_once(what: str, how: str = "interrupted", code: int = INTERRUPTED) -> NoReturn:
+    try:
+        _say(what, how)
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
-def _say(what: str) -> None:
+def _say(what: str, how: str = "interrupted") -> None:
     global _said
     with _saying:
         if rank() == 0 and not _said:
-            print(error_line(f"interrupted; the same command continues this {what}"), file=sys.stderr, flush=True)
+            print(error_line(f"{how}; the same command continues this {what}"), file=sys.stderr, flush=True)
         _said = True
 
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import math
 import types
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
@@ -12,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from mp_lightning.errors import ConfigurationError
 
 T = TypeVar("T")
+_LARGEST = 3.4e38  # that float32 holds
 
 
 def settings(cls: type[T], section: dict[str, Any], name: str) -> T:
@@ -84,8 +84,13 @@ def check(value: Any, kind: Any, key: str) -> Any:
     if kind is int:
         good = good and isinstance(value, int) and value > 0
     elif kind is float:
-        good = good and isinstance(value, int | float) and math.isfinite(value) and value >= 0
+        good = good and isinstance(value, int | float) and 0 <= value <= _LARGEST
     if not good:
-        wanted = {int: "a positive whole number", float: "a finite number from 0", str: "a text", bool: "true or false"}
+        wanted = {
+            int: "a positive whole number",
+            float: "a finite number from 0",
+            str: "a text",
+            bool: "true or false",
+        }
         raise ConfigurationError(f"{key}={value} cannot be used; give {wanted[kind]}{', or null' if optional else ''}")
     return float(value) if kind is float else value

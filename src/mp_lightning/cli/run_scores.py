@@ -67,31 +67,49 @@ def _run_folders(sweep: Path) -> Iterator[Path]:
             yield folder
 
 
-def check_comparable(finished: list[Run]) -> None:
-    """Refuse runs whose scores mean different things.
+def judged_alike(finished: list[Run], like: str | None) -> list[Run]:
+    """Those of the runs whose scores mean the same.
+
+    Args:
+        finished: runs that have scores.
+        like: name of one of them, as which they must have been judged; None where all were judged alike.
 
     Raises:
-        RunsError: the targets differ, their images or seed, or how networks were trained on them.
+        RunsError: the targets differ, their images or seed, or how networks were trained on them, and it was not said
+            which are meant; or there is no such run.
     """
-    first = finished[0]
-    for other in finished[1:]:
-        if other.target != first.target:
-            raise RunsError(
-                f"the runs were judged on different targets, '{first.name}' on {first.target}, '{other.name}' on "
-                f"{other.target}; give sweep= a folder whose runs share one"
-            )
-        if other.evaluation != first.evaluation:
-            raise RunsError(
-                f"the runs '{first.name}' and '{other.name}' were judged with different settings of evaluation; "
-                "give sweep= a folder whose runs share them"
-            )
-    known = [run for run in finished if run.images is not None]
-    for other in known[1:]:
-        if other.images != known[0].images:
-            raise RunsError(
-                f"the runs '{known[0].name}' and '{other.name}' were judged on different images or with another "
-                "evaluation.seed; give sweep= a folder whose runs share both"
-            )
+    groups: list[list[Run]] = []
+    for run in finished:
+        group = next((group for group in groups if all(_alike(run, other) for other in group)), None)
+        if group is None:
+            groups.append([run])
+        else:
+            group.append(run)
+    if like is None and len(groups) == 1:
+        return finished
+    chosen = next((group for group in groups if like in {run.name for run in group}), None)
+    if chosen is not None:
+        return chosen
+    if like is not None:
+        raise RunsError(
+            f"like={like} is no run that has a score; name one of {', '.join(sorted(run.name for run in finished))}"
+        )
+    one, other, *_ = sorted((min(group, key=lambda run: run.name) for group in groups), key=lambda run: run.name)
+    different = differing_settings([one, other])[one.name]
+    settings = ", ".join(word.partition("=")[0] for word in different if not word.startswith("seed="))
+    why = "" if not settings else f"; they differ in {settings}"
+    raise RunsError(
+        f"the runs were judged in {len(groups)} ways, such as '{one.name}' on {one.target} and '{other.name}' on "
+        f"{other.target}{why}; choose those that were judged like one of them by like={one.name}, and give each sweep "
+        "a folder of its own by hydra.sweep.dir="
+    )
+
+
+def _alike(run: Run, other: Run) -> bool:
+    known = run.images is not None and other.images is not None
+    return (run.target, run.evaluation) == (other.target, other.evaluation) and (
+        not known or run.images == other.images
+    )
 
 
 def differing_settings(runs: list[Run]) -> dict[str, list[str]]:

@@ -11,7 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from mp_lightning.cli.options import check, check_keys
-from mp_lightning.cli.run_scores import PHI, Run, RunsError, check_comparable, differing_settings, read_runs
+from mp_lightning.cli.run_scores import PHI, Run, RunsError, differing_settings, judged_alike, read_runs
 from mp_lightning.cli.words import PROGRAM
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import NamedPhi, save_phi
@@ -27,6 +27,7 @@ class Selection:
     sweep: Path
     by: str
     to: Path
+    like: str | None
 
 
 def read(config: DictConfig) -> Selection:
@@ -35,7 +36,7 @@ def read(config: DictConfig) -> Selection:
     Raises:
         ConfigurationError: a key is unknown, or a value cannot be used; the message names it.
     """
-    check_keys([str(key) for key in config if key != "hydra"], ("sweep", "by", "to", "command"))
+    check_keys([str(key) for key in config if key != "hydra"], ("sweep", "by", "like", "to", "command"))
     if config.by not in ("nll", "accuracy"):
         raise ConfigurationError(f"by={config.by} cannot be used; give nll or accuracy")
     sweep = Path(check(config.sweep, str, "sweep"))
@@ -44,7 +45,7 @@ def read(config: DictConfig) -> Selection:
         raise ConfigurationError(f"to={to} cannot be used; give a file name that ends in .safetensors")
     if (to.parent / SETTINGS).exists():
         raise ConfigurationError(f"to={to} lies in the folder of a run, which stays as it is; choose another place")
-    return Selection(sweep, config.by, to)
+    return Selection(sweep, config.by, to, check(config.like, str | None, "like"))
 
 
 def run(config: DictConfig, path: Path) -> None:
@@ -66,13 +67,17 @@ def run(config: DictConfig, path: Path) -> None:
             if runs
             else f"there are no runs below '{given.sweep}'; start some with '{PROGRAM} fit seed=0,1,2 -m'"
         )
-    check_comparable(finished)
+    finished = judged_alike(finished, given.like)
+    left_out = {run.name for run in runs if run.scores} - {run.name for run in finished}
+    runs = [run for run in runs if run.name not in left_out]
     words = differing_settings(runs)
     best = finished[0]
     assert best.phi is not None
     _write(given.to, best.phi, selected(runs, finished, words, given.by))
     console = Console(highlight=False, soft_wrap=True)
     _show(console, runs, finished, words)
+    if left_out:
+        console.print(f"Left out, as they were judged otherwise: {escape(', '.join(sorted(left_out)))}")
     console.print(
         f"\nThe best of {len(finished)} by {given.by} is [bold]{escape(best.name)}[/bold]"
         f"{escape(_in_brackets(words[best.name]))}. {_NOTE}\n"

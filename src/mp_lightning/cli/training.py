@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.console import Console
 from torch.utils.data import DataLoader
 
+from mp_lightning.cli.interruption import TERMINATED
 from mp_lightning.cli.options import check, check_choice
 from mp_lightning.cli.output import error_line
 from mp_lightning.errors import ConfigurationError
@@ -24,7 +25,6 @@ from mp_lightning.meta.progress import MetaTrainingBar
 from mp_lightning.runs import RunFolder, RunFolderError
 
 CHECKPOINTS = 20  # a run
-TERMINATED = 143  # 128 + SIGTERM
 _OWN = {
     "max_steps": "meta.steps sets the number of joint steps",
     "max_epochs": "meta.steps sets the number of joint steps",
@@ -32,6 +32,7 @@ _OWN = {
     "barebones": "fit needs callbacks",
     "logger": "choose one with logger=",
     "plugins": "fit adds its own",
+    "enable_checkpointing": "fit continues from its checkpoints",
     "gradient_clip_val": "a joint step is not clipped; lower meta.lr",
     "gradient_clip_algorithm": "a joint step is not clipped; lower meta.lr",
     "accumulate_grad_batches": "a joint step is one of all tasks; meta.batch_size sets theirs",

@@ -50,9 +50,10 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _quoted(word: str) -> str:
-    """Hydra takes a value with an equals sign, as names of checkpoints have, in quotes alone."""
+    """Hydra takes a value with an equals sign, as names of checkpoints have, or of a home folder, in quotes alone."""
     key, _, value = word.partition("=")
-    return f"{key}='{value}'" if "=" in value and not set(value) & _OF_HYDRA else word
+    needed = "=" in value or value.startswith("~")
+    return f"{key}='{value}'" if needed and not set(value) & _OF_HYDRA else word
 
 
 def compose(verb: str, overrides: list[str], sweep: bool = False) -> DictConfig:

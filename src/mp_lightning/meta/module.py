@@ -150,7 +150,8 @@ class JointMetaTraining(L.LightningModule):
         assert not isinstance(optimizer, list)
         optimizer.step()
         self.meta_step += 1
-        self.terminated = self.trainer.should_stop = joint.stop
+        self.terminated = self.terminated or joint.stop  # SIGTERM may have come since the others were told
+        self.trainer.should_stop = self.trainer.should_stop or joint.stop
         self._record(joint, phi, observed if watch else None)
 
     def _restart_when_due(self, number: int) -> None:
@@ -228,6 +229,7 @@ class JointMetaTraining(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # How far the run has come is the module's to know: a trainer gets the remaining steps only.
         del checkpoint["loops"]
+        checkpoint.get("callbacks", {}).pop("Timer", None)  # of max_time, which each command has anew
         checkpoint["description"] = self.description
         checkpoint["meta_step"] = self.meta_step
         if self.history is not None:

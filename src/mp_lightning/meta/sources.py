@@ -1,6 +1,7 @@
 """Where the images of a meta-training run come from, and which are held out to judge the result."""
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -102,7 +103,7 @@ def same_data(one: str, other: str) -> bool:
     names = list_datasets()
     if one in names or other in names:
         return one == other
-    return Path(one).resolve() == Path(other).resolve()
+    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
 
 
 def built_in(split: Split, evaluation: Evaluation, seed: int, images: ImageSource) -> tuple[list[Source], Target]:
@@ -194,7 +195,7 @@ def _without(source: Source, images: ImageSet, target: Target, refuse: bool = Tr
         refuse: them, where they are more than a few.
 
     Raises:
-        DataError: they are more than a few.
+        DataError: they are more than a few, or all images of a class.
     """
     of_source, of_target = images.digests(), target.train.digests() + target.test.digests()
     common = set(of_source).intersection(of_target)
@@ -207,7 +208,15 @@ def _without(source: Source, images: ImageSet, target: Target, refuse: bool = Tr
             f"source '{source.images.name}' as well; leave that source out, or give other evaluation.data="
         )
     kept = [number for number, digest in enumerate(of_source) if digest not in common]
-    return replace(source, images=source.images.subset(kept))
+    remains = source.images.subset(kept)
+    count = f"{len(source.images) - len(kept)} of the {len(source.images)} images of source '{source.images.name}'"
+    for label in set(source.images.labels.tolist()) - set(remains.labels.tolist()):
+        raise DataError(
+            f"class '{remains.classes[label]}' has no images left without those that are among the held-out ones too, "
+            f"{count}; remove what is there twice, or give evaluation.data="
+        )
+    warnings.warn(f"among the held-out ones too, and left out: {count}", stacklevel=2)
+    return replace(source, images=remains)
 
 
 def _target(train: ImageSet, test: ImageSet | None, train_per_class: int, seed: int, flip: bool) -> Target:

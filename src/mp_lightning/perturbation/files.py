@@ -139,6 +139,8 @@ def list_phi() -> list[str]:
 
 
 def _read(path: Path, name: str) -> NamedPhi:
+    if path.is_dir():
+        raise PhiError(f"phi file '{path}' is a folder; give the file in it, such as '{path / 'phi.safetensors'}'")
     if not path.is_file():
         known = ", ".join(list_phi()) or "none"
         raise PhiError(f"phi file '{path}' does not exist; {_REMEDY}, or name a bundled phi (there are: {known})")

@@ -97,12 +97,13 @@ def load_source(
         if size is None:
             raise ConfigurationError(f"dataset '{source}' needs a size: set image_size=32, or another side in pixels")
         return load_dataset(source, root, size, on_progress)
-    if not os.path.exists(source):
+    path = Path(source).expanduser()
+    if not path.exists():
         names = ", ".join(DATASETS)
         raise DataError(
             f"no images at '{source}': give one of the datasets {names}, an .npz file or a folder of image folders"
         )
-    return load_images(source, size, on_progress)
+    return load_images(path, size, on_progress)
 
 
 def _known(name: str) -> Dataset:
