@@ -14,6 +14,7 @@ import pytest
 import torch
 from benchmarks import (
     difference,
+    end_site,
     headline,
     positive_control,
     prove,
@@ -25,11 +26,12 @@ from benchmarks import (
 from benchmarks.measure import interleaved
 from benchmarks.table import Table
 
-from mp_lightning import attach
+from mp_lightning import MetaPerturbCallback, attach, attachment_of
 from mp_lightning.backbones import build_backbone
 from mp_lightning.cli.words import compose
 from mp_lightning.compare.architecture import Architecture
 from mp_lightning.compare.arms import parse_arm
+from mp_lightning.compare.classifier import ClassifierFactory, Optimization
 from mp_lightning.compare.controls import FixedNoise
 from mp_lightning.compare.results import Row
 from mp_lightning.compare.store import Store
@@ -353,6 +355,15 @@ def test_variants_are_compared_and_kept(tmp_path):
         kept = list(csv.DictReader(file))
     assert [one["arm"] for one in kept] == ["none", f"metaperturb:{prove.DEFAULT_PHI}_strength-0.5.safetensors"]
     assert kept[0]["comparison"].startswith("tiny, 8 images a class of 32 pixels, conv4-4, 3 steps of 4, Adam 0.003")
+
+
+def test_the_end_of_a_network_is_an_arm_and_the_default_has_it():
+    make = ClassifierFactory(Architecture.parse("wrn28_2-2"), 3, 16, Optimization(2, 4, 1e-3, 0.0))
+    sites = {arm.name: arm.callbacks(0)[0].sites for arm in end_site.arms(make)[1:]}
+    assert sites["tail"] == ["net.relu"] and len(sites["inner"]) == 4
+    module = make()
+    MetaPerturbCallback().attach(module)
+    assert list(attachment_of(module).plan.names) == sites["inner+tail"] == sites["inner"] + sites["tail"]
 
 
 def test_a_file_that_is_no_target_is_named(tmp_path):

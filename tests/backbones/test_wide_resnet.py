@@ -28,11 +28,11 @@ def test_width_is_that_of_the_stem_and_scales_all_stages() -> None:
 
 
 @pytest.mark.parametrize("width", [None, 4])
-def test_each_block_has_one_site_before_its_last_activation(width: int | None) -> None:
+def test_each_block_has_one_site_before_its_last_activation_and_so_has_the_network(width: int | None) -> None:
     plan = find_sites(build_backbone("wrn28_2", 10, width=width))
-    assert [site.activation for site in plan] == [f"blocks.{block}.relu2" for block in range(12)]
+    assert [site.activation for site in plan] == [*(f"blocks.{block}.relu2" for block in range(12)), "relu"]
     stem = width or 16
-    assert [site.channels for site in plan] == [2 * stem] * 4 + [4 * stem] * 4 + [8 * stem] * 4
+    assert [site.channels for site in plan] == [2 * stem] * 4 + [4 * stem] * 4 + [8 * stem] * 5
 
 
 def test_a_block_that_keeps_the_shape_adds_its_branch_to_what_it_was_given() -> None:

@@ -4,7 +4,7 @@ import pytest
 import timm
 import torchvision
 
-from mp_lightning.sites.rules import PLAIN, PRE_ACTIVATION, RESIDUAL, UNNORMALIZED
+from mp_lightning.sites.rules import END, PLAIN, PRE_ACTIVATION, RESIDUAL, UNNORMALIZED
 
 # Every classifier of torchvision. Residual blocks; inverted residuals with a shortcut and blocks of transformers;
 # normalized convolutions; convolutions.
@@ -40,6 +40,8 @@ _TORCHVISION = {
         **{"squeezenet1_0": 1 + 3 * 8, "squeezenet1_1": 1 + 3 * 8},
     },
 }
+# Those whose features end in a normalized convolution and an activation, after the residual stream.
+_WITH_END = ("efficientnet", "mnasnet", "mobilenet")
 _SIZES = {"alexnet": 63, "googlenet": 128, "inception_v3": 299, "maxvit_t": 224}
 
 # A small network of each family of timm, its sites by rule, and how many of them have the channels last.
@@ -50,47 +52,47 @@ _TIMM = {
     "convit": ("convit_tiny", {PRE_ACTIVATION: 12}, 12),
     "convnext": ("test_convnext", {PRE_ACTIVATION: 9}, 9),
     "crossvit": ("crossvit_tiny_240", {PRE_ACTIVATION: 15}, 15),
-    "cspnet": ("cs3darknet_focus_s", {PRE_ACTIVATION: 9}, 0),
-    "cspnext": ("cspnext_tiny", {PRE_ACTIVATION: 3}, 0),
+    "cspnet": ("cs3darknet_focus_s", {PRE_ACTIVATION: 9, END: 1}, 0),
+    "cspnext": ("cspnext_tiny", {PRE_ACTIVATION: 3, END: 1}, 0),
     "deit": ("deit_tiny_patch16_224", {PRE_ACTIVATION: 12}, 12),
     "dla": ("dla46x_c", {RESIDUAL: 12}, 0),
-    "dpn": ("dpn48b", {PRE_ACTIVATION: 16}, 0),
+    "dpn": ("dpn48b", {PRE_ACTIVATION: 16, END: 1}, 0),
     "edgenext": ("edgenext_xx_small", {PRE_ACTIVATION: 12}, 12),
     "efficientformer": ("efficientformer_l1", {PRE_ACTIVATION: 15}, 1),
     "efficientformer_v2": ("efficientformerv2_s0", {PRE_ACTIVATION: 16, RESIDUAL: 3}, 0),
-    "efficientnet": ("mnasnet_small", {PRE_ACTIVATION: 10}, 0),
+    "efficientnet": ("mnasnet_small", {PRE_ACTIVATION: 10, END: 1}, 0),
     "efficientvim": ("efficientvim_m1", {PRE_ACTIVATION: 12}, 0),
-    "efficientvit_mit": ("efficientvit_b0", {PRE_ACTIVATION: 11}, 0),
+    "efficientvit_mit": ("efficientvit_b0", {PRE_ACTIVATION: 11, END: 1}, 0),
     "efficientvit_msra": ("efficientvit_m0", {PRE_ACTIVATION: 22}, 0),
     "eva": ("eva02_tiny_patch14_224", {PRE_ACTIVATION: 12}, 12),
     "fasternet": ("fasternet_t0", {PRE_ACTIVATION: 13}, 0),
     "fastvit": ("fastvit_t8", {RESIDUAL: 6, PRE_ACTIVATION: 10}, 0),
     "gcvit": ("gcvit_xxtiny", {PRE_ACTIVATION: 23}, 12),
-    "ghostnet": ("ghostnet_050", {PRE_ACTIVATION: 16}, 0),
-    "hardcorenas": ("hardcorenas_b", {PRE_ACTIVATION: 12}, 0),
+    "ghostnet": ("ghostnet_050", {PRE_ACTIVATION: 16, END: 1}, 0),
+    "hardcorenas": ("hardcorenas_b", {PRE_ACTIVATION: 12, END: 1}, 0),
     "inception_next": ("inception_next_atto", {PRE_ACTIVATION: 12}, 0),
     "iformer": ("iformer_t", {PRE_ACTIVATION: 16}, 0),
     "lcnetv2": ("lcnetv2_small", {RESIDUAL: 6, PRE_ACTIVATION: 1}, 0),
     "levit": ("levit_128s", {PRE_ACTIVATION: 20}, 20),
-    "lowformer": ("lowformer_b0", {PRE_ACTIVATION: 14}, 0),
+    "lowformer": ("lowformer_b0", {PRE_ACTIVATION: 14, END: 1}, 0),
     "mambaout": ("test_mambaout", {PRE_ACTIVATION: 6}, 6),
     "maxxvit": ("test_coatnet", {PRE_ACTIVATION: 5}, 0),
     "metaformer": ("poolformerv2_s12", {PRE_ACTIVATION: 12}, 0),
     "mlp_mixer": ("gmlp_ti16_224", {PRE_ACTIVATION: 30}, 30),
-    "mobilenetv3": ("mobilenetv3_small_050", {PRE_ACTIVATION: 7}, 0),
-    "mobilevit": ("mobilevit_xxs", {PRE_ACTIVATION: 12}, 9),
+    "mobilenetv3": ("mobilenetv3_small_050", {PRE_ACTIVATION: 7, END: 1}, 0),
+    "mobilevit": ("mobilevit_xxs", {PRE_ACTIVATION: 12, END: 1}, 9),
     "mvitv2": ("mvitv2_tiny", {PRE_ACTIVATION: 10}, 10),
     "nest": ("nest_tiny", {PRE_ACTIVATION: 12}, 12),
     "nfnet": ("test_nfnet", {RESIDUAL: 3, PRE_ACTIVATION: 1}, 0),
     "pit": ("pit_ti_224", {PRE_ACTIVATION: 12}, 12),
     "pvt_v2": ("pvt_v2_b0", {PRE_ACTIVATION: 8}, 8),
     "regnet": ("regnetx_004_tv", {RESIDUAL: 22}, 0),
-    "repghost": ("repghostnet_050", {RESIDUAL: 16}, 0),
+    "repghost": ("repghostnet_050", {RESIDUAL: 16, END: 1}, 0),
     "repvit": ("repvit_m1", {PRE_ACTIVATION: 26}, 0),
     "resnest": ("resnest14d", {RESIDUAL: 4}, 0),
     "resnet": ("test_resnet", {RESIDUAL: 4}, 0),
-    "resnetv2": ("resnetv2_18", {PRE_ACTIVATION: 8}, 0),
-    "rexnet": ("rexnet_100", {PRE_ACTIVATION: 11}, 0),
+    "resnetv2": ("resnetv2_18", {PRE_ACTIVATION: 8, END: 1}, 0),
+    "rexnet": ("rexnet_100", {PRE_ACTIVATION: 11, END: 1}, 0),
     "senet": ("legacy_seresnet18", {RESIDUAL: 8}, 0),
     "shvit": ("shvit_s1", {PRE_ACTIVATION: 24}, 0),
     "sknet": ("skresnet18", {RESIDUAL: 8}, 0),
@@ -121,7 +123,11 @@ _TRANSFORMERS = {
 
 # Name in our configurations, sites by rule, and how many have the channels last (None: not counted).
 NETWORKS: dict[str, tuple[dict[str, int], int | None]] = {
-    **{f"torchvision:{name}": ({rule: n}, None) for rule, counts in _TORCHVISION.items() for name, n in counts.items()},
+    **{
+        f"torchvision:{name}": ({rule: n, **({END: 1} if name.startswith(_WITH_END) else {})}, None)
+        for rule, counts in _TORCHVISION.items()
+        for name, n in counts.items()
+    },
     **{f"timm:{name}": (rules, last) for name, rules, last in _TIMM.values()},
     **{f"transformers:{name}": (rules, last) for name, (_, rules, last) in _TRANSFORMERS.items()},
 }

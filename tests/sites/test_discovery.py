@@ -12,16 +12,15 @@ from torch import nn
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import SiteError
 from mp_lightning.sites import attach, find_sites
-from mp_lightning.sites.rules import PLAIN, PRE_ACTIVATION, RESIDUAL
+from mp_lightning.sites.rules import END, PLAIN, PRE_ACTIVATION, RESIDUAL
 from research_nets import PreActivationBlock, ResearchResNet
 
 TORCHVISION = [
     ("resnet18", 8, 512, RESIDUAL),
     ("resnet50", 16, 2048, RESIDUAL),
     ("vgg11_bn", 8, 512, PLAIN),
-    ("mobilenet_v2", 10, 960, PRE_ACTIVATION),
-    ("efficientnet_b0", 9, 1152, PRE_ACTIVATION),
     ("regnet_y_400mf", 16, 440, RESIDUAL),
+    ("convnext_tiny", 18, 3072, PRE_ACTIVATION),
 ]
 
 
@@ -54,12 +53,25 @@ def test_functional_activations_of_a_research_resnet():
     ]
 
 
-def test_residual_stream_without_activation_is_not_multiplied():
-    model = nn.Sequential(
-        nn.Conv2d(3, 8, 3), PreActivationBlock(8), PreActivationBlock(8), nn.BatchNorm2d(8), nn.ReLU()
-    )
-    plan = find_sites(model)
-    assert [(site.scope, site.call, site.rule) for site in plan] == [("1", 1, PRE_ACTIVATION), ("2", 1, PRE_ACTIVATION)]
+def test_residual_stream_without_activation_is_not_multiplied_before_it_ends():
+    blocks = [PreActivationBlock(8), PreActivationBlock(8)]
+    inside = [("1", 1, PRE_ACTIVATION), ("2", 1, PRE_ACTIVATION)]
+
+    def found(*rest):
+        return [(site.scope, site.call, site.rule) for site in find_sites(nn.Sequential(nn.Conv2d(3, 8, 3), *rest))]
+
+    assert found(*blocks, nn.BatchNorm2d(8), nn.ReLU()) == [*inside, ("", 0, END)]
+    assert found(*blocks) == inside
+    assert found(*blocks, nn.ReLU()) == [inside[0], ("", 0, RESIDUAL)]  # an activation ends the last block
+    assert found(*blocks, nn.Conv2d(8, 8, 3), nn.ReLU()) == inside  # maps that are not normalized
+    between = found(blocks[0], nn.BatchNorm2d(8), nn.ReLU(), blocks[1])
+    assert between == [inside[0], ("4", 1, PRE_ACTIVATION)]  # the stream goes on
+
+
+def test_the_head_of_a_mobile_network_is_its_end():
+    plan = find_sites(torchvision.models.mobilenet_v2(weights=None))
+    assert [site.rule for site in plan] == [PRE_ACTIVATION] * 10 + [END]
+    assert (list(plan)[-1].activation, plan.channel_norm) == ("features.18.2", 1280)
 
 
 def test_gates_of_squeeze_and_excitation_are_no_sites():

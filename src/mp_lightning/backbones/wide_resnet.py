@@ -37,7 +37,8 @@ class WideResNet(nn.Module):
     The authors of MetaPerturb use WRN-28-2, but did not publish where they perturb it. Here the rule is the one of all
     residual networks, 'before the last activation of the block', and that activation is ``relu2``, inside the branch:
     what follows the sum is the residual stream, which no site multiplies. So each block has one site, with the
-    channels of its stage; the stem, ``relu1`` and the last activation of the network have none.
+    channels of its stage, and so has the last activation of the network, where the stream has ended; the stem and
+    ``relu1`` have none.
 
     Args:
         blocks: blocks in each stage; the depth is ``6 * blocks + 4``, so 4 blocks give WRN-28.

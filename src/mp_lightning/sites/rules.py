@@ -13,6 +13,10 @@ pre-activation
     transformers and ConvNeXt, of that between the two linear layers. A branch without one, such as attention, has no
     site. Gates of squeeze-and-excitation, which follow a global pooling, do not count, nor does what no input of the
     block leads to, such as a net that makes position biases.
+end
+    Where the residual stream is not multiplied, the input of the network's last activation is a site as well, if it
+    reads normalized maps and all residual sums lead to it: there the stream has ended. The paper has no such site;
+    without it nothing that is perturbed would reach the classifier but through the stream.
 plain
     In a model without any residual sum: every activation of a normalized convolution.
 unnormalized
@@ -30,6 +34,7 @@ from mp_lightning.sites.tracing import CONVOLUTIONS
 
 RESIDUAL = "residual: activation after the sum"
 PRE_ACTIVATION = "pre-activation: last activation inside the branch"
+END = "end: last activation, after all residual sums"
 PLAIN = "plain: activation after a normalized convolution"
 UNNORMALIZED = "plain: activation after a convolution"
 NAMED = "named by the user"
@@ -62,7 +67,24 @@ class SiteGraph(OperationGraph):
                     site = self._site(inside, PRE_ACTIVATION, f"output of {self._describe_source(inside)}")
                 if site is not None:
                     sites.append((self._order[activation], site))
+        end = self._last_activation()
+        if end is not None and (site := self._site(end, END, f"output of {self._describe_source(end)}")) is not None:
+            sites.append((self._order[end], site))
         return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
+
+    def _last_activation(self) -> fx.Node | None:
+        """That of normalized maps, once the residual stream has ended; None where an activation ends the stream."""
+        sums = {node for node in self._nodes if self._is_residual_sum(node)}
+        last = max(sums, key=self._order.__getitem__, default=None)
+        if last is None or self._activation_after(last) is not None:
+            return None
+        found = [node for node in self.activations() if sums <= self._ancestors[node]]
+        maps = (node for node in reversed(found) if self._dimensions(node.all_input_nodes[0]) not in (1, 2))
+        return next((node for node in maps if self._reads_norm(node)), None)
+
+    def _reads_norm(self, node: fx.Node) -> bool:
+        norm = self._source(node)
+        return norm is not None and self._is_layer(norm, NORMS)
 
     def plain_sites(self) -> list[SiteSpec]:
         sites = []
