@@ -87,7 +87,7 @@ _TIMM = {
     "pit": ("pit_ti_224", {PRE_ACTIVATION: 12}, 12),
     "pvt_v2": ("pvt_v2_b0", {PRE_ACTIVATION: 8}, 8),
     "regnet": ("regnetx_004_tv", {RESIDUAL: 22}, 0),
-    "repghost": ("repghostnet_050", {RESIDUAL: 16, END: 1}, 0),
+    "repghost": ("repghostnet_050", {RESIDUAL: 16}, 0),
     "repvit": ("repvit_m1", {PRE_ACTIVATION: 26}, 0),
     "resnest": ("resnest14d", {RESIDUAL: 4}, 0),
     "resnet": ("test_resnet", {RESIDUAL: 4}, 0),

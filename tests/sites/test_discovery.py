@@ -62,7 +62,9 @@ def test_residual_stream_without_activation_is_not_multiplied_before_it_ends():
 
     assert found(*blocks, nn.BatchNorm2d(8), nn.ReLU()) == [*inside, ("", 0, END)]
     assert found(*blocks) == inside
-    assert found(*blocks, nn.ReLU()) == [inside[0], ("", 0, RESIDUAL)]  # an activation ends the last block
+    multiplied = [inside[0], ("", 0, RESIDUAL)]
+    assert found(*blocks, nn.ReLU()) == multiplied  # an activation ends the last block
+    assert found(*blocks, nn.ReLU(), nn.Conv2d(8, 8, 3), nn.BatchNorm2d(8), nn.ReLU()) == multiplied
     assert found(*blocks, nn.Conv2d(8, 8, 3), nn.ReLU()) == inside  # maps that are not normalized
     between = found(blocks[0], nn.BatchNorm2d(8), nn.ReLU(), blocks[1])
     assert between == [inside[0], ("4", 1, PRE_ACTIVATION)]  # the stream goes on

@@ -14,8 +14,8 @@ pre-activation
     site. Gates of squeeze-and-excitation, which follow a global pooling, do not count, nor does what no input of the
     block leads to, such as a net that makes position biases.
 end
-    Where the residual stream is not multiplied, the input of the network's last activation is a site as well, if it
-    reads normalized maps and all residual sums lead to it: there the stream has ended. The paper has no such site;
+    Where the residual stream is nowhere multiplied, the input of the network's last activation is a site as well, if
+    it reads normalized maps and all residual sums lead to it: there the stream has ended. The paper has no such site;
     without it nothing that is perturbed would reach the classifier but through the stream.
 plain
     In a model without any residual sum: every activation of a normalized convolution.
@@ -67,18 +67,16 @@ class SiteGraph(OperationGraph):
                     site = self._site(inside, PRE_ACTIVATION, f"output of {self._describe_source(inside)}")
                 if site is not None:
                     sites.append((self._order[activation], site))
-        end = self._last_activation()
+        multiplied = any(site.rule == RESIDUAL for _, site in sites)
+        end = None if multiplied else self._last_activation()
         if end is not None and (site := self._site(end, END, f"output of {self._describe_source(end)}")) is not None:
             sites.append((self._order[end], site))
         return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
 
     def _last_activation(self) -> fx.Node | None:
-        """That of normalized maps, once the residual stream has ended; None where an activation ends the stream."""
+        """That of normalized maps, once the residual stream has ended; None where there is no such stream."""
         sums = {node for node in self._nodes if self._is_residual_sum(node)}
-        last = max(sums, key=self._order.__getitem__, default=None)
-        if last is None or self._activation_after(last) is not None:
-            return None
-        found = [node for node in self.activations() if sums <= self._ancestors[node]]
+        found = [node for node in self.activations() if sums and sums <= self._ancestors[node]]
         maps = (node for node in reversed(found) if self._dimensions(node.all_input_nodes[0]) not in (1, 2))
         return next((node for node in maps if self._reads_norm(node)), None)
 
