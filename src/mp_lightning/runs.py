@@ -29,7 +29,7 @@ _NOT_RELEVANT: dict[str, set[str] | None] = {
     "trainer": {
         *("accelerator", "devices", "num_nodes", "strategy", "default_root_dir"),
         *("limit_train_batches", "max_time"),  # they end a command early, and the next one continues
-        *("enable_progress_bar", "enable_model_summary", "enable_checkpointing", "log_every_n_steps", "profiler"),
+        *("enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler"),
     },
 }
 

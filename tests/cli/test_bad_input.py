@@ -123,6 +123,11 @@ def test_refused_before_anything_is_written(mp: CommandLine, tmp_path: Path, cas
     assert_refused(mp, tmp_path, words, *parts, leaves_nothing=True)
 
 
+@pytest.mark.parametrize("path", ["~nobody-of-this-name/a.npz", f"{'long' * 100}.npz"])
+def test_a_path_of_which_the_system_makes_nothing(mp: CommandLine, tmp_path: Path, path: str) -> None:
+    assert_refused(mp, tmp_path, ["fit", f"data={path}"], f"no images at '{path}'")
+
+
 def test_in_a_process_of_its_own(tmp_path: Path) -> None:
     """The other tests fork; this one starts Python as a person does."""
     command = [sys.executable, "-m", "mp_lightning.meta", "fit", "meta.stps=3"]

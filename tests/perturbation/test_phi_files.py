@@ -280,3 +280,9 @@ def test_a_card_is_a_dictionary(tmp_path):
 def test_a_folder_in_place_of_its_phi_is_told_the_file(tmp_path):
     with pytest.raises(PhiError, match=r"is a folder; give the file in it, such as '.*phi\.safetensors'"):
         load_phi(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/a.safetensors", f"{'long' * 100}.safetensors"])
+def test_names_of_which_the_system_makes_nothing_are_files_that_are_not_there(name):
+    with pytest.raises(PhiError, match="does not exist"):
+        load_phi(name)

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable
-from pathlib import Path
+from contextlib import suppress
 
 from mp_lightning.data.catalogue import list_datasets
 
@@ -12,20 +12,16 @@ Stamp = list[int]
 
 def stamps(sources: Iterable[str]) -> dict[str, Stamp]:
     """Of the sources that are files or folders, and there, by their paths as given."""
-    named = list_datasets()
-    return {source: _stamp(Path(source).expanduser()) for source in sources if source not in named and _there(source)}
+    paths = {source: os.path.expanduser(source) for source in sources if source not in list_datasets()}
+    return {source: _stamp(path) for source, path in paths.items() if os.path.exists(path)}
 
 
-def _there(source: str) -> bool:
-    return Path(source).expanduser().exists()
-
-
-def _stamp(path: Path) -> Stamp:
-    if path.is_file():
-        return [1, path.stat().st_size, path.stat().st_mtime_ns]
-    found = [0, 0, path.stat().st_mtime_ns]
-    for folder, _, files in os.walk(path):
-        for name in files:
-            state = (Path(folder) / name).lstat()
+def _stamp(path: str) -> Stamp:
+    files = [path] if os.path.isfile(path) else []
+    files += [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    found = [0, 0, 0]
+    for file in files:
+        with suppress(OSError):  # it may go meanwhile
+            state = os.lstat(file)
             found = [found[0] + 1, found[1] + state.st_size, max(found[2], state.st_mtime_ns)]
     return found

@@ -1,5 +1,6 @@
 """Where the images of a meta-training run come from, and which are held out to judge the result."""
 
+import os
 import re
 import warnings
 from collections.abc import Sequence
@@ -103,7 +104,7 @@ def same_data(one: str, other: str) -> bool:
     names = list_datasets()
     if one in names or other in names:
         return one == other
-    return Path(one).expanduser().resolve() == Path(other).expanduser().resolve()
+    return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
 
 
 def built_in(split: Split, evaluation: Evaluation, seed: int, images: ImageSource) -> tuple[list[Source], Target]:

@@ -130,7 +130,7 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
     name = DEFAULT_PHI if source is None else str(source)
     if name in list_phi():
         return _read(BUNDLED / f"{name}.safetensors", name)
-    return _read(Path(name).expanduser(), name)
+    return _read(Path(os.path.expanduser(name)), name)
 
 
 def list_phi() -> list[str]:
@@ -139,9 +139,9 @@ def list_phi() -> list[str]:
 
 
 def _read(path: Path, name: str) -> NamedPhi:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise PhiError(f"phi file '{path}' is a folder; give the file in it, such as '{path / 'phi.safetensors'}'")
-    if not path.is_file():
+    if not os.path.isfile(path):
         known = ", ".join(list_phi()) or "none"
         raise PhiError(f"phi file '{path}' does not exist; {_REMEDY}, or name a bundled phi (there are: {known})")
     try:

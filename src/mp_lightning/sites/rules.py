@@ -54,28 +54,27 @@ class SiteGraph(OperationGraph):
 
     def residual_sites(self) -> list[SiteSpec]:
         sites = []
-        for node in self._nodes:
-            if self._is_residual_sum(node):
-                activation = self._activation_after(node)
-                if activation is not None:
-                    site = self._site(activation, RESIDUAL, f"sum of {self._describe_inputs(node)}")
-                else:
-                    inside = self._last_activation_inside(node)
-                    if inside is None:
-                        continue
-                    activation = inside
-                    site = self._site(inside, PRE_ACTIVATION, f"output of {self._describe_source(inside)}")
-                if site is not None:
-                    sites.append((self._order[activation], site))
+        sums = [node for node in self._nodes if self._is_residual_sum(node)]
+        for node in sums:
+            activation = self._activation_after(node)
+            if activation is not None:
+                site = self._site(activation, RESIDUAL, f"sum of {self._describe_inputs(node)}")
+            else:
+                inside = self._last_activation_inside(node)
+                if inside is None:
+                    continue
+                activation = inside
+                site = self._site(inside, PRE_ACTIVATION, f"output of {self._describe_source(inside)}")
+            if site is not None:
+                sites.append((self._order[activation], site))
         multiplied = any(site.rule == RESIDUAL for _, site in sites)
-        end = None if multiplied else self._last_activation()
+        end = None if multiplied else self._last_activation_after(set(sums))
         if end is not None and (site := self._site(end, END, f"output of {self._describe_source(end)}")) is not None:
             sites.append((self._order[end], site))
         return [site for _, site in sorted(sites, key=lambda pair: pair[0])]
 
-    def _last_activation(self) -> fx.Node | None:
-        """That of normalized maps, once the residual stream has ended; None where there is no such stream."""
-        sums = {node for node in self._nodes if self._is_residual_sum(node)}
+    def _last_activation_after(self, sums: set[fx.Node]) -> fx.Node | None:
+        """That of normalized maps, to which all residual sums lead; None where there are no sums."""
         found = [node for node in self.activations() if sums and sums <= self._ancestors[node]]
         maps = (node for node in reversed(found) if self._dimensions(node.all_input_nodes[0]) not in (1, 2))
         return next((node for node in maps if self._reads_norm(node)), None)

@@ -97,8 +97,8 @@ def load_source(
         if size is None:
             raise ConfigurationError(f"dataset '{source}' needs a size: set image_size=32, or another side in pixels")
         return load_dataset(source, root, size, on_progress)
-    path = Path(source).expanduser()
-    if not path.exists():
+    path = os.path.expanduser(source)
+    if not os.path.exists(path):  # of a Path it raises for names that are too long
         names = ", ".join(DATASETS)
         raise DataError(
             f"no images at '{source}': give one of the datasets {names}, an .npz file or a folder of image folders"
