@@ -22,6 +22,7 @@ FLOORS = {
     "quiet": 0,
     "versions": 0,
     "whole": 0,
+    "walking": 0,
     "nested": 0,
     "perturbation": 1,
     "sites": 2,

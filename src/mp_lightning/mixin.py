@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import nn
 
+from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import NamedPhi, Phi
 from mp_lightning.sites import Attachment
@@ -48,7 +49,7 @@ class MetaPerturbMixin:
         self._perturb_options = {"phi": phi, **options, "marker": False}
         assert isinstance(self, nn.Module)
         callback = self._metaperturb_callback()
-        attachment: Attachment = callback.attach(self)
+        attachment = callback.attach(self)
         attachment.inference = callback.make_inference()
         return attachment
 
@@ -57,10 +58,7 @@ class MetaPerturbMixin:
         inherited: Any = getattr(super(), "configure_callbacks", list)()
         return [*(inherited if isinstance(inherited, list | tuple) else [inherited]), self._metaperturb_callback()]
 
-    def _metaperturb_callback(self) -> Any:
-        # Here and not at the top: only training by Lightning needs Lightning.
-        from mp_lightning.callback import MetaPerturbCallback
-
+    def _metaperturb_callback(self) -> MetaPerturbCallback:
         if self._perturb_options is None:
             raise ConfigurationError(
                 f"{type(self).__name__} has the mixin but no perturbation; call self.perturb() in __init__"

@@ -87,6 +87,12 @@ def _as_in_training(trainer: pl.Trainer, hooks: Any) -> Iterator[None]:
         connector._datahook_selector, state.stage = before
 
 
+def moved(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
+    """A batch as Lightning's loops hand it to a step: through the hooks of transfer, and on the trainer's device."""
+    converted = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
+    return trainer.strategy.batch_to_device(converted, dataloader_idx=0)
+
+
 class _TrainingForwards:
     """The training step on one batch after another, from the start each time it is gone through."""
 
@@ -102,11 +108,9 @@ class _TrainingForwards:
         for batch, index, _ in iter(self._combined):
             if index >= limit:
                 return
-            # As Lightning's training loop does it.
-            converted = module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch), 0)
-            moved = trainer.strategy.batch_to_device(converted, dataloader_idx=0)
+            ready = moved(trainer, module, batch)
 
-            def forward(batch: Any = moved, index: int = index) -> Any:
+            def forward(batch: Any = ready, index: int = index) -> Any:
                 return module.training_step(*((batch, index) if takes_index else (batch,)))
 
             yield forward

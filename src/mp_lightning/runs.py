@@ -116,10 +116,15 @@ class RunFolder:
             return
         try:
             path.mkdir(parents=True, exist_ok=True)
-            self._lock()
-            if fresh:
-                self._set_aside()
-            self._claim(settings)
+            self._locked = (path / _LOCK).open("w")
+            try:
+                self._lock()
+                if fresh:
+                    self._set_aside()
+                self._claim(settings)
+            except BaseException:  # a notebook keeps the error, and so this folder, for as long as it is open
+                self.release()
+                raise
         except OSError as error:
             raise unusable(path, error) from error
 
@@ -153,7 +158,6 @@ class RunFolder:
 
     def _lock(self) -> None:
         """Keep other processes out of the folder until this one ends, however it ends."""
-        self._locked = (self.path / _LOCK).open("w")
         if fcntl is None:
             return
         try:

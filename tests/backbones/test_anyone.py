@@ -21,6 +21,14 @@ def test_a_file_may_import_another_that_lies_beside_it(tmp_path):
     assert sys.path == path
 
 
+def test_a_folder_that_python_looks_in_already_stays_where_it_was(tmp_path, monkeypatch):
+    (tmp_path / "of_mine_too.py").write_text("from torch import nn\nnet = nn.Linear(3, 1)\n")
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    path = list(sys.path)
+    find_object(f"{tmp_path / 'of_mine_too.py'}:net")
+    assert sys.path == path
+
+
 @pytest.mark.parametrize("name", ["json", "net_of_its_own"])
 def test_a_network_of_a_file_can_be_pickled_whatever_the_file_is_called(tmp_path, name):
     (tmp_path / f"{name}.py").write_text(NET)

@@ -13,13 +13,12 @@ from torch.utils.data import DataLoader
 from mp_lightning.compare.calibration import (
     matched_moments,
     moments_digest,
-    phi_digest,
     read_moments,
     write_moments,
 )
 from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.compare.user_data import UserData
-from mp_lightning.perturbation import initial_phi, load_phi
+from mp_lightning.perturbation import initial_phi, load_phi, phi_digest
 from mp_lightning.runs import RunFolderError
 from mp_lightning.sites import attachment_of, find_sites
 

@@ -226,6 +226,55 @@ def test_callbacks_that_watch_validation_go_with_the_controls(tmp_path: Path) ->
     assert [row.arm for row in found.rows] == ["none", "fixed_noise"]
 
 
+def test_hooks_of_a_datamodule_act_on_test_images_as_on_those_of_training(tmp_path: Path) -> None:
+    """Images that are shifted by 7 on their way to the device are never seen as they lie in the loader."""
+    seen: list[float] = []
+
+    class Shifting(SmallData):
+        def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return batch[0] + 7, batch[1]
+
+    class Looking(Small):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(float(x.mean()))
+            return super().forward(x)
+
+    what = experiment(module_factory=Looking, data=UserData(Shifting()))
+    made(plan(["none", "fixed_noise"], 1, experiment=what), tmp_path)
+    assert seen and min(seen) > 6, min(seen)
+
+
+def test_a_datamodule_may_give_its_loader_in_a_list(tmp_path: Path) -> None:
+    class Listed(SmallData):
+        def train_dataloader(self) -> Any:
+            return [super().train_dataloader()]
+
+    class Unpacking(Small):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return super().training_step(batch[0] if isinstance(batch[0], list) else batch, batch_idx)
+
+    what = experiment(module_factory=Unpacking, data=UserData(Listed()))
+    outcome, _ = made(plan(["none", "fixed_noise"], 1, experiment=what), tmp_path)
+    assert [row.arm for row in outcome.rows] == ["none", "fixed_noise"]
+
+
+def test_layers_that_find_out_their_size_are_compared(tmp_path: Path) -> None:
+    class Lazy(Small):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net[-1] = torch.nn.LazyLinear(CLASSES)
+
+    assert len(compare(tmp_path, factory=Lazy, arms=["none", "metaperturb"]).rows) == 2
+
+
+def test_callbacks_of_a_module_may_ask_its_trainer(tmp_path: Path) -> None:
+    class Asking(Small):
+        def configure_callbacks(self) -> Any:
+            return [Callback()] if self.trainer.max_epochs else []
+
+    assert len(compare(tmp_path, factory=Asking, arms=["none", "metaperturb"]).rows) == 2
+
+
 class Endless(IterableDataset[tuple[torch.Tensor, int]]):
     def __iter__(self) -> Any:
         number = 0
@@ -401,6 +450,15 @@ def test_a_function_is_told_by_its_name_its_code_and_what_it_holds() -> None:
         assert identity(first) == identity(copy.deepcopy(first)) != identity(second)
         assert identity(first).split()[:-1] == identity(second).split()[:-1]
     assert identity(held(print)) == identity(held(print))
+
+
+def test_a_function_whose_surroundings_are_not_complete_yet_is_told_too() -> None:
+    def predict(module: Any, batch: Any) -> Any:
+        return module(later), batch[1]
+
+    found = identity(predict)
+    later = 1
+    assert found != identity(predict), f"now it holds {later}"
 
 
 def test_a_function_that_holds_itself_is_told_too() -> None:

@@ -48,7 +48,20 @@ def test_certain_answers_have_finite_scores() -> None:
     p = torch.eye(3)[torch.tensor([0, 1, 2, 0])]
     right, wrong = scores(p, torch.tensor([0, 1, 2, 0])), scores(p, torch.tensor([1, 2, 0, 1]))
     assert right == pytest.approx((1.0, 0.0, 0.0, 0.0), abs=1e-6)
-    assert wrong.accuracy == 0 and wrong.brier == 2 and wrong.ece == 1 and math.isfinite(wrong.nll)
+    assert wrong.accuracy == 0 and wrong.brier == 2 and wrong.ece == pytest.approx(1) and math.isfinite(wrong.nll)
+
+
+@pytest.mark.parametrize("beyond", [1 + 1e-6, -1e-6])
+def test_probabilities_that_rounding_left_beyond_0_and_1_are_calibrated_as_the_others(beyond: float) -> None:
+    p = torch.eye(2)[torch.zeros(100, dtype=torch.long)]
+    p[0, 0 if beyond > 1 else 1] = beyond
+    assert scores(p, torch.zeros(100, dtype=torch.long)).ece == pytest.approx(0.0, abs=1e-5)
+
+
+def test_a_confidence_of_1_is_in_the_last_bin() -> None:
+    """That of 14/15 to 1: 0.95 and 1 of which one is right, confidence 0.975, accuracy 0.5."""
+    p = torch.tensor([[0.95, 0.05], [1.0, 0.0]])
+    assert scores(p, torch.tensor([0, 1])).ece == pytest.approx(0.475, abs=1e-5)
 
 
 def test_what_diverged_counts_as_wrong() -> None:

@@ -144,6 +144,13 @@ def test_a_baseline_that_diverged_is_said() -> None:
     assert summary.headline[1].endswith("five seeds are needed for a verdict.")  # the fifth of none is not its concern
 
 
+def test_99_per_cent_of_the_training_images_are_enough_as_float32_holds_them() -> None:
+    """0.96 and four times 1 are 0.992, but 0.96, 1, 1 and 1 are 0.99, of which float32 leaves a little less."""
+    reached = [float(np.float32(0.96)), 1.0, 1.0, 1.0]
+    rows = [dataclasses.replace(row, train_accuracy=share) for row, share in zip(none()[:4], reached, strict=True)]
+    assert not summarize([*rows, *runs("metaperturb", 0.02, seeds=4)]).underfitted
+
+
 def test_only_seeds_that_both_have_are_compared() -> None:
     seven = [row("none", seed, 0.8 + seed / 100) for seed in range(7)]
     six = [row("metaperturb", seed, 0.81 + seed / 100 + seed / 1000) for seed in range(6)]
@@ -215,10 +222,11 @@ def test_the_best_control_is_one_that_can_be_compared() -> None:
     assert summarize(rows).arms["metaperturb"].against_control["accuracy"].other == "shrink_only"
 
 
-def test_what_is_worse_than_the_best_control_is_said() -> None:
+def test_an_arm_is_not_called_worse_than_the_best_of_several_controls() -> None:
+    """The best one was chosen by its mean on these very seeds, for which no p value is corrected."""
     (sentence,) = summarize([*none(), *runs("metaperturb", 0.02), *runs("fixed_noise", 0.04)]).headline
     assert sentence.startswith("metaperturb helps: accuracy +2.0 points against none (")
-    assert "). It is worse than the best control: accuracy -2.0 points against fixed_noise (95 %" in sentence
+    assert "). It is not better than the best control: accuracy -2.0 points against fixed_noise (95 %" in sentence
 
 
 def test_a_control_that_diverged_is_not_the_best() -> None:

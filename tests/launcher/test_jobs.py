@@ -1,5 +1,6 @@
 """The jobs of a sweep: what runs, how many at a time, and what becomes of their results."""
 
+import math
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -48,6 +49,14 @@ def test_jobs_of_one_folder_are_one_run(tmp_path: Path, capfd: pytest.CaptureFix
         "started",
         "Job 0 (seed=0) finished with NLL 1.5000",
     ]
+
+
+def test_a_job_whose_judgement_diverged_stops_no_other_and_is_the_worst(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    diverged = shell_job(0, tmp_path / "a", 'echo \'{"nll": null}\' > "$0/report.json"')
+    assert run([diverged, shell_job(1, tmp_path / "b", "true")]) == [Outcome(score=math.inf), Outcome()]
+    assert "Job 0 (seed=0) finished with NLL inf" in capfd.readouterr().out
 
 
 def test_a_failure_stops_no_other(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

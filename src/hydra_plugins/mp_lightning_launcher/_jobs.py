@@ -1,6 +1,7 @@
 """From the overrides of a sweep's jobs to their results."""
 
 import json
+import math
 import os
 import re
 import shlex
@@ -215,6 +216,7 @@ def _unwritable(folder: Path, error: OSError) -> str:
 
 def _score(folder: Path) -> float | None:
     try:
-        return float(json.loads((folder / REPORT).read_text(encoding="utf-8"))["nll"])
+        nll = json.loads((folder / REPORT).read_text(encoding="utf-8"))["nll"]
+        return math.inf if nll is None else float(nll)  # None: a training that it was judged by diverged
     except (OSError, ValueError, KeyError):  # the verb gives no score
         return None

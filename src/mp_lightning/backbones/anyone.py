@@ -96,12 +96,14 @@ def _from_file(path: Path) -> ModuleType:
         raise ImportError(f"{path} is no file of Python")
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # where classes look for their own module
-    sys.path.append(str(path.parent))
+    beside = [] if str(path.parent) in sys.path else [str(path.parent)]
+    sys.path += beside
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
     finally:
-        sys.path.remove(str(path.parent))
+        for added in beside:
+            sys.path.remove(added)
     return module

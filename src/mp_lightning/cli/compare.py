@@ -5,13 +5,13 @@ import sys
 from pathlib import Path
 
 from omegaconf import DictConfig
-from rich.console import Console
 
 from mp_lightning.cli.compare_settings import CompareSettings, read
 from mp_lightning.cli.words import PROGRAM
 from mp_lightning.compare.classifier import ClassifierFactory
 from mp_lightning.compare.comparison import Plan
 from mp_lightning.compare.conclusion import conclude
+from mp_lightning.compare.console import make_console
 from mp_lightning.compare.progress import reading_display
 from mp_lightning.compare.run import Experiment
 from mp_lightning.compare.target import Target, TargetFactory, read_target
@@ -23,7 +23,7 @@ __all__ = ["read", "run"]
 def run(config: DictConfig, path: Path) -> None:
     """Compare in the run folder ``path``."""
     given = read(config)
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     with reading_display(console) as on_progress:
         target = read_target(
             given.target,

@@ -7,7 +7,16 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from mp_lightning.cli.options import check, check_choice, check_keys, plain_section, settings
+from mp_lightning.cli.options import (
+    check,
+    check_choice,
+    check_image_size,
+    check_keys,
+    check_top_level,
+    plain,
+    plain_section,
+    settings,
+)
 from mp_lightning.compare.architecture import Architecture
 from mp_lightning.compare.arms import NamedArm, parse_arm
 from mp_lightning.compare.classifier import Optimization
@@ -20,7 +29,6 @@ from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import load_phi
 from mp_lightning.runs import relevant_settings
 
-_SMALLEST_IMAGES = 8
 _FEW_DIGITS = 10
 _OPTIMIZATION = ("steps", "batch_size", "lr", "weight_decay", "milestones", "lr_factor")
 _TOP_LEVEL = (
@@ -70,18 +78,15 @@ def read(config: DictConfig) -> CompareSettings:
         ConfigurationError: a key is unknown or missing, or a value cannot be used; the message names it.
         PhiError: a phi cannot be loaded.
     """
-    check_keys([str(key) for key in config if key != "hydra"], _TOP_LEVEL)
+    check_top_level(config, _TOP_LEVEL)
     folder = plain_section(config, "run")
     check_keys(folder, ("fresh",), "run.")
-    image_size = check(config.image_size, int, "image_size")
-    if image_size < _SMALLEST_IMAGES:
-        raise ConfigurationError(f"image_size={image_size} is too small; give at least {_SMALLEST_IMAGES} pixels")
+    image_size = check_image_size(config.image_size, "image_size")
     architecture = Architecture.parse(check(config.model, str, "model"))
     architecture.check(image_size)
     target = check(config.target, str, "target")
-    whole = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    assert isinstance(whole, dict)
-    relevant = relevant_settings({str(key): value for key, value in whole.items()})
+    whole = plain(config)
+    relevant = relevant_settings(whole)
     return CompareSettings(
         target=target,
         n_per_class=_per_class(config.n_per_class, target),

@@ -10,14 +10,14 @@ from typing import Any, cast
 import lightning as L
 import torch
 from omegaconf import DictConfig
-from rich.console import Console
 from rich.markup import escape
 
 from mp_lightning.backbones.anyone import find_object, make
 from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.checkpoints import KEY, read_checkpoint
 from mp_lightning.cli.model_options import read_image, required
-from mp_lightning.cli.options import check, check_choice, check_keys
+from mp_lightning.cli.options import check, check_choice, check_top_level
+from mp_lightning.compare.console import make_console
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference.exporting import SUFFIXES, ExportMode, export
 from mp_lightning.sites import attachment_of
@@ -44,7 +44,7 @@ def read(config: DictConfig) -> Request:
     Raises:
         ConfigurationError: a key is unknown, or a value is missing or cannot be used; the message names it.
     """
-    check_keys([str(key) for key in config if key != "hydra"], _KEYS)
+    check_top_level(config, _KEYS)
     to = Path(required(config, "to", "model.onnx"))
     if to.suffix not in SUFFIXES:
         raise ConfigurationError(f"to={to} cannot be used; give a file name that ends in {' or '.join(SUFFIXES)}")
@@ -81,7 +81,7 @@ def run(config: DictConfig, path: Path) -> None:
     side = int(attachment.input_size)
     image = given.image or (in_channels(model), side, side)
     difference = export(model, given.to, torch.rand(2, *image), cast(ExportMode, mode))
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     size = "x".join(map(str, image))
     checked = "not compared, as onnxruntime is not installed" if math.isnan(difference) else f"{difference:.1e}"
     console.print(

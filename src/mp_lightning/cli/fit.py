@@ -20,6 +20,7 @@ from mp_lightning.cli.fit_settings import FitSettings, read
 from mp_lightning.cli.run_scores import PHI
 from mp_lightning.cli.training import make_trainer, meta_train
 from mp_lightning.cli.words import PROGRAM
+from mp_lightning.compare.console import for_tables, make_console
 from mp_lightning.compare.progress import progress_display, reading_display
 from mp_lightning.data.stamps import Stamp, stamps
 from mp_lightning.errors import ConfigurationError, PhiError
@@ -38,7 +39,7 @@ from mp_lightning.sites.strength import share_reached
 
 __all__ = ["read", "run"]
 
-_LEAST_WIDTH = 100  # of tables, where the output is not a terminal
+_WIDTH = 100  # of the table, where the output is not a terminal
 
 
 def run(config: DictConfig, path: Path) -> float:
@@ -47,7 +48,7 @@ def run(config: DictConfig, path: Path) -> float:
     Of several processes the first alone judges phi and returns its score; the others return NaN.
     """
     given = read(config)
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     logger = make_logger(given.logger, path, run_name(given.relevant), given.fresh)
     trainer = make_trainer(given.trainer, given.meta.steps, path, console, logger)
     first = trainer.is_global_zero
@@ -143,8 +144,7 @@ def _finish(
         "nll_without_phi": without if math.isfinite(without) else None,
     }
     folder.finish(report)
-    wide = console if console.is_terminal else Console(highlight=False, width=max(console.width, _LEAST_WIDTH))
-    wide.print(table)
+    for_tables(console, _WIDTH).print(table)
     console.print(f"Written to {_bold(path)}: {PHI}, phi.json, phi.png, metrics.csv, training.png")
     _print_report(console, report, path)
     return nll
@@ -172,12 +172,9 @@ def make_logger(section: dict[str, Any], path: Path, name: str, fresh: bool) -> 
 
 
 def _place(tasks: list[Task], ranks: int) -> list[int]:
-    costs: dict[tuple[Any, ...], float] = {}
     keys = [(task.architecture, task.train.num_classes, task.train.image_size) for task in tasks]
-    for key in keys if ranks > 1 else ():
-        if key not in costs:
-            costs[key] = float(key[0].forward_flops(*key[1:]))
-    return place([costs.get(key, 1.0) for key in keys], ranks)
+    costs = {key: float(key[0].forward_flops(*key[1:])) if ranks > 1 else 1.0 for key in dict.fromkeys(keys)}
+    return place([costs[key] for key in keys], ranks)
 
 
 def _announce(console: Console, tasks: list[Task], placed: list[int], steps: int) -> None:

@@ -6,7 +6,16 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from mp_lightning.cli.options import check, check_choice, check_keys, plain_section, settings
+from mp_lightning.cli.options import (
+    check,
+    check_choice,
+    check_image_size,
+    check_keys,
+    check_top_level,
+    plain,
+    plain_section,
+    settings,
+)
 from mp_lightning.cli.training import device_options
 from mp_lightning.compare.architecture import Architecture
 from mp_lightning.errors import ConfigurationError
@@ -17,7 +26,6 @@ from mp_lightning.meta.transfer import TransferSettings
 from mp_lightning.perturbation import check_following, check_fraction
 from mp_lightning.runs import relevant_settings
 
-_SMALLEST_IMAGES = 8
 _MOST_SEED = 2**63 - 1
 _TOP_LEVEL = (
     *("meta", "tasks", "evaluation", "trainer", "logger", "run", "sources"),
@@ -57,7 +65,7 @@ def read(config: DictConfig) -> FitSettings:
     Raises:
         ConfigurationError: a key is unknown or missing, or a value of the wrong kind; the message names it.
     """
-    check_keys([str(key) for key in config if key != "hydra"], _TOP_LEVEL)
+    check_top_level(config, _TOP_LEVEL)
     tasks, evaluation, folder = (plain_section(config, name) for name in ("tasks", "evaluation", "run"))
     check_keys(tasks, _SPLIT, "tasks.")
     check_keys(folder, ("fresh",), "run.")
@@ -81,8 +89,6 @@ def read(config: DictConfig) -> FitSettings:
         Architecture.parse(transfer.architecture).check(default.image_size)
     if target is not None and any(same_data(target, source.dataset) for source in sources):
         raise ConfigurationError(f"evaluation.data={target} is a source as well; judge phi on images it has not seen")
-    whole = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
-    assert isinstance(whole, dict)
     return FitSettings(
         seed=_seed(config.seed),
         fresh=check(folder.get("fresh"), bool, "run.fresh"),
@@ -94,7 +100,7 @@ def read(config: DictConfig) -> FitSettings:
         transfer=transfer,
         trainer=device_options(plain_section(config, "trainer")),
         logger=plain_section(config, "logger"),
-        relevant=relevant_settings({str(key): value for key, value in whole.items()}),
+        relevant=relevant_settings(plain(config)),
     )
 
 
@@ -130,9 +136,7 @@ def _sources(config: DictConfig, shared: dict[str, Any]) -> list[SourceSettings]
 def _source(name: str, values: dict[str, Any], key: str) -> SourceSettings:
     """A source from ``values``, in which every key is set."""
     top = "" if key == "tasks" else f"{key}."
-    image_size = check(values["image_size"], int, f"{top}image_size")
-    if image_size < _SMALLEST_IMAGES:
-        raise ConfigurationError(f"{top}image_size={image_size} is too small; give at least {_SMALLEST_IMAGES} pixels")
+    image_size = check_image_size(values["image_size"], f"{top}image_size")
     architectures = values.get("architectures")
     if not isinstance(architectures, list) or not architectures or not all(isinstance(a, str) for a in architectures):
         raise ConfigurationError(

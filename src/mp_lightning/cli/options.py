@@ -12,6 +12,7 @@ from mp_lightning.errors import ConfigurationError
 
 T = TypeVar("T")
 _LARGEST = 3.4e38  # that float32 holds
+_SMALLEST_IMAGES = 8
 
 
 def settings(cls: type[T], section: dict[str, Any], name: str) -> T:
@@ -29,6 +30,33 @@ def settings(cls: type[T], section: dict[str, Any], name: str) -> T:
     prefix = f"{name}." if name else ""
     check_keys(section, names, prefix)
     return cls(**{key: check(section.get(key), hints[key], f"{prefix}{key}") for key in names})
+
+
+def check_top_level(config: DictConfig, known: Sequence[str]) -> None:
+    """Refuse a key at the top that nothing reads, but Hydra's.
+
+    Raises:
+        ConfigurationError: a key is unknown; the message names the nearest one.
+    """
+    check_keys([str(key) for key in config if key != "hydra"], known)
+
+
+def plain(config: DictConfig) -> dict[str, Any]:
+    """All of a configuration as dictionaries and lists; what is missing is '???'."""
+    values: Any = OmegaConf.to_container(config, resolve=True, throw_on_missing=False)
+    return {str(key): value for key, value in values.items()}
+
+
+def check_image_size(value: Any, key: str) -> int:
+    """A side of images in pixels.
+
+    Raises:
+        ConfigurationError: it is none that networks take; the message names the key.
+    """
+    size: int = check(value, int, key)
+    if size < _SMALLEST_IMAGES:
+        raise ConfigurationError(f"{key}={size} is too small; give at least {_SMALLEST_IMAGES} pixels")
+    return size
 
 
 def plain_section(config: DictConfig, name: str) -> dict[str, Any]:

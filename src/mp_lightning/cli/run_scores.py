@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ from mp_lightning.errors import PhiError, UserError
 from mp_lightning.nested import flat
 from mp_lightning.perturbation import NamedPhi, load_phi
 from mp_lightning.runs import ASIDE, REPORT, SETTINGS
+from mp_lightning.walking import walk
 
 PHI = "phi.safetensors"
 _ARM = "final phi"
@@ -55,16 +55,10 @@ def read_runs(sweep: Path) -> list[Run]:
 
 def _run_folders(sweep: Path) -> Iterator[Path]:
     """Folders below this one in which something ran; through links as well, each folder once."""
-    seen: set[Path] = set()
-    for place, inner, files in os.walk(sweep, followlinks=True):
-        folder = Path(place)
-        if folder.resolve() in seen:
-            inner.clear()
-            continue
-        seen.add(folder.resolve())
-        inner[:] = sorted(name for name in inner if not name.startswith(ASIDE))
+    for folder, inner, files in walk(sweep):
+        inner[:] = [name for name in inner if not name.startswith(ASIDE)]
         if SETTINGS in files or OUTPUT in files:
-            yield folder
+            yield Path(folder)
 
 
 def judged_alike(finished: list[Run], like: str | None) -> list[Run]:

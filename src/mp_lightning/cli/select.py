@@ -10,9 +10,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from mp_lightning.cli.options import check, check_keys
+from mp_lightning.cli.options import check, check_top_level
 from mp_lightning.cli.run_scores import PHI, Run, RunsError, differing_settings, judged_alike, read_runs
 from mp_lightning.cli.words import PROGRAM
+from mp_lightning.compare.console import make_console
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import NamedPhi, save_phi
 from mp_lightning.runs import SETTINGS
@@ -36,7 +37,7 @@ def read(config: DictConfig) -> Selection:
     Raises:
         ConfigurationError: a key is unknown, or a value cannot be used; the message names it.
     """
-    check_keys([str(key) for key in config if key != "hydra"], ("sweep", "by", "like", "to", "command"))
+    check_top_level(config, ("sweep", "by", "like", "to", "command"))
     if config.by not in ("nll", "accuracy"):
         raise ConfigurationError(f"by={config.by} cannot be used; give nll or accuracy")
     sweep = Path(check(config.sweep, str, "sweep"))
@@ -74,7 +75,7 @@ def run(config: DictConfig, path: Path) -> None:
     best = finished[0]
     assert best.phi is not None
     _write(given.to, best.phi, selected(runs, finished, words, given.by))
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console()
     _show(console, runs, finished, words)
     if left_out:
         console.print(f"Left out, as they were judged otherwise: {escape(', '.join(sorted(left_out)))}")

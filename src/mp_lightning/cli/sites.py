@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from torch import nn
@@ -13,8 +12,9 @@ from torch import nn
 from mp_lightning.backbones import list_backbones
 from mp_lightning.backbones.anyone import build_network
 from mp_lightning.cli.model_options import read_image, required
-from mp_lightning.cli.options import check, check_keys
+from mp_lightning.cli.options import check, check_top_level
 from mp_lightning.cli.site_costs import SiteCost, measure
+from mp_lightning.compare.console import for_tables, make_console
 from mp_lightning.errors import ConfigurationError, one_line
 from mp_lightning.perturbation import NamedPhi, check_fraction, load_phi
 from mp_lightning.sites import SitePlan, choose_sites
@@ -22,6 +22,7 @@ from mp_lightning.sites.choice import is_share
 from mp_lightning.sites.recording import NoImageFits
 from mp_lightning.sites.tracing import image_shape
 
+_WIDTH = 200  # of the table, where the output is not a terminal
 _KEYS = ("command", "model", "input", "target", "sites", "phi", "batch_size", "device", "to")
 
 
@@ -46,7 +47,7 @@ def read(config: DictConfig) -> Request:
         ConfigurationError: a key is unknown, or a value is missing or cannot be used; the message names it.
         PhiError: phi cannot be read.
     """
-    check_keys([str(key) for key in config if key != "hydra"], _KEYS)
+    check_top_level(config, _KEYS)
     to = check(config.to, str | None, "to")
     if to is not None and Path(to).suffix not in (".yaml", ".yml"):
         raise ConfigurationError(f"to={to} cannot be used; give a file name that ends in .yaml")
@@ -74,12 +75,10 @@ def run(config: DictConfig, path: Path) -> None:
     plan = choose_sites(model, given.phi.share_of_sites if given.sites is None else given.sites, given.target)
     image = given.image or _guess_image(model, given.model)
     costs, plain_ms = measure(model.to(given.device), plan, given.phi, (given.batch_size, *image), given.device)
-    console = Console(highlight=False, soft_wrap=True)
-    if not console.is_terminal:
-        console.width = 200  # for files and pipes, which do not wrap
+    console = make_console()
     size = "x".join(map(str, image))
     console.print(f"{escape(given.model)}, {given.batch_size} images of {size}, on {given.device}: {len(plan)} sites\n")
-    console.print(_table(plan, costs), soft_wrap=False)
+    for_tables(console, _WIDTH).print(_table(plan, costs))
     total = sum(cost.milliseconds for cost in costs.values())
     console.print(
         f"\nA training step without perturbation takes {plain_ms:.1f} ms here (median); the sites add {total:.1f} ms, "

@@ -12,6 +12,7 @@ from rich.console import Console
 from mp_lightning.compare.arms import Arm, parse_arm
 from mp_lightning.compare.comparison import Plan
 from mp_lightning.compare.conclusion import Comparison, conclude
+from mp_lightning.compare.console import make_console
 from mp_lightning.compare.examine import Predict, predict_pair
 from mp_lightning.compare.fingerprint import fingerprint, identity
 from mp_lightning.compare.given import (
@@ -83,7 +84,7 @@ def compare(
             accuracy is measured.
         trainer: arguments of ``lightning.Trainer``, with ``max_epochs`` or the like.
         arms: names as in ``python -m mp_lightning.meta compare --help``, or :class:`Arm`.
-        seeds: how many; fewer than five never give a verdict.
+        seeds: how many; fewer than five never give a verdict but *underfitted* and *diverged*.
         phi: for the arms that take one, as for :class:`~mp_lightning.MetaPerturbCallback`.
         metric: what the verdict is about and what is tuned for.
         inference: how arms with noise in evaluation classify: 'mean', as by default in the callback, which is always
@@ -120,8 +121,7 @@ def compare(
     data = UserData(datamodule)
     loaded = load_phi(phi)
     parsed = [arm if isinstance(arm, Arm) else parse_arm(arm, loaded) for arm in list_of_arms(arms)]
-    example = datamodule if isinstance(datamodule, L.LightningDataModule) else datamodule(0)
-    names = target or type(example).__name__, model or _name(module_factory)
+    names = target or data.kind, model or _name(module_factory)
     shared = {
         "target": names[0],
         "model": names[1],
@@ -141,7 +141,7 @@ def compare(
         data=data,
         trainer=trainer,
         steps=steps if isinstance(steps, int) and steps > 0 else None,
-        num_classes=num_classes if num_classes is not None else getattr(example, "num_classes", None),
+        num_classes=num_classes if num_classes is not None else data.num_classes,
         inference=inference,
         samples=samples,
         predict=predict,
@@ -165,7 +165,7 @@ def compare(
     unusual = (metric, tuning) != ("accuracy", [3, 1])  # older folders are named without
     place = Path(folder) if folder is not None else Path("runs") / f"compare-{_digest(judged if unusual else shared)}"
     kept = RunFolder(place, judged, fresh=fresh, remedies=("folder=", "fresh=True"))
-    console = console or Console(highlight=False, soft_wrap=True)
+    console = console or make_console()
     try:
         return conclude(plan, kept.path, console, "mp_lightning.compare(...), as it was called", shared)
     finally:

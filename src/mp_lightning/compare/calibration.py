@@ -18,12 +18,12 @@ from lightning.pytorch.utilities.seed import isolate_rng
 from mp_lightning.compare.arm_callbacks import Context, callbacks_of
 from mp_lightning.compare.arms import parse_arm
 from mp_lightning.compare.cost import Cost
-from mp_lightning.compare.examine import Predict, forward
+from mp_lightning.compare.examine import Predict, batches, forward
 from mp_lightning.compare.moments import SiteMoments, site_moments
 from mp_lightning.compare.pairing import PairedSteps, seed_all
 from mp_lightning.compare.run import Experiment, Job, OnStep, RunError, fresh_module, train
 from mp_lightning.compare.store import RunKey
-from mp_lightning.perturbation import NamedPhi
+from mp_lightning.perturbation import NamedPhi, phi_digest
 from mp_lightning.randomness import derived_seed
 from mp_lightning.runs import unusable
 from mp_lightning.sites import attachment_of
@@ -32,24 +32,6 @@ from mp_lightning.whole import write_json
 _WHEN = "at the end of a run"  # before, it was after 100 steps
 _BATCHES = 10
 _SEED = 2 * 10**9  # none of the comparison's, nor of tuning
-
-
-def phi_digest(phi: NamedPhi) -> str:
-    """A few characters that tell a phi, and all that it is meant for (strength, noise, sites, loss), from others."""
-    digest = hashlib.sha256()
-    for value in phi.phi:
-        digest.update(value.detach().cpu().numpy().tobytes())
-    if phi.strength != 1:
-        digest.update(str(phi.strength).encode())
-    if phi.noise_per != "element":
-        digest.update(phi.noise_per.encode())
-    if phi.share_of_sites != 1:
-        digest.update(f"sites {phi.share_of_sites}".encode())
-    if phi.full_strength_at != 1:
-        digest.update(f"full strength at {phi.full_strength_at}".encode())
-    if phi.acts_below != 1:
-        digest.update(f"acts below {phi.acts_below}".encode())
-    return digest.hexdigest()[:12]
 
 
 def matched_moments(
@@ -159,5 +141,5 @@ class _Measuring(Callback):
 
     def _forwards(self, trainer: L.Trainer, module: L.LightningModule) -> Iterator[Callable[[], Any]]:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
-        for batch in islice(data.train_dataloader(), _BATCHES):
+        for batch in islice(batches(data.train_dataloader(), "train_dataloader"), _BATCHES):
             yield partial(forward, trainer, self._predict, module, batch)

@@ -10,6 +10,7 @@ from rich.markup import escape
 
 from mp_lightning.compare.arms import AnyArm, NamedArm, follows_the_loss
 from mp_lightning.compare.comparison import Plan, carry_out, check_plan
+from mp_lightning.compare.console import for_tables
 from mp_lightning.compare.display import Bars
 from mp_lightning.compare.report import Repeat, write_report
 from mp_lightning.compare.results import METRICS, Row
@@ -20,7 +21,7 @@ from mp_lightning.compare.tuning import Tuned
 from mp_lightning.quiet import quiet
 from mp_lightning.sites.strength import SHORTEST_RUN
 
-_LEAST_WIDTH = 110  # of tables, where the output is not a terminal
+_WIDTH = 110  # of the table, where the output is not a terminal
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,7 @@ def _is_learned(arm: NamedArm) -> bool:
 
 
 def _say(console: Console, comparison: Comparison, acted: Sequence[str]) -> None:
-    wide = console if console.is_terminal else Console(file=console.file, highlight=False, width=_LEAST_WIDTH)
-    wide.print(terminal_table(comparison.summary))
+    for_tables(console, _WIDTH).print(terminal_table(comparison.summary))
     for sentence in acted:
         console.print(sentence, markup=False)
     place = escape(str(comparison.folder))

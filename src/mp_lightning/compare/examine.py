@@ -21,6 +21,7 @@ from mp_lightning.inference import Output
 from mp_lightning.inference.mc import OUTPUTS, output_kind, tolerance_of
 from mp_lightning.inference.reestimation import BATCHES, plain_averages
 from mp_lightning.neighbours import act_last
+from mp_lightning.reestimation_steps import moved
 from mp_lightning.sites import Attachment, attachment_of
 
 # From a module and a batch to the scores (B, K) and the labels (B,).
@@ -144,7 +145,7 @@ class Examination(L.Callback):
         return predictions(trainer, module, loader, self._predict, self._output, name)
 
     def _forwards(self, trainer: L.Trainer, module: L.LightningModule, loader: Any) -> Iterator[Callable[[], Any]]:
-        for batch in islice(_batches(loader, "train_dataloader"), _BATCHES):
+        for batch in islice(batches(loader, "train_dataloader"), _BATCHES):
             yield partial(forward, trainer, self._predict, module, batch)
 
     @torch.no_grad()
@@ -162,7 +163,7 @@ class Examination(L.Callback):
             if attachment is not None:
                 attachment.inference = None  # one forward with noise, where there is any, and not several
             with plain_averages(module, norms):
-                for batch in islice(_batches(loader, "train_dataloader"), BATCHES) if norms else ():
+                for batch in islice(batches(loader, "train_dataloader"), BATCHES) if norms else ():
                     forward(trainer, self._predict, module, batch)
         finally:
             if attachment is not None:
@@ -206,7 +207,7 @@ def predictions(
         ConfigurationError: there are no scores of classes, or no labels.
     """
     found, labels = [], []
-    for batch in _batches(loader, name):
+    for batch in batches(loader, name):
         values, y = forward(trainer, predict, module, batch)
         output = output or output_kind(values, type(module).__name__)
         tolerance = tolerance_of(values.dtype)
@@ -232,10 +233,10 @@ def forward(trainer: L.Trainer, predict: Predict, module: L.LightningModule, bat
         ConfigurationError: there are no scores of classes, or no labels.
         DataError: a label is of no class.
     """
-    moved = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+    ready = moved(trainer, module, batch)
     try:
         with trainer.precision_plugin.test_step_context():
-            values, y = predict(module, moved)
+            values, y = predict(module, ready)
     except NotImplementedError as error:
         raise ConfigurationError(
             f"{type(module).__name__} has no forward; give it one, or pass predict=, a function from the module and a "
@@ -260,10 +261,19 @@ def forward(trainer: L.Trainer, predict: Predict, module: L.LightningModule, bat
 def _as_trained(trainer: L.Trainer, data: Any) -> Any:
     """The batches of an epoch of training, and of an endless one as many as were trained on."""
     made = trainer.fit_loop.epoch_loop.total_batch_idx + 1
-    return islice(_batches(data.train_dataloader(), "train_dataloader"), int(min(trainer.num_training_batches, made)))
+    return islice(batches(data.train_dataloader(), "train_dataloader"), int(min(trainer.num_training_batches, made)))
 
 
-def _batches(loader: Any, name: str) -> Iterable[Any]:
+def batches(loader: Any, name: str) -> Iterable[Any]:
+    """What a dataloader hook gives, which may be a list of one loader.
+
+    Args:
+        loader: what it gave.
+        name: of the hook, for messages.
+
+    Raises:
+        ConfigurationError: there are several loaders.
+    """
     if isinstance(loader, dict) or (isinstance(loader, list | tuple) and len(loader) != 1):
         raise ConfigurationError(f"{name} gives several loaders, of which one is needed; give a datamodule with one")
     if isinstance(loader, list | tuple):

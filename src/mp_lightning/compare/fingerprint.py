@@ -3,13 +3,14 @@
 import hashlib
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import CodeType, FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
 from mp_lightning.compare.pairing import seed_all
@@ -57,7 +58,7 @@ def _code(value: Any, within: frozenset[int] = frozenset()) -> Any:
         case CodeType():
             return value.co_code, value.co_names, code(value.co_consts)
         case FunctionType():
-            held = [cell.cell_contents for cell in value.__closure__ or ()]
+            held = [_content(cell) for cell in value.__closure__ or ()]
             return code([value.__code__, value.__defaults__, value.__kwdefaults__, held])
         case MethodType():
             return code([value.__func__, value.__self__])
@@ -74,6 +75,13 @@ def _code(value: Any, within: frozenset[int] = frozenset()) -> Any:
     called = vars(type(value)).get("__call__")
     state = getattr(value, "__dict__", {})
     return [type(value).__qualname__, *(code([called, state]) if isinstance(called, FunctionType) else ())]
+
+
+def _content(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # of a name that is assigned later
+        return None
 
 
 def _optimizers(module: L.LightningModule) -> list[Any]:
@@ -109,6 +117,8 @@ def _first_batches(experiment: Experiment) -> list[Any]:
 def _digest(values: Iterable[Any]) -> str:
     digest = hashlib.sha256()
     for leaf in tree_leaves(list(values)):
+        if is_lazy(leaf):  # has no numbers yet
+            continue
         if isinstance(leaf, Tensor):
             digest.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
         elif isinstance(leaf, str | int | float | bool | None):

@@ -34,11 +34,13 @@ def scores(probabilities: Tensor, labels: Tensor) -> Scores:
         right = (p[finite].argmax(dim=1) == labels[finite]).sum()
         return Scores(float(right) / len(labels), float("nan"), float("nan"), float("nan"))
     truth = F.one_hot(labels, classes)
+    # Beyond 0 and 1, as rounding leaves some, torchmetrics takes all for logits; and what is 1 has a bin of its own.
+    confidences = p.clamp(min=0.0, max=1 - torch.finfo(torch.float32).eps / 2)
     return Scores(
         accuracy=float(multiclass_accuracy(p, labels, classes, average="micro")),
         nll=float(F.nll_loss(p.double().clamp(min=torch.finfo(torch.float32).tiny).log(), labels)),
         brier=float((p.double() - truth).square().sum(dim=1).mean()),
-        ece=float(multiclass_calibration_error(p, labels, classes, n_bins=BINS, norm="l1")),
+        ece=float(multiclass_calibration_error(confidences, labels, classes, n_bins=BINS, norm="l1")),
     )
 
 

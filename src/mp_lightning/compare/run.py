@@ -150,12 +150,19 @@ def fresh_module(experiment: Experiment, seed: int) -> L.LightningModule:
             "that makes a new one"
         )
     perturbs = isinstance(module, MetaPerturbMixin) or attachment_of(module) is not None
-    if perturbs or any(isinstance(one, MetaPerturbCallback) for one in listed(module.configure_callbacks())):
+    if perturbs or any(isinstance(one, MetaPerturbCallback) for one in _callbacks_of(module)):
         raise ConfigurationError(
             f"{type(module).__name__} perturbs itself, so that every arm, 'none' too, would train with phi; let "
             "module_factory make one without MetaPerturbMixin, attach() or a MetaPerturbCallback, which compare adds"
         )
     return module
+
+
+def _callbacks_of(module: L.LightningModule) -> list[Any]:
+    try:
+        return listed(module.configure_callbacks())
+    except Exception:  # it may ask the trainer, which is not there yet; where phi is added, a second one is refused
+        return []
 
 
 def train(experiment: Experiment, module: L.LightningModule, job: Job, callbacks: list[Callback]) -> L.Trainer:

@@ -33,6 +33,8 @@ class UserData:
             if not is_overridden(hook, example):
                 raise ConfigurationError(f"{type(example).__name__} has no {hook}; give it one")
         self.can_validate = bool(is_overridden("val_dataloader", example))
+        self.kind = type(example).__name__
+        self.num_classes: int | None = getattr(example, "num_classes", None)
 
     def __call__(self, seed: int, validation: bool = False) -> L.LightningDataModule:
         data = self._fresh(seed)

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 
 from mp_lightning.data.catalogue import list_datasets
+from mp_lightning.walking import walk
 
 # Number of files, their size in bytes, and the newest time of a change in ns since the epoch.
 Stamp = list[int]
@@ -18,10 +19,10 @@ def stamps(sources: Iterable[str]) -> dict[str, Stamp]:
 
 def _stamp(path: str) -> Stamp:
     files = [path] if os.path.isfile(path) else []
-    files += [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    files += [os.path.join(folder, name) for folder, _, names in walk(path) for name in names]
     found = [0, 0, 0]
     for file in files:
         with suppress(OSError):  # it may go meanwhile
-            state = os.lstat(file)
+            state = os.stat(file)
             found = [found[0] + 1, found[1] + state.st_size, max(found[2], state.st_mtime_ns)]
     return found

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mp_lightning.compare.architecture import Architecture
 from mp_lightning.data import ImageSet, batch_indices, normalize, standard_augment
 from mp_lightning.inference import MonteCarlo
-from mp_lightning.perturbation import NamedPhi
+from mp_lightning.perturbation import NamedPhi, phi_digest
 from mp_lightning.randomness import derived_seed, random_state
 from mp_lightning.runs import unusable
 from mp_lightning.sites import attach
@@ -40,13 +40,9 @@ class Target:
     def digest(self) -> str:
         """A few characters that tell these images, labels and mirroring from others."""
         digest = hashlib.sha256(f"{self.flip}".encode())
-        self.add_to(digest)
-        return digest.hexdigest()[:16]
-
-    def add_to(self, digest: "hashlib._Hash") -> None:
-        """Add images and labels to a digest."""
         for images in (self.train, self.test):
             images.add_to(digest)
+        return digest.hexdigest()[:16]
 
 
 @dataclass(frozen=True)
@@ -139,11 +135,11 @@ def compare_transfer(
             call; 0 before the test.
         kept: the runs that are finished.
     """
-    results = []
+    results, images = [], target.digest()
     for arm, phi in arms.items():
         runs = []
         for i in range(settings.seeds):
-            key = _key(target, arm, phi, settings, seed, i)
+            key = _key(images, arm, phi, settings, seed, i)
             result = kept.get(key)
             if result is None:
                 result = _train_and_test(
@@ -157,18 +153,10 @@ def compare_transfer(
     return results
 
 
-def _key(target: Target, arm: str, phi: NamedPhi | None, settings: TransferSettings, seed: int, number: int) -> str:
+def _key(images: str, arm: str, phi: NamedPhi | None, settings: TransferSettings, seed: int, number: int) -> str:
     """A name of a run that everything which decides its result has a part in."""
-    digest = hashlib.sha256(f"{target}/{target.flip}/{settings}/{seed}".encode())
-    target.add_to(digest)
-    if phi is not None:
-        digest.update(f"{phi.strength}{'' if phi.noise_per == 'element' else phi.noise_per}".encode())
-        digest.update(b"" if phi.share_of_sites == 1 else str(phi.share_of_sites).encode())
-        digest.update(b"" if phi.full_strength_at == 1 else f"full at {phi.full_strength_at}".encode())
-        digest.update(b"" if phi.acts_below == 1 else f"acts below {phi.acts_below}".encode())
-        for value in phi.phi:
-            digest.update(value.detach().cpu().numpy().tobytes())
-    return f"{arm}/{number}/{digest.hexdigest()[:16]}"
+    what = f"{images}/{settings}/{seed}/{None if phi is None else phi_digest(phi)}"
+    return f"{arm}/{number}/{hashlib.sha256(what.encode()).hexdigest()[:16]}"
 
 
 def _train_and_test(

@@ -59,6 +59,24 @@ class NamedPhi:
         return f"{self.name} ({self.card['status']})" if self.card.get("status") else self.name
 
 
+def phi_digest(phi: NamedPhi) -> str:
+    """A few characters that tell a phi, and all that it is meant for (strength, noise, sites, loss), from others."""
+    digest = hashlib.sha256()
+    for value in phi.phi:
+        digest.update(value.detach().cpu().numpy().tobytes())
+    if phi.strength != 1:
+        digest.update(str(phi.strength).encode())
+    if phi.noise_per != "element":
+        digest.update(phi.noise_per.encode())
+    if phi.share_of_sites != 1:
+        digest.update(f"sites {phi.share_of_sites}".encode())
+    if phi.full_strength_at != 1:
+        digest.update(f"full strength at {phi.full_strength_at}".encode())
+    if phi.acts_below != 1:
+        digest.update(f"acts below {phi.acts_below}".encode())
+    return digest.hexdigest()[:12]
+
+
 def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dict[str, Any]:
     """Write ``path`` (.safetensors) and the card beside it (.json); each appears whole or not at all.
 
