@@ -85,9 +85,21 @@ def test_load_from_checkpoint(tmp_path, inference):
 def test_a_declared_module_averages_samples_before_batch_norm_is_reestimated():
     """Not a single sample of noise, whatever trainer or loop it comes to."""
     model = module(Declared).eval()
+    attachment_of(model).ramp_over(0)
     with torch.no_grad(), pytest.warns(UserWarning, match="20 noisy forwards are averaged"):
         model(digits()[0][:8])
     assert int(attachment_of(model).evaluations) == 20
+
+
+def test_a_file_of_a_module_that_did_not_declare_it_is_loaded_like_any_other(tmp_path):
+    called = module()
+    run = trainer(tmp_path, [MetaPerturbCallback(initial_phi(0))])
+    run.fit(called, loader(4))
+    run.save_checkpoint(tmp_path / "called.ckpt")
+    declared = Declared.load_from_checkpoint(tmp_path / "called.ckpt", weights_only=True).eval()
+    x = digits()[0][:8]
+    assert torch.equal(declared(x), called.eval()(x))
+    assert int(attachment_of(declared).steps) == 8
 
 
 def test_plain_state_dict_round_trip():

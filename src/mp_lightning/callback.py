@@ -23,7 +23,7 @@ from mp_lightning.neighbours import (
     unfrozen,
 )
 from mp_lightning.perturbation import NamedPhi, Perturbation, Phi, check_fraction, load_phi
-from mp_lightning.reestimation_steps import reestimate, training_data
+from mp_lightning.reestimation_steps import reestimate, training_data, try_to_reestimate
 from mp_lightning.restoring import load_trained, set_back, set_to_evaluation
 from mp_lightning.schedule import batches_per_step, total_training_batches, training_loss
 from mp_lightning.site_metrics import SiteLog, batches_between_looks
@@ -32,7 +32,7 @@ from mp_lightning.sites.arguments import check_arguments, whole_number
 from mp_lightning.sites.attachment import CLIP, PathName, check_path
 from mp_lightning.sites.choice import is_file, is_share
 from mp_lightning.sites.hooked import check_there
-from mp_lightning.sites.surgery import detach_changed, following
+from mp_lightning.sites.surgery import attachment_to_train, detach_changed, following
 
 
 class MetaPerturbCallback(EvaluationEpochs):
@@ -75,7 +75,7 @@ class MetaPerturbCallback(EvaluationEpochs):
         inference: 'mean' makes one forward with the expected noise, and re-estimates batch norm for it on at most 50
             training batches when training ends. 'fold' multiplies by a constant for each channel, estimated at the same
             time, so that nothing learned is left to compute. 'mc' averages the class probabilities of several noisy
-            forwards, as published; it needs a model that gives a (B, K) tensor.
+            forwards, as published; it needs a model that gives scores (B, K), of one class for each image.
         samples: number of forwards of 'mc'.
         fit_samples: number of noisy forwards averaged in the validation epochs of ``fit``, in both modes; with 'mean'
             their outputs are averaged as they are, unless ``output`` says what they hold.
@@ -175,10 +175,11 @@ class MetaPerturbCallback(EvaluationEpochs):
                 "MetaPerturb: this strategy trains copies of the module in processes of their own, and brings back "
                 "their weights alone; bring the module back from a checkpoint with MetaPerturbCallback.restore"
             )
-        self._attached_here = attachment_of(pl_module) is None
+        self._attached_here = False
 
         def attach_now(module: pl.LightningModule) -> None:
             with unfrozen(trainer, self, module):
+                self._attached_here = attachment_to_train(module) is None
                 self.attach(module)
 
         hook = late_hook(pl_module)
@@ -220,7 +221,7 @@ class MetaPerturbCallback(EvaluationEpochs):
             ConfigurationError: it is attached already, with another phi or strength or at other sites than this
                 callback was given; several parts of it are; or a part is gone of what was not attached by a callback.
         """
-        existing = attachment_of(module)
+        existing = attachment_to_train(module)
         if existing is not None and existing.model not in {*module.modules()}:
             raise ConfigurationError(
                 f"a network of {type(module).__name__} is attached already, as a part of "
@@ -299,15 +300,7 @@ class MetaPerturbCallback(EvaluationEpochs):
         if (why := attachment.idle()) is not None:
             rank_zero_warn(f"MetaPerturb: {why}")
         if self.inference != "mc":
-            try:
-                reestimate(trainer, pl_module, attachment, self.inference)
-            except ConfigurationError as error:  # the training is done and must not be lost
-                rank_zero_warn(f"MetaPerturb: {error}")
-            except Exception as error:  # a training step that cannot be run without gradients, or once more
-                rank_zero_warn(
-                    f"MetaPerturb: batch norm was not re-estimated for inference='{self.inference}', as a training "
-                    f"step ended with {type(error).__name__}: {error}; use inference='mc'"
-                )
+            try_to_reestimate(trainer, pl_module, attachment, self.inference)
         attachment.inference = self.make_inference()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

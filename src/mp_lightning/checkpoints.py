@@ -12,8 +12,9 @@ from torch import nn
 from mp_lightning.errors import ConfigurationError, UserError
 from mp_lightning.perturbation import NamedPhi, Phi
 from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of
+from mp_lightning.sites.attachment import NAME
 from mp_lightning.sites.saving import check_state
-from mp_lightning.sites.surgery import detach_changed
+from mp_lightning.sites.surgery import attachment_to_train, detach_changed
 
 KEY = "mp_lightning"
 # A strict load of the plain weights fails and quotes this key, so the key is the message.
@@ -102,6 +103,9 @@ class CheckpointHooks:
         state = checkpoint.get(KEY)
         if state is not None:
             self.remove_with(attach_state(self._module, state))
+            declared = {key: value for key, value in self._module.state_dict().items() if NAME in key.split(".")}
+            if "state_dict" in checkpoint:  # of a module that did not declare it
+                checkpoint["state_dict"] = {**declared, **checkpoint["state_dict"]}
         self._own("on_load_checkpoint", checkpoint)
 
     def _own(self, name: str, checkpoint: dict[str, Any]) -> None:
@@ -138,7 +142,7 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
     """
     check_state(state)
     detach_changed(model)
-    attachment = attachment_of(model)
+    attachment = attachment_to_train(model)
     if attachment is None:
         if "phi" not in state:
             raise ConfigurationError(

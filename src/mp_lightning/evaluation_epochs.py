@@ -6,7 +6,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import Fold, InferenceMode, Mean, MonteCarlo, Output, OutputAverage
-from mp_lightning.reestimation_steps import reestimate
+from mp_lightning.reestimation_steps import try_to_reestimate
 from mp_lightning.sites import attachment_of
 
 
@@ -78,10 +78,11 @@ def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str,
         inference: of this epoch.
     """
     attachment = attachment_of(module)
-    if attachment is None:
+    if attachment is None or (trainer.state.fn != "fit" and attachment.never_acted()):
         rank_zero_warn(
             f"{type(module).__name__} was never trained with MetaPerturb; it is evaluated without perturbation"
         )
+    if attachment is None:
         return
     attachment.settle()
     attachment.weights_known = False  # callbacks before this one may have put averages in their place
@@ -89,7 +90,7 @@ def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str,
     attachment.evaluations.zero_()
     attachment.bound_hits.zero_()
     if trainer.state.fn != "fit" and inference.lacks(attachment) is not None:
-        reestimate(trainer, module, attachment, mode)
+        try_to_reestimate(trainer, module, attachment, mode)
     attachment.inference = inference
     attachment.strays = 0
     attachment.weights_known = False  # and those after it may

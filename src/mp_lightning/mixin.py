@@ -51,6 +51,7 @@ class MetaPerturbMixin:
         callback = self._metaperturb_callback()
         attachment = callback.attach(self)
         attachment.inference = callback.make_inference()
+        attachment.coeff.zero_()  # until training begins, or a trained state is loaded
         return attachment
 
     def configure_callbacks(self) -> list[Any]:

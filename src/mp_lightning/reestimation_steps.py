@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 
+from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import reestimate_batch_norm
 from mp_lightning.inference.undisturbed import undisturbed
 from mp_lightning.sites import Attachment
@@ -50,6 +51,19 @@ def reestimate(trainer: pl.Trainer, module: pl.LightningModule, attachment: Atta
     ):
         forwards = _TrainingForwards(trainer, module, data.loader)
         reestimate_batch_norm(attachment, forwards, fold=inference == "fold")
+
+
+def try_to_reestimate(trainer: pl.Trainer, module: pl.LightningModule, attachment: Attachment, inference: str) -> None:
+    """As :func:`reestimate`, but warn of what goes wrong: a training that is done, or a test, must not be lost."""
+    try:
+        reestimate(trainer, module, attachment, inference)
+    except ConfigurationError as error:
+        rank_zero_warn(f"MetaPerturb: {error}")
+    except Exception as error:  # a training step that cannot be run without gradients, once more, or without a fit
+        rank_zero_warn(
+            f"MetaPerturb: batch norm was not re-estimated for inference='{inference}', as a training step ended with "
+            f"{type(error).__name__}: {error}; use inference='mc'"
+        )
 
 
 def training_data(trainer: pl.Trainer) -> _TrainingData | None:

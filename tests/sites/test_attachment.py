@@ -546,6 +546,9 @@ def test_input_height_is_the_one_of_training():
     model(images(size=32))
     model.eval()(images(size=8))
     assert float(attachment.input_size) == 16
+    code = attach(nn.Sequential(nn.Upsample(16), resnet20()))
+    with pytest.raises(SiteError, match=r"height of the model's input is unknown.*pass input_size="):
+        code.model(torch.rand(2, 3, 1, 1))  # what a generator makes an image of
     given = attach(resnet20(), input_size=24)
     given.model(images(size=16))
     assert float(given.input_size) == 24

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from mp_lightning.errors import ConfigurationError, one_line
 from mp_lightning.inference.mean import Mean
 from mp_lightning.sites import Attachment, attachment_of
+from mp_lightning.sites.root import layer_beside
 
 ExportMode = Literal["mean", "fold"]
 SUFFIXES = (".onnx", ".pt2")
@@ -27,7 +28,8 @@ def exportable(model: nn.Module, mode: ExportMode) -> nn.Module:
 
     Args:
         model: attached, trained, and re-estimated for the mode (the callback does that when training ends). Of a
-            LightningModule without a forward of its own, the network in it that holds the sites is taken.
+            LightningModule without a forward of its own, the network in it that holds the sites is taken, if it has no
+            other layers.
         mode: 'mean' or 'fold'.
 
     Raises:
@@ -41,7 +43,7 @@ def exportable(model: nn.Module, mode: ExportMode) -> nn.Module:
     if attachment is None:
         raise ConfigurationError(f"{type(model).__name__} has no perturbation attached; export it as any other model")
     _check_ready(attachment, mode)
-    name = _entry(attachment)
+    name = _entry(attachment, model)
     frozen = copy.deepcopy(attachment.model).eval()
     own = attachment_of(frozen)
     assert own is not None
@@ -173,9 +175,12 @@ def _check_ready(attachment: Attachment, mode: str) -> None:
         )
 
 
-def _entry(attachment: Attachment) -> str:
+def _entry(attachment: Attachment, asked: nn.Module) -> str:
     """Name of the module whose forward is exported."""
     entries = attachment.entry_modules()
+    for name, entry in entries.items():
+        if entry is asked and name:
+            return name
     if type(attachment.model).forward.__qualname__ not in ("LightningModule.forward", "_forward_unimplemented"):
         return ""
     entries.pop("", None)
@@ -184,4 +189,10 @@ def _entry(attachment: Attachment) -> str:
             f"{type(attachment.model).__name__} has no forward and holds {len(entries)} networks "
             f"({', '.join(entries)}); give it a forward"
         )
-    return next(iter(entries))
+    name, network = next(iter(entries.items()))
+    if (rest := layer_beside(attachment.model, network)) is not None:
+        raise ConfigurationError(
+            f"{type(attachment.model).__name__} has no forward, and layers beside self.{name}, as self.{rest}; give it "
+            f"a forward that goes through all that is to be exported, or export self.{name} by itself"
+        )
+    return name

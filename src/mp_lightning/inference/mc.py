@@ -1,5 +1,6 @@
 """Monte Carlo inference: several forwards with noise, their probabilities averaged (Section 4 of the paper)."""
 
+import warnings
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.sites.arguments import whole_number
+from mp_lightning.sites.root import layer_beside
 
 if TYPE_CHECKING:
     from mp_lightning.sites import Attachment
@@ -42,6 +44,7 @@ class MonteCarlo:
         self.samples = whole_number(samples, "samples", 1, "of noisy forwards, at least one")
         self.output: Output | None = output
         self.calls = 0
+        self._warned = False
         self._busy = False
         self._sampling = True
         self._inputs: Arguments = ((), {})
@@ -90,6 +93,7 @@ class MonteCarlo:
             kind = output_kind(output, type(module).__name__, self.output, trained)
             if trained and output.numel() >= _EVIDENCE:
                 self.output = kind
+            self._warn_of_features(attachment, module)
             mean = _probabilities(output, kind).clone()  # a model may use its outputs again
             for _ in range(1, self.samples):
                 mean = mean + _probabilities(self._again(module), kind)
@@ -98,6 +102,21 @@ class MonteCarlo:
         mean = mean / self.samples
         result = mean if kind == "probabilities" else mean.clamp(min=torch.finfo(mean.dtype).tiny).log()
         return result.to(output.dtype)
+
+    def _warn_of_features(self, attachment: "Attachment", module: nn.Module) -> None:
+        """Where a network in the model was called, other layers may go on from what is taken for class scores."""
+        if self._warned or torch.compiler.is_compiling():
+            return
+        self._warned = True
+        if module is attachment.model or (rest := layer_beside(attachment.model, module)) is None:
+            return
+        own = next(name for name, entry in attachment.entry_modules().items() if entry is module)
+        warnings.warn(
+            f"MetaPerturb: the output of self.{own} is averaged as class scores; where other layers, as self.{rest}, "
+            f"go on from it, give {type(attachment.model).__name__} a forward that goes through both, and call that, "
+            "or use inference='mean' without output=",
+            stacklevel=2,
+        )
 
 
 class OutputAverage(MonteCarlo):

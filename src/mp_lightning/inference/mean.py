@@ -49,7 +49,7 @@ class Mean:
         self._own = _put_in(attachment)
         self._sampling = attachment.sampling
         attachment.sampling = False
-        attachment.folding = self._folds
+        attachment.folding = self._folds and attachment.constants is not None
 
     def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
         self.calls += 1
@@ -64,6 +64,11 @@ class Mean:
 
     def lacks(self, attachment: "Attachment") -> str | None:
         """What is still to be done before this inference can be made, in words; None if it can."""
+        if not torch.compiler.is_compiling() and attachment.never_acted():
+            return None
+        return self._lacks(attachment)
+
+    def _lacks(self, attachment: "Attachment") -> str | None:
         if attachment.evaluation_buffers is not None and attachment.constants is None:
             return None  # with constants, batch norm was estimated under these
         if self._has_batch_norm is None:
@@ -130,5 +135,5 @@ class Fold(Mean):
     _folds = True
     _remedy = "mp_lightning.reestimate_batch_norm with fold=True"
 
-    def lacks(self, attachment: "Attachment") -> str | None:
+    def _lacks(self, attachment: "Attachment") -> str | None:
         return "the constants were not estimated" if attachment.constants is None else None

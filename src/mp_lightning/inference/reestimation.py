@@ -5,6 +5,7 @@ differ, so the statistics are estimated again, in a copy: the buffers of the mod
 takes their place only while a forward in evaluation mode runs.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
@@ -112,17 +113,35 @@ def _estimate(
     try:
         with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment, fold)) as stop:
             _run(attachment, forwards, stop)
+            unseen = {name for name, norm in norms.items() if norm.num_batches_tracked == 0}
             copies = {
                 f"{name}.{leaf}": getattr(module, leaf).detach().clone()
                 for name, module in norms.items()
                 for leaf in ("running_mean", "running_var")
-                if module.num_batches_tracked is None or module.num_batches_tracked > 0
+                if name not in unseen
             }
     except BaseException:
         attachment.constants = None  # which are of no use without
         raise
     _average_over_processes(copies, attachment)
     attachment.evaluation_buffers = copies
+    if attachment.trained_norms is not None:
+        _warn_of_norms_outside(attachment, unseen)
+
+
+def _warn_of_norms_outside(attachment: Attachment, unseen: set[str]) -> None:
+    """A step is not run beyond the networks that hold the sites."""
+    parts = [name for name in attachment.entry_modules() if name]
+    outside = sorted(name for name in unseen if not name.startswith(tuple(f"{part}." for part in parts)))
+    if not outside:
+        return
+    more = f" and {len(outside) - 1} more" if len(outside) > 1 else ""
+    warnings.warn(
+        f"MetaPerturb: batch norm self.{outside[0]}{more} keeps the statistics of training with noise, as it is not "
+        f"reached within {' and '.join(f'self.{part}' for part in parts) or 'the model'}; where it follows, give "
+        f"{type(attachment.model).__name__} a forward that goes through both, and call that",
+        stacklevel=2,
+    )
 
 
 def _run(attachment: Attachment, forwards: Iterable[Callable[[], Any]], stop: _StopAfterForward) -> None:
@@ -164,6 +183,13 @@ def _is_frozen(name: str, norm: _BatchNorm, attachment: Attachment) -> bool:
     return norm.weight is not None and not norm.weight.requires_grad
 
 
+def set_modes(model: nn.Module, norms: list[_BatchNorm]) -> None:
+    """Evaluation, but for these batch norms."""
+    model.eval()
+    for norm in norms:
+        norm.train()
+
+
 @contextmanager
 def plain_averages(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
     """In this context batch norms take the plain average over the batches that they see, anew.
@@ -173,9 +199,8 @@ def plain_averages(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
         norms: parts of it that have running statistics.
     """
     momenta = [norm.momentum for norm in norms]
-    model.eval()
+    set_modes(model, norms)
     for norm in norms:
-        norm.train()
         norm.reset_running_stats()
         norm.momentum = None
     try:
@@ -196,10 +221,19 @@ def _estimating(
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in attachment.model.parameters()]
     buffers = [(m, {k: v.clone() for k, v in m._buffers.items() if v is not None}) for m in norms]
     previous, attachment.inference = attachment.inference, stop
+
+    def set_again(module: nn.Module, args: Any) -> None:  # a step may change modes before it calls the model
+        if attachment.depth == 0:
+            set_modes(attachment.model, norms)
+
+    entries = attachment.entry_modules().values()
+    handles = [module.register_forward_pre_hook(set_again, prepend=True) for module in entries]
     try:
         with plain_averages(attachment.model, norms):
             yield stop
     finally:
+        for handle in handles:
+            handle.remove()
         attachment.inference = previous
         for module, saved in buffers:
             for name, value in saved.items():

@@ -1,14 +1,18 @@
 """Running training steps for their forward alone, without a trace in metrics, logs and data loaders."""
 
 import copy
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mp_lightning.sites.attachment import NAME
+
+_CONTAINERS = (list, dict, set, deque)
+_OF_TORCH = frozenset(vars(nn.Module()))  # what a module holds before it has anything of its own
 
 
 @contextmanager
@@ -16,7 +20,8 @@ def undisturbed(module: nn.Module, loaders: list[Any]) -> Iterator[None]:
     """Nothing that ``module`` logs is kept, and it and the generators of the loaders come back as they were.
 
     That is its parameters and buffers, such as those of a momentum teacher that a step moves along, its metrics, and
-    those of its attributes that are plain numbers or text.
+    those of its attributes that are tensors, plain numbers or text, or lists, dictionaries and sets, of which what they
+    hold comes back but is not copied.
     Steps that optimize by hand (``manual_backward``, ``self.optimizers()``) go through all of it without any effect.
 
     Args:
@@ -53,16 +58,19 @@ def undisturbed(module: nn.Module, loaders: list[Any]) -> Iterator[None]:
 
 
 class _Kept:
-    """What one module holds itself: parameters, buffers and plain attributes."""
+    """What one module holds itself: parameters, buffers, and attributes that are plain or hold others."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        tensors: dict[str, Any] = {"_parameters": module._parameters, "_buffers": module._buffers}
+        tensors: dict[str, Any] = {kind: getattr(module, kind) for kind in ("_parameters", "_buffers", "__dict__")}
         self._tensors = {
-            kind: {name: (value, value.detach().clone()) for name, value in held.items() if value is not None}
-            for kind, held in tensors.items()
+            kind: {name: (value, value.detach().clone()) for name, value in of.items() if isinstance(value, Tensor)}
+            for kind, of in tensors.items()
         }
-        self._plain = {name: value for name, value in vars(module).items() if isinstance(value, int | float | str)}
+        own = {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+        self._plain = {name: value for name, value in own.items() if isinstance(value, int | float | str)}
+        held = {name: value for name, value in own.items() if type(value) in _CONTAINERS}
+        self._containers = {name: (value, copy.copy(value)) for name, value in held.items()}
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -72,6 +80,10 @@ class _Kept:
                 if not torch.equal(value, before):
                     value.copy_(before)
         self._module.__dict__.update(self._plain)
+        for name, (container, content) in self._containers.items():
+            self._module.__dict__[name] = container
+            container.clear()
+            container.extend(content) if isinstance(container, list | deque) else container.update(content)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> Any:

@@ -5,6 +5,7 @@ its calls within the block. A *functional* activation is seen by a torch functio
 runs. All hooks are bound methods of plain objects, so that copies and pickles of a model hold hooks of their own.
 """
 
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,8 @@ class Block:
         self._module_sites = module_sites
         self._functional_sites = functional_sites
         self._modes: list[_ActivationMode] = []
+        self._activations: dict[bool, tuple[int, ...]] = {}  # called in a forward of the block, in training and not
+        self._told = False
         for activation in module_sites:
             activation.block = self
 
@@ -73,8 +76,28 @@ class Block:
             return
         self.active -= 1
         self.calls += 1
+        functional = 0
         if self._functional_sites:
-            self._modes.pop().__exit__(None, None, None)
+            mode = self._modes.pop()
+            mode.__exit__(None, None, None)
+            functional = mode.seen
+        if output is not None and not torch.compiler.is_compiling():
+            self._note_activations(module, (functional, *(activation.seen for activation in self._module_sites)))
+
+    def _note_activations(self, module: nn.Module, counts: tuple[int, ...]) -> None:
+        """Sites are told by how many activations were called before them, which must not depend on the mode."""
+        self._activations[self.training] = counts
+        if len({*self._activations.values()}) < 2 or self._told:
+            return
+        self._told = True
+        sites = [self._functional_sites, *(activation.sites for activation in self._module_sites)]
+        names = ", ".join(site.spec.name for by_call in sites for site in by_call.values())
+        warnings.warn(
+            f"MetaPerturb: {type(module).__name__} calls another number of activations in training than in evaluation, "
+            f"so that {names} may be another activation there; put what is called in training alone, such as an "
+            "auxiliary classifier, into a module of its own that is called last, or leave these sites out",
+            stacklevel=2,
+        )
 
     def abandon(self) -> None:
         """Forget forwards that will never end."""
@@ -127,7 +150,7 @@ class ActivationModule:
         self.seen = 0
         self.calls_alone = 0  # without the block, within the current forward of the model
         self._module = module
-        self._sites = sites
+        self.sites = sites
         self._alone = alone
 
     def register(self) -> RemovableHandle:
@@ -148,7 +171,7 @@ class ActivationModule:
             if self._alone:  # 'for layer in net', net[:5], checkpoint_sequential
                 return (self._perturb_alone(args[0], module.training), *args[1:])
             return None  # the same module serves another block as well
-        site = self._sites.get(self.seen)
+        site = self.sites.get(self.seen)
         self.seen += 1
         return None if site is None else (self.block.perturb(site, args[0]), *args[1:])
 
@@ -156,11 +179,11 @@ class ActivationModule:
         """As in a forward of the block, whose parts are called without it."""
         self.block.attachment.begin_block(training)
         self.calls_alone += 1
-        return self.block.perturb(self._sites[0], x, training, self.calls_alone - 1)
+        return self.block.perturb(self.sites[0], x, training, self.calls_alone - 1)
 
     def _replay(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A block that checkpoints a part of itself computes that part again without being called."""
-        for site in self._sites.values():
+        for site in self.sites.values():
             past = site.recall_input(args[0])
             if past is not None:
                 return (self.block.perturb(site, args[0], past.training), *args[1:])
@@ -173,7 +196,7 @@ class _ActivationMode(TorchFunctionMode):
     def __init__(self, block: Block) -> None:
         super().__init__()
         self._block = block
-        self._seen = 0
+        self.seen = 0
         self._surroundings = None if torch.compiler.is_compiling() else _surroundings()
 
     def __torch_function__(
@@ -181,8 +204,8 @@ class _ActivationMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in ACTIVATION_FUNCTIONS and not self._block.perturbing:
-            site = self._block.functional_site(self._seen)
-            self._seen += 1
+            site = self._block.functional_site(self.seen)
+            self.seen += 1
             compiling = torch.compiler.is_compiling()
             if site is not None and not compiling and self._surroundings != _surroundings():
                 raise SiteError(

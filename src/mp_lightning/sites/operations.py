@@ -263,6 +263,12 @@ class OperationGraph:
             or (node.op == "call_method" and node.target in ACTIVATION_METHODS)
         )
 
+    def _acts_in_place(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return bool(getattr(self._modules[str(node.target)], "inplace", False))
+        flags = (*node.args[1:], node.kwargs.get("inplace"))
+        return _name(node).endswith("_") or any(flag is True for flag in flags)
+
     def _is_transparent(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             module = self._modules[str(node.target)]

@@ -157,9 +157,20 @@ def entry_names(model: nn.Module, plan: SitePlan) -> list[str]:
     return sorted(names)
 
 
+def layer_beside(model: nn.Module, network: nn.Module) -> str | None:
+    """Name of a layer of the model that is trained and no part of this network in it; None where there is none."""
+    own = {*network.parameters()}
+    parameters = ((name, p) for name, p in model.named_parameters() if p.requires_grad and p.dim() > 1)
+    name = next((name for name, parameter in parameters if parameter not in own), None)
+    return None if name is None else name.rpartition(".")[0] or name
+
+
 def first_image(values: tuple[Any, ...]) -> Tensor | None:
-    """The first image among a forward's arguments: (B, C, H, W), or, where there is none, a clip or a signal."""
+    """The first image among a forward's arguments: (B, C, H, W), or, where there is none, a clip or a signal.
+
+    A tensor (B, C, 1, 1) is none, but the code that a generator makes an image of.
+    """
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     signals = [value for value in tensors if value.dim() == 3 and value.is_floating_point()]
-    images = [value for dim in (4, 5) for value in tensors if value.dim() == dim]
+    images = [value for dim in (4, 5) for value in tensors if value.dim() == dim and value.shape[2:].numel() > 1]
     return next(iter([*images, *signals]), None)

@@ -190,6 +190,8 @@ class SiteGraph(OperationGraph):
         return False
 
     def _site(self, node: fx.Node, rule: str, reads: str) -> SiteSpec | None:
+        if not node.users or self._is_used_in_place(node):
+            return None  # 'relu(x)' as a statement, or x used after it: what the site passes on would not be seen
         channels = self._channels(node.all_input_nodes[0])
         if not channels:  # of a lazy layer, 0
             self.left_out.append(self.name(node))
@@ -209,6 +211,11 @@ class SiteGraph(OperationGraph):
             name = f"{self.region.qualified(scope)}:{function}"
         layout = self._layout(node.all_input_nodes[0])
         return SiteSpec(name, self.region.qualified(scope), activation, call, channels, rule, reads, layout)
+
+    def _is_used_in_place(self, node: fx.Node) -> bool:
+        """Whether the activation changes its input in place, and that is used again later."""
+        later = any(self._order[user] > self._order[node] for user in node.all_input_nodes[0].users)
+        return later and self._acts_in_place(node)
 
     def _describe_inputs(self, node: fx.Node) -> str:
         left, right = self._paths(node)

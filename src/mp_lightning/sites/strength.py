@@ -147,6 +147,10 @@ class GrowingStrength(KeepsPrecision):
         grown = whole * (self.steps / ramp).clamp(max=1.0) if ramp else whole
         self.coeff.copy_(grown * self.fitting.factor() if self.fitting.follows else grown)
 
+    def never_acted(self) -> bool:
+        """Whether nothing was trained yet, and nothing acts until it is, as in a module that declares it."""
+        return int(self.steps) == 0 and float(self.coeff) == 0
+
     def outlook(self, total_steps: int | None) -> str:
         """How the strength will grow in a run of so many training batches (None: nobody knows), in words."""
         strength, steps, ramp = float(self.strength) * self.reached, int(self.steps), self.ramp_steps or 0

@@ -35,7 +35,7 @@ from mp_lightning.sites.discovery import find_sites
 from mp_lightning.sites.fitting import OFF
 from mp_lightning.sites.hooked import check_there, missing
 from mp_lightning.sites.plan import SitePlan
-from mp_lightning.sites.tracing import remembered
+from mp_lightning.sites.tracing import is_frozen, remembered
 
 
 def attach(
@@ -114,7 +114,7 @@ def attach(
         ramp_steps=ramp_steps,
     )
     check_model(model, "attach")
-    existing = attachment_of(model)
+    existing = attachment_to_train(model)
     named = None if perturbation is not None else load_phi(phi)
     for name, value in (("strength", strength), ("full_strength_at", full_strength_at), ("acts_below", acts_below)):
         if value is not None:
@@ -212,7 +212,7 @@ def detach_changed(model: nn.Module) -> str | None:
     Returns:
         The name of that part; None where nothing was undone.
     """
-    attachment = attachment_of(model)
+    attachment = attachment_to_train(model)
     gone = missing(attachment.model, attachment.hooked) if attachment is not None and attachment.managed else None
     if attachment is not None and gone is not None:
         attachment.detach()
@@ -227,14 +227,27 @@ def attachment_of_itself(model: nn.Module) -> Attachment | None:
 
 def attachment_of(model: nn.Module) -> Attachment | None:
     """The attachment of a model, of one of its parts, or of the model that it is a part of, if there is one."""
-    inside = attachment_of_itself(model)  # the usual case, asked for in every batch
-    if inside is None:
-        inside = next((module for module in model.modules() if isinstance(module, Attachment)), None)
-    if inside is not None:
-        return inside
+    itself = attachment_of_itself(model)  # the usual case, asked for in every batch
+    if itself is not None:
+        return itself
+    parts = [module for module in model.modules() if isinstance(module, Attachment)]
+    if parts:
+        return min(parts, key=lambda part: is_frozen(part.model))  # the first, but rather one that is trained
     hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
     owners = (getattr(hook, "__self__", None) for hook in hooks)
     return next((owner.attachment for owner in owners if isinstance(owner, Block)), None)
+
+
+def attachment_to_train(model: nn.Module) -> Attachment | None:
+    """As :func:`attachment_of`, but not that of a frozen part, such as a teacher, where other parts have sites."""
+    found = attachment_of(model)
+    if found is None or found.model is model or not is_frozen(found.model) or found not in {*model.modules()}:
+        return found
+    try:
+        find_sites(model)
+    except SiteError:
+        return found  # the part, whose head alone is trained
+    return None
 
 
 def _check_same(
