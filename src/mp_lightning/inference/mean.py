@@ -64,9 +64,10 @@ class Mean:
 
     def lacks(self, attachment: "Attachment") -> str | None:
         """What is still to be done before this inference can be made, in words; None if it can."""
-        if not torch.compiler.is_compiling() and attachment.never_acted():
-            return None
-        return self._lacks(attachment)
+        lacking = self._lacks(attachment)
+        if lacking is None or torch.compiler.is_compiling():
+            return lacking
+        return None if attachment.never_acted() else lacking
 
     def _lacks(self, attachment: "Attachment") -> str | None:
         if attachment.evaluation_buffers is not None and attachment.constants is None:
