@@ -78,14 +78,15 @@ def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str,
         inference: of this epoch.
     """
     attachment = attachment_of(module)
-    if attachment is None or (trainer.state.fn != "fit" and attachment.never_acted()):
+    declared = attachment is not None and attachment.persistent and trainer.state.fn != "fit"
+    if attachment is None or (declared and attachment.never_acted()):
         rank_zero_warn(
             f"{type(module).__name__} was never trained with MetaPerturb; it is evaluated without perturbation"
         )
     if attachment is None:
         return
     attachment.settle()
-    attachment.weights_known = False  # callbacks before this one may have put averages in their place
+    attachment.weights_known = None  # callbacks before this one may have put averages in their place
     attachment.forget_other_weights()
     attachment.evaluations.zero_()
     attachment.bound_hits.zero_()
@@ -93,7 +94,7 @@ def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str,
         try_to_reestimate(trainer, module, attachment, mode)
     attachment.inference = inference
     attachment.strays = 0
-    attachment.weights_known = False  # and those after it may
+    attachment.weights_known = None  # and those after it may
     attachment.sampling = mode == "mc"  # where the module calls blocks one by one, see end_evaluation
 
 

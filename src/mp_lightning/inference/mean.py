@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference.mc import OutputAverage
@@ -31,10 +30,10 @@ class Mean:
     def __init__(self, samples: int = 20) -> None:
         self.calls = 0
         self._warned = False
+        self._looked = False
         self._sampling = True
         self._stand_in = OutputAverage(samples)
         self._uses_stand_in = False
-        self._has_batch_norm: bool | None = None
         self._own: list[tuple[nn.Module, str, Tensor]] = []
 
     def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -43,6 +42,7 @@ class Mean:
             lacking = self.lacks(attachment)
             self._uses_stand_in = lacking is not None
             self._warn_once(lacking)
+            self._warn_of_copies(attachment)
         if self._uses_stand_in:
             self._stand_in.begin(attachment, args, kwargs)
             return
@@ -67,14 +67,12 @@ class Mean:
         lacking = self._lacks(attachment)
         if lacking is None or torch.compiler.is_compiling():
             return lacking
-        return None if attachment.never_acted() else lacking
+        return None if attachment.persistent and attachment.never_acted() else lacking
 
     def _lacks(self, attachment: "Attachment") -> str | None:
         if attachment.evaluation_buffers is not None and attachment.constants is None:
             return None  # with constants, batch norm was estimated under these
-        if self._has_batch_norm is None:
-            self._has_batch_norm = any(isinstance(module, _BatchNorm) for module in attachment.model.modules())
-        return "batch norm was not re-estimated" if self._has_batch_norm else None
+        return "batch norm was not re-estimated" if attachment.has_batch_norm() else None
 
     def _warn_once(self, what: str | None) -> None:
         if what is not None and not self._warned:
@@ -84,6 +82,20 @@ class Mean:
                 f"forwards are averaged in place of inference by expectation; {self._remedy} mends it",
                 stacklevel=2,
             )
+
+    def _warn_of_copies(self, attachment: "Attachment") -> None:
+        """Averages of weights that another model trains are kept in a copy whose strength nobody moves."""
+        if self._looked or torch.compiler.is_compiling():
+            return
+        self._looked = True
+        if attachment.persistent or not attachment.never_acted():
+            return
+        warnings.warn(
+            f"MetaPerturb: nothing acts in this {type(attachment.model).__name__}, for which no training batch was "
+            "counted; where it is a copy of a model that was trained, such as one with averaged weights, let "
+            "attachment_of(copy).load_state(attachment.state()) bring it to the strength of that one",
+            stacklevel=2,
+        )
 
 
 def _put_in(attachment: "Attachment") -> list[tuple[nn.Module, str, Tensor]]:

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.sites import Attachment
-from mp_lightning.sites.estimates import batch_norms, weights_of
+from mp_lightning.sites.estimates import batch_norms, changes_of, weights_of
 
 BATCHES = 50  # the most training batches that re-estimation looks at
 
@@ -89,7 +89,7 @@ def reestimate_batch_norm(attachment: Attachment, forwards: Iterable[Callable[[]
     }
     attachment.evaluation_buffers = attachment.constants = None
     attachment.weights = weights_of(attachment.model)
-    attachment.weights_known = True
+    attachment.weights_known = changes_of(attachment.model)
     with torch.inference_mode(False), torch.no_grad():
         _estimate(attachment, forwards, norms, fold)
 
@@ -221,9 +221,11 @@ def _estimating(
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in attachment.model.parameters()]
     buffers = [(m, {k: v.clone() for k, v in m._buffers.items() if v is not None}) for m in norms]
     previous, attachment.inference = attachment.inference, stop
+    chosen = {*norms}
 
     def set_again(module: nn.Module, args: Any) -> None:  # a step may change modes before it calls the model
-        if attachment.depth == 0:
+        parts = attachment.model.modules()
+        if attachment.depth == 0 and any(part.training != (part in chosen) for part in parts):
             set_modes(attachment.model, norms)
 
     entries = attachment.entry_modules().values()

@@ -7,12 +7,13 @@ from typing import Any, Literal, cast, get_args
 import torch
 import torch.distributed
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
 from mp_lightning.sites.blocks import make_blocks, scopes_of, why_unreached
-from mp_lightning.sites.estimates import are_those_of, batch_norms, weights_of
+from mp_lightning.sites.estimates import are_those_of, batch_norms, changes_of, weights_of
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, OneAtATime, entry_names
@@ -40,7 +41,7 @@ class Attachment(GrowingStrength):
         evaluation_buffers: buffers of the model, by name, that inference by expectation uses in place of its own.
         constants: by site, the multiplier of each channel (C,) that inference by constants uses.
         weights: what tells the weights for which these two were estimated from others.
-        weights_known: nothing has happened since they were last compared with those of the model.
+        weights_known: how often the model's had been changed when they were last compared; None: look again.
         trained_norms: the batch norms, by name, whose statistics training has moved; None before any training.
         folding: use the constants.
         observed: by site, the sum of the expected multipliers of each channel (C,) and of how many forwards, while
@@ -48,6 +49,7 @@ class Attachment(GrowingStrength):
         frozen: see :meth:`freeze`.
         perturbed: whether a site was reached in training.
         hooked: the parts of the model that have hooks, by name.
+        persistent: its numbers are in the model's ``state_dict``.
         managed: made by the callback, which makes another where a part of the model was replaced.
         strays: how many blocks ran in evaluation mode outside of any forward of the model.
     """
@@ -90,7 +92,7 @@ class Attachment(GrowingStrength):
         self.evaluation_buffers: dict[str, Tensor] | None = None
         self.constants: dict[str, Tensor] | None = None
         self.weights: list[float] | None = None
-        self.weights_known = False
+        self.weights_known: int | None = None
         self.trained_norms: set[str] | None = None
         self.observed: dict[str, tuple[Tensor, int]] | None = None
         self.folding = False
@@ -104,6 +106,8 @@ class Attachment(GrowingStrength):
         self.perturbed = False
         self._looked = False
         self._norms: dict[str, Any] | None = None
+        self._has_batch_norm: bool | None = None
+        self.persistent = persistent
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
         for name, value in {
@@ -158,7 +162,8 @@ class Attachment(GrowingStrength):
             ConfigurationError: the length of the ramp is not known, or ``loss`` is no number.
         """
         self.settle()
-        self._note_norms()
+        if self.model.training:  # and not in a validation before the batch is counted
+            self._note_norms()
         self.count(loss, *self.rank_and_world())
         if not self._looked:
             self._looked = True
@@ -197,14 +202,17 @@ class Attachment(GrowingStrength):
 
     def forget_other_weights(self) -> None:
         """Drop what was estimated for weights that the model does not have any more."""
-        if self.weights_known or self.weights is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if self.weights is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        self.weights_known = True
+        changes = changes_of(self.model)
+        if self.weights_known == changes:
+            return
+        self.weights_known = changes
         if not are_those_of(self.model, self.weights):
             self.evaluation_buffers = self.constants = self.weights = None
 
     def _part_loaded(self, module: nn.Module, incompatible: Any) -> None:
-        self.weights_known = False
+        self.weights_known = None
 
     def _note_height(self, height: float, source: int) -> None:
         """The first training images decide; images that are evaluated before (a sanity check) may be of another size.
@@ -255,10 +263,20 @@ class Attachment(GrowingStrength):
     def train(self, mode: bool = True) -> "Attachment":
         """As any module; a model changes its mode between its forwards, so none is in progress."""
         self.settle()
-        self.weights_known = False
         self._norms = None  # some may be others
+        self._has_batch_norm = None
         super().train(mode)
+        self.weights_known = None
+        if not mode:  # a compiled forward does not look
+            self.forget_other_weights()
+            self.weights_known = None
         return self
+
+    def has_batch_norm(self) -> bool:
+        """Whether the model has any."""
+        if self._has_batch_norm is None:
+            self._has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
+        return self._has_batch_norm
 
     def settle(self) -> None:
         """Forget forwards that never ended, as after a keyboard interrupt. None may be in progress."""
@@ -320,7 +338,10 @@ class Attachment(GrowingStrength):
         """
         for name, value in (self.evaluation_buffers or {}).items():
             path, _, leaf = name.rpartition(".")
-            self.model.get_submodule(path)._buffers[leaf] = value.detach().clone()
+            buffers = self.model.get_submodule(path)._buffers
+            own = buffers[leaf]
+            assert own is not None
+            buffers[leaf] = value.detach().clone().to(own)
         for site in self.all_sites():
             if folding:
                 assert self.constants is not None
@@ -336,6 +357,9 @@ class Attachment(GrowingStrength):
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave, before or after the weights that belong to it are loaded.
+
+        The length of the ramp, and the share of the strength that it reaches, are those of the state, too; call
+        ``ramp_over`` or ``ramp_over_run`` after it where the training goes on for longer.
 
         Args:
             state: of an attachment at the same sites.

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
@@ -168,9 +169,13 @@ def layer_beside(model: nn.Module, network: nn.Module) -> str | None:
 def first_image(values: tuple[Any, ...]) -> Tensor | None:
     """The first image among a forward's arguments: (B, C, H, W), or, where there is none, a clip or a signal.
 
-    A tensor (B, C, 1, 1) is none, but the code that a generator makes an image of.
+    A tensor (B, C, 1, 1) is none, but the code that a generator makes an image of. Lists and dictionaries are looked
+    into where no argument is an image itself.
     """
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     signals = [value for value in tensors if value.dim() == 3 and value.is_floating_point()]
     images = [value for dim in (4, 5) for value in tensors if value.dim() == dim and value.shape[2:].numel() > 1]
-    return next(iter([*images, *signals]), None)
+    if images or signals:
+        return (images or signals)[0]
+    inside = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
+    return next((value for value in inside if value.dim() in (4, 5) and value.shape[2:].numel() > 1), None)

@@ -3,8 +3,9 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from mp_lightning.errors import ConfigurationError, SiteError
+from mp_lightning.errors import ConfigurationError, SiteError, one_line
 from mp_lightning.perturbation import MetaPerturb
 from mp_lightning.sites.fitting import OFF, Fitting
 from mp_lightning.sites.plan import SitePlan
@@ -35,8 +36,8 @@ def state_of(attachment: "Attachment") -> dict[str, Any]:
             site.spec.name: {k: v.detach().clone() for k, v in site.statistics.items()}
             for site in attachment.all_sites()
         },
-        "evaluation_buffers": attachment.evaluation_buffers,
-        "constants": attachment.constants,
+        "evaluation_buffers": None if attachment.evaluation_buffers is None else dict(attachment.evaluation_buffers),
+        "constants": None if attachment.constants is None else dict(attachment.constants),
         "weights": attachment.weights,
         "trained_norms": None if attachment.trained_norms is None else sorted(attachment.trained_norms),
         "counters": {name: int(getattr(attachment, name)) for name in ("steps", "forwards")},
@@ -44,6 +45,8 @@ def state_of(attachment: "Attachment") -> dict[str, Any]:
     if isinstance(attachment.perturbation, MetaPerturb):
         state["phi"] = {key: value.detach().clone() for key, value in attachment.perturbation.phi._asdict().items()}
         state["noise_per"] = attachment.perturbation.noise_per
+    elif isinstance(attachment.perturbation, nn.Module):
+        state["perturbation"] = {k: v.detach().clone() for k, v in attachment.perturbation.state_dict().items()}
     return state
 
 
@@ -59,6 +62,16 @@ def check_state(state: Any) -> None:
             f"this is no whole state of MetaPerturb, as it lacks {', '.join(lacking)}; give what Attachment.state() "
             "returned, or an undamaged checkpoint"
         )
+
+
+def _load_perturbation(perturbation: nn.Module, saved: dict[str, Any]) -> None:
+    try:
+        perturbation.load_state_dict(saved)
+    except RuntimeError as error:
+        raise ConfigurationError(
+            f"the checkpoint was made with another {type(perturbation).__name__} ({one_line(error, 200)}); attach the "
+            "same one"
+        ) from error
 
 
 def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
@@ -86,6 +99,8 @@ def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
             for key, value in state["phi"].items():
                 getattr(attachment.perturbation, key).copy_(value)
             attachment.perturbation.noise_per = state.get("noise_per", "element")
+        elif isinstance(attachment.perturbation, nn.Module):
+            _load_perturbation(attachment.perturbation, state.get("perturbation", {}))
         for name, value in state["counters"].items():
             getattr(attachment, name).fill_(value)
         attachment.input_size.fill_(state["input_size"])
@@ -94,8 +109,10 @@ def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
     attachment.phi_name, attachment.channel_norm = state["phi_name"], state["channel_norm"]
     attachment.seed, attachment.clip, attachment.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
     attachment.reached = state.get("reached", 1.0)  # before there was one, a short run had a longer ramp
-    attachment.evaluation_buffers, attachment.constants = state["evaluation_buffers"], state.get("constants")
+    for name in ("evaluation_buffers", "constants"):
+        value = state.get(name)
+        setattr(attachment, name, None if value is None else dict(value))
     attachment.weights = state.get("weights")
-    attachment.weights_known = False
+    attachment.weights_known = None
     trained = state.get("trained_norms")
     attachment.trained_norms = None if trained is None else set(trained)

@@ -104,6 +104,8 @@ class Site(KeepsPrecision):
         if training:
             shared.perturbed = True
         replay = in_backward()
+        if replay and not training and shared.inference is not None:
+            _refuse_replay(shared)
         key = self._noise_key(x, call, training, replay) if training or shared.draws else None
         fused = shared.fused_for(x)
         with torch.autocast(x.device.type, enabled=False):
@@ -178,11 +180,17 @@ class Site(KeepsPrecision):
 
     @torch.no_grad()
     def _record(self, measured: Statistics) -> None:
-        """Running average, left as it is by a batch with anything that is not finite (without asking the device)."""
+        """Running average; of whole numbers the latest. A batch with anything that is not finite leaves it as it is.
+
+        Without asking the device.
+        """
+        if not measured:
+            return
         finite = torch.stack([value.isfinite().all() for value in measured.values()]).all()
         for name, value in measured.items():
             buffer = getattr(self, name)
-            buffer.copy_(torch.where(finite, buffer.lerp(value.to(buffer.dtype), MOMENTUM), buffer))
+            mixed = buffer.lerp(value.to(buffer.dtype), MOMENTUM) if buffer.is_floating_point() else value
+            buffer.copy_(torch.where(finite, mixed, buffer))
 
     def first_noise(self, maps: Tensor) -> Tensor:
         """The noise of this site's first call in the latest training forward, for the first images (B, C, H, W)."""
@@ -240,6 +248,18 @@ class Site(KeepsPrecision):
 
     def extra_repr(self) -> str:
         return f"{self.spec.name}, channels={self.spec.channels}"
+
+
+def _refuse_replay(attachment: "Attachment") -> None:
+    """What inference puts in place of the model's own is not there any more when backward computes a forward again."""
+    inference = attachment.inference
+    assert inference is not None
+    if inference.expects and (attachment.depth or not (attachment.evaluation_buffers or attachment.constants)):
+        return  # nothing was replaced, or it is again, by a network that is computed again as a whole
+    raise SiteError(
+        f"activation checkpointing would compute a forward by {type(inference).__name__} again as another function, so "
+        "that its gradients are wrong; turn checkpointing off for gradients in evaluation mode"
+    )
 
 
 def in_backward() -> bool:

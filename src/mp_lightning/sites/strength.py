@@ -148,7 +148,7 @@ class GrowingStrength(KeepsPrecision):
         self.coeff.copy_(grown * self.fitting.factor() if self.fitting.follows else grown)
 
     def never_acted(self) -> bool:
-        """Whether nothing was trained yet, and nothing acts until it is, as in a module that declares it."""
+        """Whether no batch was counted, and nothing acts until one is."""
         return int(self.steps) == 0 and float(self.coeff) == 0
 
     def outlook(self, total_steps: int | None) -> str:

@@ -60,7 +60,8 @@ def attach(
 ) -> Attachment:
     """Perturb the feature maps of ``model`` at its sites.
 
-    Adds one submodule, ``_metaperturb``, and hooks. Attached twice is attached once: the first attachment is returned.
+    Adds one submodule, ``_metaperturb``, and hooks. Attached twice is attached once: the first attachment is returned,
+    with the length of the ramp that is given now, if one is, and its own seed, bound and path.
 
     Args:
         model: any module; what its forward computes changes, its parameters do not, and its ``state_dict`` keys only
@@ -127,6 +128,7 @@ def attach(
         if phi is not None:
             asked = dict(zip(asked, follows, strict=True))
         _check_same(existing, None if phi is None else named, perturbation, wanted, strength, asked)
+        _set_ramp(existing, total_steps, ramp_steps)
         return existing
     if sites is None and named is not None and named.share_of_sites != 1:
         sites = named.share_of_sites
@@ -157,13 +159,17 @@ def attach(
     if parameter is not None:
         attachment.to(parameter.device)
     attachment.train(model.training)
+    _set_ramp(attachment, total_steps, ramp_steps)
+    model.add_module(NAME, attachment)
+    _guard_compiled_code()
+    return attachment
+
+
+def _set_ramp(attachment: Attachment, total_steps: int | None, ramp_steps: int | None) -> None:
     if ramp_steps is not None:
         attachment.ramp_over(ramp_steps)
     elif total_steps is not None:
         attachment.ramp_over_run(total_steps)
-    model.add_module(NAME, attachment)
-    _guard_compiled_code()
-    return attachment
 
 
 def following(named: NamedPhi | None, full_strength_at: float | None, acts_below: float | None) -> tuple[float, float]:
