@@ -77,12 +77,14 @@ def test_what_was_attached_by_hand_is_not_attached_anew(tmp_path):
 
 def test_batch_norm_that_is_gone_is_named_and_none_is_exchanged():
     model, attachment = trained()
-    model(images())  # after another change of its mode, batch norm would be of other weights and not be used at all
     norms = [name for name, part in model.named_modules() if isinstance(part, nn.BatchNorm2d)]
     first = model.get_submodule(norms[0])
     before = first.running_mean.clone()
     parent, _, leaf = norms[-1].rpartition(".")
-    setattr(model.get_submodule(parent), leaf, nn.Identity())
+    gone = model.get_submodule(norms[-1])
+    without = nn.BatchNorm2d(gone.num_features, track_running_stats=False)  # with other weights nothing would be used
+    without.weight, without.bias = gone.weight, gone.bias
+    setattr(model.get_submodule(parent), leaf, without.eval())
     for _ in range(2):
         with pytest.raises(ConfigurationError, match=rf"batch norm self\.{norms[-1]}, which was re-estimated"):
             model(images())
