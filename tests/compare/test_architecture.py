@@ -77,7 +77,8 @@ def test_what_cannot_be_trained_is_refused_with_the_reason(text: str, size: int,
 
 
 @pytest.mark.parametrize(
-    ("output", "shown"), [(lambda x: (x, x), "tuple"), (lambda x: x, r"\(2, 2, 16, 16\)"), (lambda x: {"logits": x}, "dict")]
+    ("output", "shown"),
+    [(lambda x: (x, x), "tuple"), (lambda x: x, r"\(2, 2, 16, 16\)"), (lambda x: {"logits": x}, "dict")],
 )
 def test_a_network_that_gives_no_logits_is_refused(monkeypatch, output, shown) -> None:
     class Headless(torch.nn.Module):

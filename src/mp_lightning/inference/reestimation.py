@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.sites import Attachment
-from mp_lightning.sites.estimates import batch_norms, changes_of, weights_of
+from mp_lightning.sites.estimates import batch_norms, weights_of
 
 BATCHES = 50  # the most training batches that re-estimation looks at
 
@@ -89,7 +89,7 @@ def reestimate_batch_norm(attachment: Attachment, forwards: Iterable[Callable[[]
     }
     attachment.evaluation_buffers = attachment.constants = None
     attachment.weights = weights_of(attachment.model)
-    attachment.weights_known = changes_of(attachment.model)
+    attachment.weights_known = attachment.changes()
     with torch.inference_mode(False), torch.no_grad():
         _estimate(attachment, forwards, norms, fold)
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
 from mp_lightning.sites.blocks import make_blocks, scopes_of, why_unreached
-from mp_lightning.sites.estimates import are_those_of, batch_norms, changes_of, weights_of
+from mp_lightning.sites.estimates import are_those_of, batch_norms, weights_of
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, OneAtATime, entry_names
@@ -107,6 +107,7 @@ class Attachment(GrowingStrength):
         self._looked = False
         self._norms: dict[str, Any] | None = None
         self._has_batch_norm: bool | None = None
+        self._watched: list[nn.Parameter] | None = None
         self.persistent = persistent
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
@@ -204,15 +205,21 @@ class Attachment(GrowingStrength):
         """Drop what was estimated for weights that the model does not have any more."""
         if self.weights is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        changes = changes_of(self.model)
+        changes = self.changes()
         if self.weights_known == changes:
             return
         self.weights_known = changes
         if not are_those_of(self.model, self.weights):
             self.evaluation_buffers = self.constants = self.weights = None
 
+    def changes(self) -> int:
+        """How often the parameters of the model were changed in place, but by ``.data``."""
+        if self._watched is None:  # to go through the modules takes ten times as long
+            self._watched = [parameter for parameter in self.model.parameters() if not parameter.is_inference()]
+        return sum(parameter._version for parameter in self._watched)
+
     def _part_loaded(self, module: nn.Module, incompatible: Any) -> None:
-        self.weights_known = None
+        self.weights_known = self._watched = None
 
     def _note_height(self, height: float, source: int) -> None:
         """The first training images decide; images that are evaluated before (a sanity check) may be of another size.
@@ -263,8 +270,7 @@ class Attachment(GrowingStrength):
     def train(self, mode: bool = True) -> "Attachment":
         """As any module; a model changes its mode between its forwards, so none is in progress."""
         self.settle()
-        self._norms = None  # some may be others
-        self._has_batch_norm = None
+        self._norms = self._has_batch_norm = self._watched = None  # some may be others
         super().train(mode)
         self.weights_known = None
         if not mode:  # a compiled forward does not look

@@ -30,11 +30,6 @@ def weights_of(model: nn.Module) -> list[float]:
     return found
 
 
-def changes_of(model: nn.Module) -> int:
-    """How often the parameters of a model were changed in place, but by ``.data``."""
-    return sum(parameter._version for parameter in model.parameters() if not parameter.is_inference())
-
-
 def _ramp(values: Tensor) -> Tensor:
     return torch.linspace(-1, 1, len(values), dtype=values.dtype, device=values.device)
 
