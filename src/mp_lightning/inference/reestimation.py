@@ -183,7 +183,7 @@ def _is_frozen(name: str, norm: _BatchNorm, attachment: Attachment) -> bool:
     return norm.weight is not None and not norm.weight.requires_grad
 
 
-def set_modes(model: nn.Module, norms: list[_BatchNorm]) -> None:
+def _set_modes(model: nn.Module, norms: list[_BatchNorm]) -> None:
     """Evaluation, but for these batch norms."""
     model.eval()
     for norm in norms:
@@ -199,7 +199,7 @@ def plain_averages(model: nn.Module, norms: list[_BatchNorm]) -> Iterator[None]:
         norms: parts of it that have running statistics.
     """
     momenta = [norm.momentum for norm in norms]
-    set_modes(model, norms)
+    _set_modes(model, norms)
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
@@ -226,7 +226,7 @@ def _estimating(
     def set_again(module: nn.Module, args: Any) -> None:  # a step may change modes before it calls the model
         parts = attachment.model.modules()
         if attachment.depth == 0 and any(part.training != (part in chosen) for part in parts):
-            set_modes(attachment.model, norms)
+            _set_modes(attachment.model, norms)
 
     entries = attachment.entry_modules().values()
     handles = [module.register_forward_pre_hook(set_again, prepend=True) for module in entries]
