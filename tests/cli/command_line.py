@@ -91,7 +91,8 @@ class CommandLine:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            # Where a process ends while another asks it something, torch warns of it by chance, in lines of its own.
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_CPP_LOG_LEVEL": "ERROR"},
         )
         self._count = 0
 
