@@ -83,7 +83,10 @@ class _Kept:
         for name, (container, content) in self._containers.items():
             self._module.__dict__[name] = container
             container.clear()
-            container.extend(content) if isinstance(container, list | deque) else container.update(content)
+            if isinstance(container, list | deque):
+                container.extend(content)
+            else:
+                container.update(content)
 
 
 def _ignore(*args: Any, **kwargs: Any) -> Any:
