@@ -119,7 +119,11 @@ def test_fold_as_onnx(mp: CommandLine, trained: dict[str, Path], tmp_path: Path)
         ),
         (["ckpt=number.ckpt", "to=a.pt2"], "the checkpoint does not say of which class the model is"),
         (["ckpt=file.ckpt", "to=a.pt2"], "the checkpoint does not say of which class the model is"),  # no file is run
-        (["ckpt=moved.ckpt", "to=a.pt2"], "model=gone.nets:Classifier: gone.nets cannot be imported"),
+        (
+            ["ckpt=moved.ckpt", "to=a.pt2"],
+            "network 'gone.nets:Classifier': gone.nets cannot be imported (ModuleNotFoundError: No module named "
+            "'gone'); it is the class that was trained: name where it is now, with model=",
+        ),
         (["ckpt=odd.ckpt", "to=a.pt2"], "model=os:getcwd is no LightningModule; name the class that was trained"),
         (["ckpt=plain.ckpt", "to=a.pt2"], "checkpoint 'plain.ckpt' was made without MetaPerturb"),
     ],

@@ -1,5 +1,6 @@
 """Anyone's network by what its user calls it: ours, a library's, or that of a function in the user's own code."""
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -38,7 +39,7 @@ def build_network(name: str) -> nn.Module:
     if not isinstance(made, nn.Module):
         if not callable(made):
             raise ConfigurationError(
-                f"model={name} is a {type(made).__name__}; name a function or class that makes one"
+                f"network '{name}' is a {type(made).__name__}; name a function or class that makes one"
             )
         made = make(name, made, {}, "name a function that needs no arguments")
     return made
@@ -53,9 +54,11 @@ def make(name: str, factory: Callable[..., Any], arguments: dict[str, Any], reme
     try:
         made = factory(**arguments)
     except Exception as error:  # the user's code raises anything
-        raise ConfigurationError(f"model={name} failed: {type(error).__name__}: {one_line(error)}; {remedy}") from error
+        raise ConfigurationError(
+            f"network '{name}' failed: {type(error).__name__}: {one_line(error)}; {remedy}"
+        ) from error
     if not isinstance(made, nn.Module):
-        raise ConfigurationError(f"model={name} gave a {type(made).__name__}; it must give a torch.nn.Module")
+        raise ConfigurationError(f"network '{name}' gave a {type(made).__name__}; it must give a torch.nn.Module")
     return made
 
 
@@ -67,27 +70,40 @@ def find_object(name: str) -> Any:
     """
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
-        raise ConfigurationError(f"model={name} is unknown; give {FORMS}, or one of {', '.join(list_backbones())}")
+        raise ConfigurationError(f"network '{name}' is unknown; give {FORMS}, or one of {', '.join(list_backbones())}")
     found: Any = _module(place, name)
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise ConfigurationError(f"model={name}: there is no '{part}' in {place}")
+            raise ConfigurationError(f"network '{name}': there is no '{part}' in {place}")
         found = getattr(found, part)
     return found
 
 
+def source_digest(name: str) -> str | None:
+    """A digest of the file that 'package.module:name' or 'file.py:name' lies in, as far as there is one.
+
+    Raises:
+        ConfigurationError: it cannot be imported.
+    """
+    place, _, _ = name.rpartition(":")
+    path = getattr(_module(place, name), "__file__", None)
+    if path is None or not Path(path).is_file():
+        return None
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+
+
 def _module(place: str, name: str) -> ModuleType:
     try:
-        return _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+        return _from_file(Path(place).resolve()) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:  # the user's code raises anything
         raise ConfigurationError(
-            f"model={name}: {place} cannot be imported ({type(error).__name__}: {one_line(error)}); give {FORMS}"
+            f"network '{name}': {place} cannot be imported ({type(error).__name__}: {one_line(error)}); give {FORMS}"
         ) from error
 
 
+@functools.cache  # so that all networks of a run are of the same code
 def _from_file(path: Path) -> ModuleType:
     """The module of a file, which may import others that lie beside it, as where Python runs it."""
-    path = path.resolve()
     name = path.stem
     if getattr(sys.modules.get(name), "__file__", None) != str(path) and name in sys.modules:
         name = f"{name}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"  # another module is called like it

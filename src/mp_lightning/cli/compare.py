@@ -36,6 +36,8 @@ def run(config: DictConfig, path: Path) -> None:
         )
     # Files may change under the same path.
     contents = {"images": target.digest()}
+    if given.architecture.code is not None:
+        contents["code of the model"] = given.architecture.code
     if given.weights is not None:
         contents["tensors of weights"] = given.weights.digest()
     folder = RunFolder(path, {**given.relevant, **contents}, fresh=given.fresh)

@@ -99,7 +99,16 @@ def _make(name: str | None, content: dict[str, Any]) -> L.LightningModule:
             "the checkpoint does not say of which class the model is; name it with model=package.module:Class or "
             "model=file.py:Class"
         )
-    found = find_object(name)
+    try:
+        found = find_object(name)
+    except ConfigurationError as error:
+        if given:
+            raise
+        what = str(error).rpartition("; ")[0]
+        raise ConfigurationError(
+            f"{what}; it is the class that was trained: name where it is now, with model=package.module:Class or "
+            "model=file.py:Class"
+        ) from error
     hyperparameters = dict(content.get("hyper_parameters") or {})
     if isinstance(found, type) and issubclass(found, L.LightningModule):
         hyperparameters = _accepted(found, hyperparameters)

@@ -53,7 +53,7 @@ def run(config: DictConfig, path: Path) -> float:
     trainer = make_trainer(given.trainer, given.meta.steps, path, console, logger)
     first = trainer.is_global_zero
     console.quiet = not first
-    folder = RunFolder(path, given.relevant, fresh=given.fresh, owner=first)
+    folder = RunFolder(path, {**given.relevant, **given.code}, fresh=given.fresh, owner=first)
     report = None if given.fresh and not first else folder.report()
     data = [*(source.dataset for source in given.sources), *filter(None, [given.evaluation.dataset])]
     if report is not None and _is_phi(path / PHI):

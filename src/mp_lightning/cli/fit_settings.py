@@ -44,6 +44,7 @@ class FitSettings:
         split: how those are cut into tasks.
         logger: the section ``logger``, which Hydra instantiates; empty for none.
         relevant: what decides the result of the run.
+        code: digests of the files with networks of the user's own, which decide it as well.
     """
 
     seed: int
@@ -57,6 +58,7 @@ class FitSettings:
     trainer: dict[str, Any]
     logger: dict[str, Any]
     relevant: dict[str, Any]
+    code: dict[str, str]
 
 
 def read(config: DictConfig) -> FitSettings:
@@ -89,6 +91,8 @@ def read(config: DictConfig) -> FitSettings:
         Architecture.parse(transfer.architecture).check(default.image_size)
     if target is not None and any(same_data(target, source.dataset) for source in sources):
         raise ConfigurationError(f"evaluation.data={target} is a source as well; judge phi on images it has not seen")
+    splits = [default.split, *(source.split for source in sources)]
+    named = [name for split in splits for name in split.architectures]
     return FitSettings(
         seed=_seed(config.seed),
         fresh=check(folder.get("fresh"), bool, "run.fresh"),
@@ -101,7 +105,13 @@ def read(config: DictConfig) -> FitSettings:
         trainer=device_options(plain_section(config, "trainer")),
         logger=plain_section(config, "logger"),
         relevant=relevant_settings(plain(config)),
+        code=_code([*named, transfer.architecture]),
     )
+
+
+def _code(names: list[str]) -> dict[str, str]:
+    found = {f"code of {name}": Architecture.parse(name).code for name in names}
+    return {key: code for key, code in found.items() if code is not None}
 
 
 def _check_held_out(architecture: str, last: SourceSettings) -> None:

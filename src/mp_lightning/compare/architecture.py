@@ -8,6 +8,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from mp_lightning.backbones import build_backbone
+from mp_lightning.backbones.anyone import find_object, make, source_digest
+from mp_lightning.backbones.libraries import LIBRARIES
 from mp_lightning.data import ImageSet
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.sites import find_sites
@@ -18,20 +20,22 @@ _USUAL_SIZES = (32, 64, 96, 128, 160, 192, 224, 256, 299, 384)
 
 @dataclass(frozen=True)
 class Architecture:
-    """A backbone by name, with its width (None: the backbone's own, as always for networks of a library)."""
+    """A network by name, with its width (None: its own, as always but for the reference networks)."""
 
     name: str
     width: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> "Architecture":
-        """From 'resnet20' or, with a width, 'resnet20-8'; from 'torchvision:NAME' or 'timm:NAME', without a width.
+        """From 'resnet20' or, with a width, 'resnet20-8'; without one from 'torchvision:NAME' or 'timm:NAME'.
+
+        Or from 'package.module:factory' or 'file.py:factory', where ``factory(num_classes=N)`` makes the network.
 
         Raises:
             ConfigurationError: what follows the dash is not a width.
         """
         text = str(text)
-        if ":" in text:  # names of timm may hold dashes
+        if ":" in text:  # names of timm and of files may hold dashes
             return cls(text)
         name, dash, width = text.partition("-")
         if dash and not (width.isdecimal() and int(width) > 0):
@@ -40,6 +44,17 @@ class Architecture:
 
     def __str__(self) -> str:
         return self.name if self.width is None else f"{self.name}-{self.width}"
+
+    @property
+    def is_of_the_user(self) -> bool:
+        """Whether the user's own code makes it."""
+        library, colon, _ = self.name.partition(":")
+        return bool(colon) and library not in LIBRARIES
+
+    @functools.cached_property
+    def code(self) -> str | None:
+        """A digest of the file with the user's own code, as of its first reading; None for other networks."""
+        return source_digest(self.name) if self.is_of_the_user else None
 
     @functools.cache  # noqa: B019 - of a few values that live as long as the process
     def check(self, image_size: int) -> None:
@@ -109,12 +124,15 @@ class Architecture:
             try:
                 with torch.device("meta"):
                     return self.construct(num_classes, image_size)
-            except RuntimeError:
+            except (RuntimeError, ConfigurationError):  # the second of the user's own
                 # A constructor that computes with tensors, as torchvision's RegNet does, needs their values.
                 return self.construct(num_classes, image_size).to("meta")
 
     def construct(self, num_classes: int, image_size: int) -> nn.Module:
         """A network with weights drawn from torch's global generator."""
+        if self.is_of_the_user:
+            arguments, remedy = {"num_classes": num_classes}, f"it is called with num_classes={num_classes} alone"
+            return make(self.name, find_object(self.name), arguments, remedy)
         return build_backbone(self.name, num_classes, image_size=image_size, width=self.width)
 
 
