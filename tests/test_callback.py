@@ -314,7 +314,7 @@ def test_a_model_without_sites_is_refused(tmp_path):
         ({"phi": "absent.safetensors"}, PhiError, "absent.safetensors"),
         ({"inference": "median"}, ConfigurationError, "median"),
         ({"samples": 0}, ConfigurationError, "samples=0"),
-        ({"fit_samples": -1}, ConfigurationError, "samples=-1"),
+        ({"fit_samples": -1}, ConfigurationError, "^fit_samples=-1"),
         ({"output": "scores"}, ConfigurationError, "scores"),
         ({"ramp_steps": -1}, ConfigurationError, "ramp_steps=-1"),
         ({"full_strength_at": 0}, ConfigurationError, "full_strength_at=0 cannot be used"),

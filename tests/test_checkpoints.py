@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_modules import Classifier, digits, loader, module, trainer
-from mp_lightning import MetaPerturbCallback, SitePlan, attachment_of, detach, find_sites
+from mp_lightning import MetaPerturb, MetaPerturbCallback, SitePlan, attach, attachment_of, detach, find_sites
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, read_checkpoint
-from mp_lightning.errors import SiteError
+from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import NamedPhi, Phi, initial_phi
 
 
@@ -456,3 +456,37 @@ def test_restore_is_as_strict_as_the_module(tmp_path):
     model = module(Lax, seed=1)
     own = model.net.fc.bias.detach().clone()
     assert torch.equal(MetaPerturbCallback.restore(model, tmp_path / "a.ckpt").net.fc.bias, own)
+
+
+class Halved(MetaPerturb):
+    """Computes something else than phi alone says."""
+
+    def multiplier(self, x, eps, statistics, norms):
+        return super().multiplier(x, eps, statistics, norms) / 2
+
+
+def trained_with(path, perturbation):
+    model = module()
+    run = trainer(path, [MetaPerturbCallback(perturbation=perturbation, sites=1.0, ramp_steps=0)])
+    run.fit(model, loader(4))
+    run.save_checkpoint(path / "own.ckpt")
+    return model, path / "own.ckpt"
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_subclass_of_metaperturb_is_not_restored_as_what_it_is_not(tmp_path, persistent):
+    own = Halved(initial_phi(0), persistent=persistent)
+    model, checkpoint = trained_with(tmp_path, own)
+    with pytest.raises(ConfigurationError, match="perturbation 'metaperturb', which it does not hold; attach it with"):
+        MetaPerturbCallback.restore(module(seed=1), checkpoint)
+    again = module(seed=1)
+    attach(again, perturbation=Halved(initial_phi(0), persistent=persistent), sites=1.0)
+    MetaPerturbCallback.restore(again, checkpoint)
+    assert torch.equal(logits(again), logits(model))
+
+
+def test_a_metaperturb_that_was_given_as_a_perturbation_is_restored(tmp_path):
+    model, checkpoint = trained_with(tmp_path, MetaPerturb(initial_phi(0), noise_per="channel"))
+    restored = MetaPerturbCallback.restore(module(seed=1), checkpoint)
+    assert attachment_of(restored).perturbation.noise_per == "channel"
+    assert torch.equal(logits(restored), logits(model))

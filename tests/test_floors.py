@@ -45,8 +45,9 @@ FLOORS = {
 # The package itself re-exports the callback: whoever imports a name from it stands above all floors but the last.
 TOP = 5
 
-# Floors 1 to 3 are what a user's training runs: of the ground they see the error classes alone.
+# Floors 1 to 3 are what a user's training runs: of the ground they see the error classes, and how a file is replaced.
 WITHOUT_GROUND = {1, 2, 3}
+THEIR_GROUND = {"errors", "whole"}
 
 ALL_LIBRARIES = {
     *("torch", "torchvision", "torchmetrics", "lightning", "safetensors"),
@@ -121,8 +122,8 @@ def objection(unit: str, name: str) -> str | None:
     if above > floor:
         what = target or "the top package"
         return f"{unit} is on floor {floor}, {what} on floor {above}: imports run downwards only"
-    if floor in WITHOUT_GROUND and above == 0 and target != "errors":
-        return f"floor {floor} may import of the ground 'errors' alone"
+    if floor in WITHOUT_GROUND and above == 0 and target not in THEIR_GROUND:
+        return f"floor {floor} may import of the ground {' and '.join(sorted(THEIR_GROUND))} alone"
     return None
 
 

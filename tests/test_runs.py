@@ -22,3 +22,21 @@ def test_two_do_not_work_in_one_folder(tmp_path: Path) -> None:
         RunFolder(tmp_path, {})
     first.release()
     RunFolder(tmp_path, {}).release()
+
+
+@pytest.mark.parametrize("text", ["// of an editor\n{}", "", "[1]"])
+def test_settings_that_are_not_a_run_s_stay_as_they_are(tmp_path: Path, text: str) -> None:
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(RunFolderError, match=r"settings\.json' does not hold the settings of a run: remove it, or"):
+        RunFolder(tmp_path, {"lr": 1})
+    assert (tmp_path / "settings.json").read_text() == text
+
+
+def test_a_folder_that_holds_no_run_is_not_cleared_out(tmp_path: Path) -> None:
+    (tmp_path / "train.py").write_text("")
+    with pytest.raises(
+        RunFolderError, match=r"holds 'train\.py' and no run that could be started anew"
+    ):
+        RunFolder(tmp_path, {}, fresh=True)
+    assert (tmp_path / "train.py").exists()
+    RunFolder(tmp_path / "new", {}, fresh=True).release()

@@ -117,8 +117,8 @@ class MetaPerturbCallback(EvaluationEpochs):
     ) -> None:
         if inference not in INFERENCE_MODES:
             raise ConfigurationError(f"inference={inference!r} is unknown; use one of {', '.join(INFERENCE_MODES)}")
-        for number in (samples, fit_samples):
-            MonteCarlo(number, output)  # the same checks, early
+        MonteCarlo(samples, output)  # the same checks, early
+        fit_samples = whole_number(fit_samples, "fit_samples", 1, "of noisy forwards, at least one")
         super().__init__(inference, samples, fit_samples, output)
         if phi is not None and perturbation is not None:
             raise ConfigurationError("phi= and perturbation= are both given; give one of them")

@@ -144,7 +144,7 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
     detach_changed(model)
     attachment = attachment_to_train(model)
     if attachment is None:
-        if "phi" not in state:
+        if "phi" not in state or "perturbation" in state:  # that of a subclass may compute something else
             raise ConfigurationError(
                 f"the checkpoint was made with perturbation '{state['phi_name']}', which it does not hold; attach it "
                 "with attach(model, perturbation=...) first"

@@ -10,7 +10,8 @@ from torch import nn
 from mp_lightning.checkpoints import KEY, MARKER, CheckpointError, attach_state, read_checkpoint
 from mp_lightning.errors import one_line
 from mp_lightning.late_layers import overrides
-from mp_lightning.sites import Attachment
+from mp_lightning.sites import Attachment, attachment_of
+from mp_lightning.sites.attachment import NAME
 
 # Of modules that were put into evaluation mode, and not by their user.
 _MODES_BEFORE: "WeakKeyDictionary[nn.Module, dict[str, bool]]" = WeakKeyDictionary()
@@ -36,6 +37,10 @@ def load_trained(model: pl.LightningModule, checkpoint: str | Path) -> tuple[Att
     content["state_dict"].pop(MARKER, None)
     if overrides(model, "configure_model"):
         model.configure_model()
+    if attachment_of(model) is None:  # a module of its own at the sites, which the state holds as well
+        weights = content["state_dict"]
+        for name in [name for name in weights if NAME in name.split(".")]:
+            del weights[name]
     model.on_load_checkpoint(content)  # which may choose other weights, such as averaged ones
     try:
         model.load_state_dict(content["state_dict"], strict=model.strict_loading)

@@ -172,13 +172,18 @@ class RunFolder:
 
     def _claim(self, settings: dict[str, Any]) -> None:
         path = self.path / SETTINGS
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
-            before = None
-        if not isinstance(before, dict):
+        if not path.exists():
             write_json(path, settings)
             return
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            before = None
+        if not isinstance(before, dict):
+            raise RunFolderError(
+                f"'{path}' does not hold the settings of a run: remove it, or choose another folder with "
+                f"{self._elsewhere}"
+            )
         different = differences(before, settings)
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
@@ -191,6 +196,11 @@ class RunFolder:
         old, number = _left(self.path), times_anew(self.path, fresh=True)
         if not old:
             return
+        if not (self.path / SETTINGS).exists():
+            raise RunFolderError(
+                f"folder '{self.path}' holds '{old[0].name}' and no run that could be started anew: choose another "
+                f"with {self._elsewhere}"
+            )
         numbers = [entry.name.removeprefix(ASIDE) for entry in self.path.glob(f"{ASIDE}*")]
         aside = self.path / f"{ASIDE}{1 + max((int(one) for one in numbers if one.isdecimal()), default=0)}"
         aside.mkdir()

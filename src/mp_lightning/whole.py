@@ -17,6 +17,8 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(f"{path.name}.partial")
     try:
         write(partial)
+        with partial.open("rb") as file:  # on the disk before it takes the place of another
+            os.fsync(file.fileno())
         os.replace(partial, path)
     except BaseException:
         with suppress(OSError):

@@ -2,9 +2,11 @@
 
 import copy
 import json
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -426,6 +428,11 @@ class Slotted:
         return module(batch[0]), batch[1]
 
 
+@dataclass
+class Settings:
+    by: float
+
+
 class Scaling:
     def __init__(self, by: float) -> None:
         self.by = by
@@ -445,11 +452,19 @@ def test_a_function_is_told_by_its_name_its_code_and_what_it_holds() -> None:
         (held(2.0), held(3.0)),
         (held(torch.tensor(2.0)), held(torch.tensor(3.0))),
         (Scaling(2.0), Scaling(3.0)),
+        (held(Settings(2.0)), held(Settings(3.0))),
+        (held(SimpleNamespace(by=2.0)), held(SimpleNamespace(by=3.0))),
+        (held({2.0}), held({3.0})),
+        (held(np.array([2.0])), held(np.array([3.0]))),
+        (held(np.float32(2)), held(np.float32(3))),
+        (held(Path("2")), held(Path("3"))),
+        (held(Scaling), held(Settings)),
     ]
     for first, second in pairs:
         assert identity(first) == identity(copy.deepcopy(first)) != identity(second)
         assert identity(first).split()[:-1] == identity(second).split()[:-1]
-    assert identity(held(print)) == identity(held(print))
+    for what in (print, math, open, object()):
+        assert identity(held(what)) == identity(held(what))
 
 
 def test_a_function_whose_surroundings_are_not_complete_yet_is_told_too() -> None:

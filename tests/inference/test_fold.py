@@ -9,9 +9,17 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from mp_lightning import Fold, Mean, MetaPerturbCallback, attach, attachment_of, reestimate_batch_norm
+from mp_lightning import (
+    Fold,
+    Mean,
+    MetaPerturbCallback,
+    attach,
+    attachment_of,
+    exportable,
+    reestimate_batch_norm,
+)
 from mp_lightning.backbones import build_backbone
-from mp_lightning.errors import ConfigurationError
+from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import initial_phi
 
 
@@ -175,3 +183,27 @@ def test_callback_folds_at_the_end_of_fit_and_checkpoints_bring_it_back(tmp_path
     x = torch.randn(4, 3, 16, 16)
     assert torch.equal(restored.net(x), module.eval().net(x))
     assert isinstance(attachment_of(restored).inference, Fold)
+
+
+class Two(nn.Module):
+    """A network that is used, and one that is not."""
+
+    def __init__(self):
+        super().__init__()
+        self.used, self.other = build_backbone("conv4", 5, width=4), build_backbone("conv4", 5, width=4)
+
+    def forward(self, x):
+        return self.used(x) if x.isfinite().all() else self.other(x)
+
+
+def test_a_network_of_which_another_is_trained_is_exported_by_the_constants_that_there_are():
+    both, batches = Two(), [torch.randn(8, 3, 32, 32) for _ in range(3)]
+    attachment = attach(both, strong_phi(), ramp_steps=0)
+    both(batches[0])
+    reestimate_batch_norm(attachment, forwards(both, batches), fold=True)
+    assert len(attachment.constants) == 4 and len(attachment.plan) == 8
+    plain = exportable(both, "fold")
+    attachment.inference = Fold()
+    torch.testing.assert_close(plain(batches[0]), both.eval()(batches[0]))
+    with pytest.raises(SiteError, match=r"site 'other\..*' has no constant, as no batch reached it"):
+        plain.other(batches[0])

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mp_lightning.errors import ConfigurationError, PhiError
-from mp_lightning.perturbation import NamedPhi, initial_phi, list_phi, load_phi, save_phi
+from mp_lightning.perturbation import NamedPhi, Phi, initial_phi, list_phi, load_phi, phi_digest, save_phi
 
 
 @pytest.fixture
@@ -286,3 +286,12 @@ def test_a_folder_in_place_of_its_phi_is_told_the_file(tmp_path):
 def test_names_of_which_the_system_makes_nothing_are_files_that_are_not_there(name):
     with pytest.raises(PhiError, match="does not exist"):
         load_phi(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_phi_is_told_by_its_numbers_whatever_they_are_kept_in(dtype):
+    phi = Phi(*(value.bfloat16().float() for value in initial_phi(0)))
+    other = Phi(*(value.to(dtype) for value in phi))
+    assert (
+        phi_digest(NamedPhi(other, "a")) == phi_digest(NamedPhi(phi, "b")) != phi_digest(NamedPhi(initial_phi(1), "c"))
+    )

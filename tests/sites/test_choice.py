@@ -11,6 +11,7 @@ import yaml
 from torch import nn
 
 from mp_lightning import ConfigurationError, MetaPerturbCallback, NamedPhi, SiteError
+from mp_lightning.backbones import build_backbone
 from mp_lightning.perturbation import initial_phi
 from mp_lightning.sites import SitePlan, attach, attachment_of, choose_sites, find_activations, find_sites
 from mp_lightning.sites.discovery import _deepest
@@ -267,3 +268,9 @@ class HoldsTraced(nn.Module):
 def test_a_model_that_can_no_longer_be_changed_is_refused(make, what):
     with pytest.raises(SiteError, match=f"{what}.*attach first"):
         attach(make())
+
+
+@pytest.mark.parametrize("find", [find_sites, find_activations])
+def test_a_target_that_is_no_part_is_refused(find):
+    with pytest.raises(SiteError, match=r"target='nope' is no part of ConvNet; its parts are conv_layers, "):
+        find(build_backbone("conv4", 10), "nope")

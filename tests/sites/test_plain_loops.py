@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from mp_lightning import ConfigurationError, Fold, Mean, MonteCarlo, attach, attachment_of, reestimate_batch_norm
+from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import SiteError
 from mp_lightning.inference import exportable
 from mp_lightning.perturbation import initial_phi
@@ -241,3 +242,43 @@ def test_gradients_of_an_evaluation_that_replaces_nothing_are_those_without_chec
         model.eval()(x).sum().backward()
         found.append(x.grad)
     assert torch.allclose(found[0], found[1], atol=1e-7)
+
+
+class SetsItsOwnMode(nn.Module):
+    """Labels its images by itself before it learns from them."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = build_backbone("conv4", 5, width=4)
+
+    def forward(self, x):
+        was = self.training
+        self.eval()
+        with torch.no_grad():
+            labels = self.net(x).softmax(1)
+        self.train(was)
+        return self.net(x) * labels
+
+
+def test_a_model_may_set_its_mode_within_its_forward():
+    model = SetsItsOwnMode()
+    attachment = attach(model, "paper", sites=1.0, ramp_steps=0)
+    x = torch.randn(4, 3, 32, 32)
+    for count in (1, 2):
+        model(x).sum().backward()
+        assert (int(attachment.forwards), int(attachment.evaluations), attachment.depth) == (count, 0, 0)
+    attachment.inference = average = MonteCarlo(3, output="logits")
+    model.eval()(x)
+    assert average.calls == 1 and attachment.depth == 0
+
+
+def test_without_running_statistics_there_is_nothing_to_re_estimate(recwarn):
+    model = build_backbone("conv4", 5, width=4)
+    for layer in model.conv_layers:
+        layer.bn = nn.BatchNorm2d(4, track_running_stats=False)
+    attachment = attach(model, "paper", sites=1.0, ramp_steps=0)
+    x = torch.randn(4, 3, 32, 32)
+    model(x)
+    attachment.inference = Mean()
+    assert torch.equal(model.eval()(x), model(x)) and int(attachment.evaluations) == 2
+    assert not recwarn.list

@@ -3,10 +3,12 @@
 import hashlib
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import CellType, CodeType, FunctionType, MethodType
+from pathlib import PurePath
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import lightning as L
+import numpy as np
 import torch
 from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
@@ -66,15 +68,23 @@ def _code(value: Any, within: frozenset[int] = frozenset()) -> Any:
             return code([value.func, value.args, value.keywords])
         case Tensor():
             return _digest([value])
+        case np.ndarray() | np.generic():
+            return str(value.dtype), value.shape, code(value.tolist())
+        case type() | ModuleType():  # not all that is in it
+            return getattr(value, "__qualname__", value.__name__)
         case list() | tuple():
             return [code(one) for one in value]
         case dict():
             return [(key, code(one)) for key, one in value.items()]
-        case frozenset():
+        case set() | frozenset():
             return sorted(repr(code(one)) for one in value)
+        case PurePath():
+            return str(value)
     called = vars(type(value)).get("__call__")
     state = getattr(value, "__dict__", {})
-    return [type(value).__qualname__, *(code([called, state]) if isinstance(called, FunctionType) else ())]
+    if isinstance(called, FunctionType):
+        return [type(value).__qualname__, *code([called, state])]
+    return [type(value).__qualname__, *([code(state)] if state else [])]
 
 
 def _content(cell: CellType) -> Any:

@@ -72,7 +72,7 @@ class Mean:
     def _lacks(self, attachment: "Attachment") -> str | None:
         if attachment.evaluation_buffers is not None and attachment.constants is None:
             return None  # with constants, batch norm was estimated under these
-        return "batch norm was not re-estimated" if attachment.has_batch_norm() else None
+        return "batch norm was not re-estimated" if attachment.batch_norms() else None
 
     def _warn_once(self, what: str | None) -> None:
         if what is not None and not self._warned:

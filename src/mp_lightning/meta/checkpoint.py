@@ -2,7 +2,6 @@
 
 import contextlib
 import io
-import os
 import time
 import zipfile
 from collections.abc import Callable
@@ -49,15 +48,9 @@ class WholeFiles(TorchCheckpointIO):
         content = io.BytesIO()
         torch.save(checkpoint, content)
 
-        def write(partial: Path) -> None:
-            with partial.open("wb") as file:
-                file.write(content.getbuffer())
-                file.flush()
-                os.fsync(file.fileno())
-
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            write_whole(Path(path), write)
+            write_whole(Path(path), lambda partial: partial.write_bytes(content.getbuffer()))
         except OSError as error:
             self.failure = error
 

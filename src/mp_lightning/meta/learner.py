@@ -95,7 +95,7 @@ class Learner(nn.Module):
         """All that a checkpoint needs to continue this task, without phi; tensors and plain values only."""
         theta = {name: value for name, value in self.model.state_dict().items() if not name.startswith(NAME)}
         attachment = self.attachment.state()
-        del attachment["phi"]
+        del attachment["phi"], attachment["perturbation"]
         return {
             "generation": self.generation,
             "theta": {name: value.detach().clone() for name, value in theta.items()},
@@ -111,8 +111,8 @@ class Learner(nn.Module):
         here = {name: value for name, value in self.model.state_dict().items() if name.startswith(NAME)}
         self.model.load_state_dict({**here, **state["theta"]})
         self.optimizer.load_state_dict(state["optimizer"])
-        phi = {key: value.detach().clone() for key, value in self._shared[0].phi._asdict().items()}
-        self.attachment.load_state({**state["attachment"], "phi": phi})
+        own = {key: value.detach().clone() for key, value in self._shared[0].state_dict().items()}
+        self.attachment.load_state({**state["attachment"], "phi": own, "perturbation": own})
 
     def settle_on_device(self) -> None:
         """Bring the optimizer's state and the images to where the network is now."""

@@ -63,7 +63,7 @@ def phi_digest(phi: NamedPhi) -> str:
     """A few characters that tell a phi, and all that it is meant for (strength, noise, sites, loss), from others."""
     digest = hashlib.sha256()
     for value in phi.phi:
-        digest.update(value.detach().cpu().numpy().tobytes())
+        digest.update(value.detach().float().cpu().numpy().tobytes())
     if phi.strength != 1:
         digest.update(str(phi.strength).encode())
     if phi.noise_per != "element":
@@ -278,7 +278,7 @@ def _place_of_card(path: Path) -> Path:
 
 
 def _write_both(contents: dict[Path, bytes]) -> None:
-    """Replace files when all that is new has been written, so that none of them is of another time than the others."""
+    """Replace files when all that is new has been written, one at once after the other."""
     partials = {path: path.with_name(f"{path.name}.partial") for path in contents}
     try:
         for path, content in contents.items():

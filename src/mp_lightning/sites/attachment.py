@@ -1,5 +1,6 @@
 """A perturbation at the sites of one model: what the sites share, and its state."""
 
+import inspect
 import warnings
 from collections.abc import Callable
 from typing import Any, Literal, cast, get_args
@@ -26,6 +27,7 @@ NAME = "_metaperturb"  # the submodule that attach() adds
 CLIP = 100.0
 # Where the height of the input is known from: images of an evaluation, or images of training or the user.
 _PROVISIONAL, _FINAL = 1, 2
+_CALL = nn.Module._call_impl.__code__  # of every forward that has hooks
 PathName = Literal["auto", "reference"]  # how the perturbation is computed; the same function either way
 
 
@@ -105,8 +107,7 @@ class Attachment(GrowingStrength):
         self._told_of_strays = False
         self.perturbed = False
         self._looked = False
-        self._norms: dict[str, Any] | None = None
-        self._has_batch_norm: bool | None = None
+        self._norms: dict[str, _BatchNorm] | None = None
         self._watched: list[nn.Parameter] | None = None
         self.persistent = persistent
         self.frozen = False
@@ -173,9 +174,7 @@ class Attachment(GrowingStrength):
 
     def _note_norms(self) -> None:
         """Which batch norms move in this training; they may be frozen when they are re-estimated."""
-        if self._norms is None:
-            self._norms = batch_norms(self.model)
-        moving = {name for name, norm in self._norms.items() if norm.training and norm.track_running_stats}
+        moving = {name for name, norm in self.batch_norms().items() if norm.training and norm.track_running_stats}
         self.trained_norms = (self.trained_norms or set()) | moving
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
@@ -268,9 +267,10 @@ class Attachment(GrowingStrength):
         return self.depth == 0 and self.inference is not None and self.inference.expects
 
     def train(self, mode: bool = True) -> "Attachment":
-        """As any module; a model changes its mode between its forwards, so none is in progress."""
-        self.settle()
-        self._norms = self._has_batch_norm = self._watched = None  # some may be others
+        """As any module."""
+        if not self._is_within_a_forward():
+            self.settle()
+        self._norms = self._watched = None  # some may be others
         super().train(mode)
         self.weights_known = None
         if not mode:  # a compiled forward does not look
@@ -278,11 +278,23 @@ class Attachment(GrowingStrength):
             self.weights_known = None
         return self
 
-    def has_batch_norm(self) -> bool:
-        """Whether the model has any."""
-        if self._has_batch_norm is None:
-            self._has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.model.modules())
-        return self._has_batch_norm
+    def batch_norms(self) -> dict[str, _BatchNorm]:
+        """Those of the model that have running statistics, by name, as of its last change of modes."""
+        if self._norms is None:
+            self._norms = batch_norms(self.model)
+        return self._norms
+
+    def _is_within_a_forward(self) -> bool:
+        """Whether this is called by a forward of the model, which then goes on; other forwards have ended somehow."""
+        if self.depth == 0 or torch.compiler.is_compiling():
+            return False
+        entries = {id(module) for module in self.entry_modules().values()}
+        frame = inspect.currentframe()
+        while frame is not None:
+            if frame.f_code is _CALL and id(frame.f_locals.get("self")) in entries:
+                return True
+            frame = frame.f_back
+        return False
 
     def settle(self) -> None:
         """Forget forwards that never ended, as after a keyboard interrupt. None may be in progress."""
@@ -349,10 +361,8 @@ class Attachment(GrowingStrength):
             assert own is not None
             buffers[leaf] = value.detach().clone().to(own)
         for site in self.all_sites():
-            if folding:
-                assert self.constants is not None
-                constants = self.constants[site.spec.name].to(self.coeff.device)
-                site.factor = 1 + self.coeff * (constants - 1)
+            if folding and site.spec.name in (self.constants or {}):  # another may not be reached, or says so
+                site.factor = site.factor_by_constants()
         self.evaluation_buffers = self.inference = None
         self.sampling, self.folding, self.frozen = False, folding, True
         self.path = "reference"

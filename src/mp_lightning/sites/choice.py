@@ -9,7 +9,7 @@ from torch import nn
 
 from mp_lightning.errors import SiteError
 from mp_lightning.sites.activations import ACTIVATION_FUNCTIONS, ACTIVATION_MODULES
-from mp_lightning.sites.discovery import find_activations, find_sites
+from mp_lightning.sites.discovery import check_target, find_activations, find_sites
 from mp_lightning.sites.plan import SitePlan, SiteSpec
 
 # A plan, a file with one, a share of those found, names or patterns, classes of modules, activation functions,
@@ -38,7 +38,7 @@ def choose_sites(model: nn.Module, sites: Sites = None, target: str | None = Non
         ConfigurationError: the share is not above 0 and at most 1.
     """
     if target is not None:
-        _check_target(model, target)
+        check_target(model, target)
     if is_share(sites):
         return find_sites(model, target, sites)
     if sites is None:
@@ -169,16 +169,6 @@ def check_fits(plan: SitePlan, model: nn.Module, target: str | None = None) -> N
                 f"{spec.channels} ({spec.layout}) in the plan; the model was changed after the plan was made, so make "
                 "the plan again with find_sites(model)"
             )
-
-
-def _check_target(model: nn.Module, target: str) -> None:
-    names = [name for name, _ in model.named_children()]
-    try:
-        model.get_submodule(target)
-    except AttributeError as error:
-        raise SiteError(
-            f"target='{target}' is no part of {type(model).__name__}; its parts are {', '.join(names) or 'none'}"
-        ) from error
 
 
 def _function(site: SiteSpec) -> str:

@@ -55,12 +55,28 @@ def _plan(
     if isinstance(model, torch.jit.ScriptModule):
         raise SiteError(_compiled(model, "it"))
     prefix = target or ""
+    check_target(model, prefix)
     graphs, failures, found = _search(model.get_submodule(prefix), prefix, choose)
     unique = {site.place: site for site in reversed(found)}
     sites = [site for site in found if unique[site.place] is site]
     if not sites:
         raise SiteError(_nothing_found(model.get_submodule(prefix), graphs, failures))
     return SitePlan(_with_unique_names(sites)), graphs
+
+
+def check_target(model: nn.Module, target: str) -> None:
+    """Refuse a name of no part.
+
+    Raises:
+        SiteError: lists the parts.
+    """
+    names = [name for name, _ in model.named_children()]
+    try:
+        model.get_submodule(target)
+    except AttributeError as error:
+        raise SiteError(
+            f"target='{target}' is no part of {type(model).__name__}; its parts are {', '.join(names) or 'none'}"
+        ) from error
 
 
 def _deepest(sites: list[SiteSpec], networks: list[str], share: float) -> list[SiteSpec]:

@@ -10,6 +10,7 @@ import yaml
 
 from mp_lightning.errors import SiteError
 from mp_lightning.sites.layout import FIRST, LAYOUTS
+from mp_lightning.whole import write_text
 
 _HEAD = """# Where a model is perturbed, in order of execution. Take out what you do not want, and give the file back:
 # MetaPerturbCallback(sites="THIS_FILE.yaml").
@@ -136,7 +137,7 @@ class SitePlan:
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, width=120, allow_unicode=True)
         try:
             Path(path).parent.mkdir(parents=True, exist_ok=True)
-            Path(path).write_text(_HEAD + text, encoding="utf-8")
+            write_text(Path(path), _HEAD + text)
         except OSError as error:
             raise SiteError(f"plan '{path}' cannot be written ({error.strerror}); choose another place") from error
 

@@ -1,6 +1,6 @@
 """What a checkpoint holds of an attachment, and how one takes it over."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 from torch import nn
@@ -45,9 +45,14 @@ def state_of(attachment: "Attachment") -> dict[str, Any]:
     if isinstance(attachment.perturbation, MetaPerturb):
         state["phi"] = {key: value.detach().clone() for key, value in attachment.perturbation.phi._asdict().items()}
         state["noise_per"] = attachment.perturbation.noise_per
-    elif isinstance(attachment.perturbation, nn.Module):
+    if is_of_the_user(attachment.perturbation):
         state["perturbation"] = {k: v.detach().clone() for k, v in attachment.perturbation.state_dict().items()}
     return state
+
+
+def is_of_the_user(perturbation: Any) -> TypeGuard[nn.Module]:
+    """Whether a perturbation is a module that phi alone does not make, such as a subclass of :class:`MetaPerturb`."""
+    return isinstance(perturbation, nn.Module) and type(perturbation) is not MetaPerturb
 
 
 def check_state(state: Any) -> None:
@@ -99,7 +104,7 @@ def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
             for key, value in state["phi"].items():
                 getattr(attachment.perturbation, key).copy_(value)
             attachment.perturbation.noise_per = state.get("noise_per", "element")
-        elif isinstance(attachment.perturbation, nn.Module):
+        if is_of_the_user(attachment.perturbation):
             _load_perturbation(attachment.perturbation, state.get("perturbation", {}))
         for name, value in state["counters"].items():
             getattr(attachment, name).fill_(value)

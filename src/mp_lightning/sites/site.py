@@ -141,23 +141,30 @@ class Site(KeepsPrecision):
 
     def _folded(self, x: Tensor) -> Tensor:
         """By a constant for each channel: linear but for the bound, which is not counted here."""
-        shared, factor = self.attachment, self.factor
-        if factor is None:
-            assert shared.constants is not None
-            if self.spec.name not in shared.constants:
-                raise SiteError(
-                    f"site '{self.spec.name}' has no constant, as no batch reached it when the constants were "
-                    "estimated; use inference='mean', or leave it out of the plan"
-                )
-            constant = shared.constants[self.spec.name]
-            if constant.device != shared.coeff.device:  # as after a checkpoint was loaded
-                with torch.inference_mode(False):
-                    constant = shared.constants[self.spec.name] = constant.to(shared.coeff.device)
-            factor = 1 + shared.coeff * (constant - 1)
+        clip, factor = self.attachment.clip, self.factor if self.factor is not None else self.factor_by_constants()
         if factor.dtype != x.dtype:
             factor = factor.to(x.dtype)
         y = x * factor.view(1, -1, 1, 1)
-        return y if shared.clip is None else y.clamp_(max=shared.clip)
+        return y if clip is None else y.clamp_(max=clip)
+
+    def factor_by_constants(self) -> Tensor:
+        """What each channel is multiplied by in inference by constants, (C,).
+
+        Raises:
+            SiteError: there is no constant of this site.
+        """
+        shared = self.attachment
+        assert shared.constants is not None
+        if self.spec.name not in shared.constants:
+            raise SiteError(
+                f"site '{self.spec.name}' has no constant, as no batch reached it when the constants were "
+                "estimated; use inference='mean', or leave it out of the plan"
+            )
+        constant = shared.constants[self.spec.name]
+        if constant.device != shared.coeff.device:  # as after a checkpoint was loaded
+            with torch.inference_mode(False):
+                constant = shared.constants[self.spec.name] = constant.to(shared.coeff.device)
+        return 1 + shared.coeff * (constant - 1)
 
     def _reference(self, x: Tensor, key: NoiseKey | None, norms: Norms, training: bool) -> Perturbed:
         shared, dtype = self.attachment, x.dtype

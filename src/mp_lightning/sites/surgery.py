@@ -65,7 +65,7 @@ def attach(
 
     Args:
         model: any module; what its forward computes changes, its parameters do not, and its ``state_dict`` keys only
-            where ``persistent`` asks for it.
+            where ``persistent`` asks for it, or ``perturbation`` is a module with keys of its own.
         phi: a phi file, the name of a bundled one, or None for the bundled default. Never trained.
         sites: where to perturb; None finds the sites and takes the share of them that phi comes with. A plan, a YAML
             file with one, a share such as 0.5 (the deeper half), names, patterns, classes of modules, functions: see
