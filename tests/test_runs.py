@@ -34,9 +34,7 @@ def test_settings_that_are_not_a_run_s_stay_as_they_are(tmp_path: Path, text: st
 
 def test_a_folder_that_holds_no_run_is_not_cleared_out(tmp_path: Path) -> None:
     (tmp_path / "train.py").write_text("")
-    with pytest.raises(
-        RunFolderError, match=r"holds 'train\.py' and no run that could be started anew"
-    ):
+    with pytest.raises(RunFolderError, match=r"holds 'train\.py' and no run that could be started anew"):
         RunFolder(tmp_path, {}, fresh=True)
     assert (tmp_path / "train.py").exists()
     RunFolder(tmp_path / "new", {}, fresh=True).release()

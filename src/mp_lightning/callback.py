@@ -345,18 +345,21 @@ class MetaPerturbCallback(EvaluationEpochs):
         set_to_evaluation(model)
         return model
 
-    def switch_inference(self, trainer: pl.Trainer, pl_module: pl.LightningModule, inference: InferenceMode) -> None:
+    def switch_inference(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, inference: InferenceMode, loaders: Any = None
+    ) -> None:
         """Evaluate in another way from now on, after training and before the trainer lets go of the module.
 
         Args:
             trainer: that trained.
             pl_module: attached; 'mean' and 'fold' re-estimate its batch norm on at most 50 training batches.
             inference: as for the class.
+            loaders: of these batches; None takes those that the trainer trained with.
         """
         self.inference = inference
         attachment = self._attached(pl_module)
         if inference != "mc":
-            reestimate(trainer, pl_module, attachment, self.inference)
+            reestimate(trainer, pl_module, attachment, self.inference, loaders)
         attachment.inference = self.make_inference()
 
     def _with_hooks(self, module: nn.Module, attachment: Attachment) -> Attachment:

@@ -32,9 +32,17 @@ class _TrainingData:
 _TRAINING_DATA = "_metaperturb_training_data"
 
 
-def reestimate(trainer: pl.Trainer, module: pl.LightningModule, attachment: Attachment, inference: str) -> None:
-    """Estimate batch norm, and for 'fold' the constants, for a mode of inference; says so where there is no data."""
-    data = training_data(trainer)
+def reestimate(
+    trainer: pl.Trainer, module: pl.LightningModule, attachment: Attachment, inference: str, loaders: Any = None
+) -> None:
+    """Estimate batch norm, and for 'fold' the constants, for a mode of inference; says so where there is no data.
+
+    Args:
+        trainer, module, attachment: that belong together.
+        inference: 'mean' or 'fold'.
+        loaders: of training batches, as ``train_dataloader`` gives them; None: those that the trainer trains with.
+    """
+    data = training_data(trainer) if loaders is None else _data_of(trainer, loaders)
     if data is None:
         rank_zero_warn(
             f"MetaPerturb: batch norm was not re-estimated for inference='{inference}', as this trainer has no "
@@ -82,11 +90,16 @@ def _own_training_data(trainer: pl.Trainer) -> _TrainingData | None:
     for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
         if is_overridden("train_dataloader", owner):
             try:
-                loader = CombinedLoader(owner.train_dataloader(), "max_size_cycle")  # as Lightning does in fit
+                return _data_of(trainer, owner.train_dataloader())
             except Exception:  # it was set up for a test alone
                 continue
-            return _TrainingData(loader, trainer._data_connector._datahook_selector)
     return None
+
+
+def _data_of(trainer: pl.Trainer, loaders: Any) -> _TrainingData:
+    if not isinstance(loaders, CombinedLoader):
+        loaders = CombinedLoader(loaders, "max_size_cycle")  # as Lightning does in fit
+    return _TrainingData(loaders, trainer._data_connector._datahook_selector)
 
 
 @contextmanager

@@ -79,7 +79,10 @@ def test_how_much_of_the_strength_acted_is_said_before_the_verdict_and_in_the_re
     said = re.findall(r"metaperturb acted at (\d+)% of its strength when training ended", text)
     assert len(said) == 1 and int(said[0]) < 50
     assert text.index("metaperturb acted at") < text.index("Verdict in")
-    assert f"metaperturb acted at {said[0]}% of its strength" in (found.folder / "report.html").read_text("utf-8")
+    for name in ("report.html", "summary.md"):
+        assert f"metaperturb acted at {said[0]}% of its strength" in (found.folder / name).read_text("utf-8").replace(
+            "\N{NO-BREAK SPACE}", " "
+        )
 
 
 def test_the_same_call_makes_nothing_again_and_other_settings_are_refused(tmp_path: Path) -> None:
@@ -260,7 +263,7 @@ def test_another_scheduler_is_another_comparison(tmp_path: Path) -> None:
         return Scheduled
 
     compare(tmp_path, module_factory=factory(1.0), arms=["none"], seeds=1)
-    with pytest.raises(RunFolderError, match=r"holds a run with module=.*folder=, or start anew with fresh=True"):
+    with pytest.raises(RunFolderError, match=r"holds a run with .*module=.*folder=, or start anew with fresh=True"):
         compare(tmp_path, module_factory=factory(0.5), arms=["none"], seeds=1)
 
 

@@ -158,7 +158,7 @@ def test_other_data_another_network_or_another_optimizer_is_another_comparison(t
         ({"factory": Faster}, "module="),
         ({"factory": Wider}, "module="),
     ):
-        with pytest.raises(RunFolderError, match=f"holds a run with {what}"):
+        with pytest.raises(RunFolderError, match=f"holds a run with .*{what}"):
             compare(tmp_path, **options)
 
 
@@ -494,3 +494,81 @@ def test_a_function_that_holds_itself_is_told_too() -> None:
     for make in (held, Bound):
         assert identity(make(2.0)) == identity(make(2.0)) != identity(make(3.0))
     assert identity(Slotted()) == identity(Slotted())
+
+
+class Unequal(SmallData):
+    """Of whose training batches only the first are trained on."""
+
+    def setup(self, stage: str) -> None:
+        super().setup(stage)
+        generator = torch.Generator().manual_seed(3)
+        scales = torch.linspace(0.1, 10, 40).view(-1, 1, 1, 1)
+        images, labels = scales * torch.randn(40, 3, 6, 6, generator=generator), torch.arange(40) % CLASSES
+        self.train = TensorDataset(images, labels)  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("inference", ["mean", "mc"])
+@pytest.mark.parametrize("batches", [2, 1.0])
+def test_an_arm_that_does_nothing_scores_as_none_does(tmp_path: Path, inference: str, batches: Any) -> None:
+    """Its batch norm is estimated on the same batches, in the same order, of those that are trained on."""
+
+    def nothing(seed: int) -> list[Callback]:
+        return [MetaPerturbCallback(strength=1e-12, full_strength_at=1, ramp_steps=0, inference=inference, samples=2)]  # type: ignore[arg-type]
+
+    found = mp_lightning.compare(
+        Small,
+        Unequal(),
+        trainer={"max_epochs": 2, "accelerator": "cpu", "limit_val_batches": 0, "limit_train_batches": batches},
+        arms=["none", Arm("nothing", nothing)],
+        seeds=2,
+        folder=tmp_path / "run",
+    )
+    for none, other in zip(found.rows[:2], found.rows[2:], strict=True):
+        assert other.nll == pytest.approx(none.nll, rel=1e-4) and other.mean_nll == pytest.approx(none.nll, rel=1e-4)
+        assert other.accuracy == none.accuracy
+
+
+class NeedsGradients(Small):
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        torch.autograd.grad(self.net[0](batch[0].requires_grad_()).sum(), batch[0])
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_run_whose_batch_norm_cannot_be_re_estimated_is_refused(tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 0},
+        **{"arms": ["none", "metaperturb"], "seeds": 1, "phi": PHI, "folder": tmp_path / "run"},
+    }
+    with pytest.raises(ConfigurationError, match=r"of NeedsGradients cannot be re-estimated.*inference='mc'"):
+        mp_lightning.compare(NeedsGradients, SmallData(), **options)
+    assert "metaperturb" not in (tmp_path / "run" / "results.csv").read_text()
+    found = mp_lightning.compare(
+        NeedsGradients, SmallData(), **{**options, "inference": "mc", "samples": 2, "folder": tmp_path / "mc"}
+    )
+    assert math.isfinite(found.rows[1].nll) and math.isnan(found.rows[1].mean_nll)
+
+
+def test_a_changed_step_or_datamodule_is_another_comparison(tmp_path: Path) -> None:
+    def module(smoothing: bool) -> Any:
+        class Own(Small):
+            if smoothing:
+
+                def training_step(self, batch: Any, batch_idx: int) -> Any:
+                    return cross_entropy(self(batch[0]), batch[1], label_smoothing=0.9)
+
+        return Own
+
+    class OtherData(SmallData):
+        def teardown(self, stage: str) -> None:
+            self.ended = True
+
+    OtherData.__qualname__ = OtherData.__name__ = "SmallData"
+    options: dict[str, Any] = {
+        "trainer": {"max_epochs": 1, "accelerator": "cpu", "limit_val_batches": 0},
+        **{"arms": ["none"], "seeds": 1, "folder": tmp_path / "run"},
+    }
+    first = mp_lightning.compare(module(False), SmallData(), **options)
+    assert mp_lightning.compare(module(False), SmallData(), **options).rows == first.rows
+    for other in ((module(True), SmallData()), (module(False), OtherData())):
+        with pytest.raises(RunFolderError, match=r"holds a run with code=\w+, not \w+: set it back, choose another"):
+            mp_lightning.compare(*other, **options)

@@ -144,6 +144,13 @@ def test_a_baseline_that_diverged_is_said() -> None:
     assert summary.headline[1].endswith("five seeds are needed for a verdict.")  # the fifth of none is not its concern
 
 
+def test_a_baseline_that_diverged_is_not_called_underfitted() -> None:
+    rows = [dataclasses.replace(row, nll=math.nan, accuracy=0.1) for row in none(train_accuracy=0.1)]
+    summary = summarize([*rows, *runs("metaperturb", 0.02)])
+    assert word(summary, "metaperturb", "nll") == "diverged"
+    assert word(summary, "metaperturb", "accuracy") == "underfitted"
+
+
 def test_99_per_cent_of_the_training_images_are_enough_as_float32_holds_them() -> None:
     """0.96 and four times 1 are 0.992, but 0.96, 1, 1 and 1 are 0.99, of which float32 leaves a little less."""
     reached = [float(np.float32(0.96)), 1.0, 1.0, 1.0]

@@ -130,3 +130,16 @@ def test_a_job_of_other_settings_in_the_folder_of_another_fails(
     assert done == Outcome(score=1.5)
     assert "is that of job 0 (seed=0), which has other settings; leave out hydra.sweep.subdir=" in str(refused.error)
     assert "Job 1 (seed=1) failed: its folder" in capfd.readouterr().out
+
+
+def test_jobs_that_add_to_one_another_in_a_folder_run_one_after_the_other(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As sweeps over arms and seeds of a comparison do; none may be left out, or meet another in its folder."""
+    alone = 'mkdir "$0/lock" && sleep 0.1 && rmdir "$0/lock" && echo job >> "$0/made"'
+    jobs = [shell_job(number, tmp_path / "run", alone) for number in range(3)]
+    jobs = [replace(job, config=OmegaConf.merge(CONFIG, {"arms": [f"a{job.number // 2}"]})) for job in jobs]
+    assert run(jobs, at_a_time=3) == [Outcome()] * 3
+    assert (tmp_path / "run" / "made").read_text().split() == ["job"] * 2, "0 and 1 are the same"
+    printed = capfd.readouterr().out
+    assert "Job 0 (seed=0) finished" in printed and "Job 2 (seed=2) finished" in printed and "Job 1" not in printed

@@ -187,3 +187,125 @@ def test_frozen_network_is_named_in_the_error():
     model.add_module("head", nn.Linear(8, 2))
     with pytest.raises(SiteError, match="frozen and left alone: backbone"):
         find_sites(model)
+
+
+class ChannelsFirst(nn.LayerNorm):
+    """Over the channels of maps, as in ConvNeXt code of several libraries."""
+
+    def forward(self, x):
+        moved = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
+        return moved.permute(0, 3, 1, 2)
+
+
+def test_a_layer_norm_of_maps_leaves_their_channels_first():
+    def block():
+        return nn.Conv2d(8, 8, 3, padding=1), ChannelsFirst(8), nn.ReLU()
+
+    plain = nn.Sequential(nn.Conv2d(3, 8, 1), *block(), *block())
+    assert sites_of(plain) == [("", 0, 8), ("", 0, 8)]
+    residual = Block()
+    residual.norm1, residual.norm2 = ChannelsFirst(8), ChannelsFirst(8)
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), residual)
+    assert sites_of(net) == [("1", 1, 8)]
+    assert {site.layout for model in (plain, net) for site in find_sites(model)} == {"channels first"}
+
+
+class Wrapper(nn.Module):
+    """An activation of the user's own, without parameters."""
+
+    def __init__(self, module=None):
+        super().__init__()
+        self.inside = module
+
+    def forward(self, x):
+        return F.relu(x) if self.inside is None else self.inside(x)
+
+
+class Gate(nn.Module):
+    """Squeeze-and-excitation; with a given shape, of the gates of Attention U-Net."""
+
+    def __init__(self, channels, pool=True):
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1) if pool else nn.Identity()
+        self.one, self.norm, self.two = nn.Conv2d(channels, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, channels, 1)
+        self.relu = nn.ReLU()
+
+    def forward(self, x):
+        return x * torch.sigmoid(self.two(self.relu(self.norm(self.one(self.pool(x))))))
+
+
+class AttentionGate(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.of_g = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+        self.of_x = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4))
+        self.psi, self.relu = nn.Sequential(nn.Conv2d(4, 1, 1), nn.BatchNorm2d(1), nn.Sigmoid()), nn.ReLU(inplace=True)
+
+    def forward(self, g, x):
+        return x * self.psi(self.relu(self.of_g(g) + self.of_x(x)))
+
+
+class AttentionUnet(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU())
+        self.deep = nn.Sequential(nn.Conv2d(8, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU())
+        self.up, self.gate = nn.ConvTranspose2d(8, 8, 2, 2), AttentionGate()
+        self.out = nn.Sequential(nn.Conv2d(16, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 1))
+
+    def forward(self, x):
+        shallow = self.down(x)
+        up = self.up(self.deep(shallow))
+        return self.out(torch.cat([self.gate(up, shallow), up], 1)).sigmoid()  # a mask, which multiplies nothing
+
+
+def test_gates_of_attention_are_no_residual_blocks():
+    assert [scope for scope, _, _ in sites_of(AttentionUnet())] == ["down", "deep", "out"]
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_gates_are_no_sites_of_plain_networks(normalized):
+    def layers():
+        return nn.Conv2d(8, 8, 3, padding=1), nn.BatchNorm2d(8) if normalized else nn.Identity(), nn.ReLU(), Gate(8)
+
+    net = nn.Sequential(nn.Conv2d(3, 8, 1), *layers(), *layers())
+    if not normalized:
+        net[4].norm = net[8].norm = nn.Identity()
+    assert [channels for _, _, channels in sites_of(net)] == [8, 8]
+
+
+class HandWritten(nn.Module):
+    """Hard-swish in the words of many a MobileNetV3."""
+
+    def __init__(self, divided_first):
+        super().__init__()
+        self.relu, self.divided_first = nn.ReLU6(inplace=True), divided_first
+
+    def forward(self, x):
+        return x * (self.relu(x + 3) / 6) if self.divided_first else x * self.relu(x + 3) / 6
+
+
+@pytest.mark.parametrize("divided_first", [True, False])
+def test_a_hard_sigmoid_by_hand_is_a_gate(divided_first):
+    class Inverted(nn.Module):
+        def __init__(self, activation):
+            super().__init__()
+            first = nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), activation()
+            second = nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.BatchNorm2d(16), activation()
+            self.body = nn.Sequential(*first, *second, nn.Conv2d(16, 8, 1), nn.BatchNorm2d(8))
+
+        def forward(self, x):
+            return x + self.body(x)
+
+    blocks = Inverted(nn.ReLU), Inverted(lambda: HandWritten(divided_first)), Inverted(nn.Hardswish)
+    assert [scope for scope, _, _ in sites_of(nn.Sequential(nn.Conv2d(3, 8, 1), *blocks))] == ["1.body", "3.body"]
+
+
+@pytest.mark.parametrize("inside", [None, nn.ReLU])
+def test_each_call_of_a_wrapped_activation_is_a_place_of_its_own(inside):
+    """In one block, whose last call alone is a site; and in several, of which each has its own statistics."""
+    wrapper = Wrapper(inside and inside())
+    one = nn.Sequential(nn.Conv2d(3, 8, 1), Block(activation=wrapper))
+    assert sites_of(one) == [("1", 1, 8)]
+    several = nn.Sequential(nn.Conv2d(3, 8, 1), *(Block(nn.Conv2d, nn.ReLU(), wrapper) for _ in range(2)))
+    assert [scope for scope, _, _ in sites_of(several)] == ["1", "2"]

@@ -99,44 +99,55 @@ def make_job(loader: ConfigLoader, sweep: DictConfig, number: int, overrides: li
 def run_jobs(jobs: Sequence[Job], at_a_time: int) -> list[tuple[Job, Outcome]]:
     """Run every job to its end, and say on the terminal which starts and how it ends.
 
-    Jobs that share a folder are the same run, which runs once; those of other settings in it fail.
+    Of jobs that share a folder such as are the same run once; such as add to one another, as arms and seeds do, run one
+    after the other; and such as have other settings fail.
 
     Raises:
         KeyboardInterrupt: the sweep was interrupted.
         SystemExit: the sweep was terminated.
     """
     first_of: dict[Path, Job] = {}
+    same: dict[int, int] = {}  # the number of the job that runs in place of each
     refused: dict[int, Outcome] = {}
+    waiting: list[Job] = []
     for job in jobs:
         first = first_of.setdefault(job.folder, job)
         if _settings(job) != _settings(first):
             refused[job.number] = _tell(job, Outcome(error=_taken(job, first)))
-    waiting = list(first_of.values())
-    running: dict[Path, ProcessGroup] = {}
-    outcomes: dict[Path, Outcome] = {}
+            continue
+        twin = next((one for one in waiting if one.folder == job.folder and _own(one) == _own(job)), job)
+        same[job.number] = twin.number
+        waiting += [job] if twin is job else []
+    running: dict[Path, tuple[Job, ProcessGroup]] = {}
+    outcomes: dict[int, Outcome] = {}
     environment = _environment(at_a_time)
     with collected_signals() as received:
         try:
             while (waiting or running) and not received:
-                while waiting and len(running) < at_a_time:
-                    job = waiting.pop(0)
+                while len(running) < at_a_time:
+                    free = [job for job in waiting if job.folder not in running]
+                    if not free:
+                        break
+                    job = free[0]
+                    waiting.remove(job)
                     try:
-                        running[job.folder] = _start(job, environment, show_output=at_a_time == 1)
+                        running[job.folder] = job, _start(job, environment, show_output=at_a_time == 1)
                     except OSError as error:
-                        outcomes[job.folder] = _tell(job, Outcome(error=_unwritable(job.folder, error)))
-                for folder in [folder for folder, group in running.items() if group.code() is not None]:
-                    group = running.pop(folder)
-                    outcomes[folder] = _tell(first_of[folder], _outcome(folder, group))
-                    group.close()
+                        outcomes[job.number] = _tell(job, Outcome(error=_unwritable(job.folder, error)))
+                for job, group in list(running.values()):
+                    if group.code() is not None:
+                        del running[job.folder]
+                        outcomes[job.number] = _tell(job, _outcome(job.folder, group))
+                        group.close()
                 time.sleep(POLL)
         finally:
-            stop(running.values(), received)
+            stop([group for _, group in running.values()], received)
     if signal.SIGTERM in received:
         print(error_line("terminated; the same command continues this sweep"), file=sys.stderr)
         raise SystemExit(TERMINATED)
     if received:
         raise KeyboardInterrupt
-    return [(job, refused.get(job.number) or outcomes[job.folder]) for job in jobs]
+    return [(job, refused.get(job.number) or outcomes[same[job.number]]) for job in jobs]
 
 
 def job_returns(outcomes: Sequence[tuple[Job, Outcome]], failed: list[str], total: int) -> list[JobReturn]:
@@ -196,11 +207,16 @@ def _outcome(folder: Path, group: ProcessGroup) -> Outcome:
     return Outcome(error=last_error(group.output()) or f"ended with {code}, see {shlex.quote(str(folder / OUTPUT))}")
 
 
-def _settings(job: Job) -> dict[str, Any]:
-    """What decides the result of a job."""
+def _own(job: Job) -> dict[str, Any]:
+    """All settings of a job but those of Hydra."""
     own = OmegaConf.masked_copy(job.config, [str(key) for key in job.config if key != "hydra"])
     plain: Any = OmegaConf.to_container(own, resolve=True, throw_on_missing=False)
-    return relevant_settings(plain)
+    return dict(plain)
+
+
+def _settings(job: Job) -> dict[str, Any]:
+    """Those that decide the result."""
+    return relevant_settings(_own(job))
 
 
 def _taken(job: Job, first: Job) -> str:

@@ -53,7 +53,7 @@ def make(name: str, factory: Callable[..., Any], arguments: dict[str, Any], reme
     """
     try:
         made = factory(**arguments)
-    except Exception as error:  # the user's code raises anything
+    except (Exception, SystemExit) as error:  # the user's code raises anything, or ends the process
         raise ConfigurationError(
             f"network '{name}' failed: {type(error).__name__}: {one_line(error)}; {remedy}"
         ) from error
@@ -95,7 +95,7 @@ def source_digest(name: str) -> str | None:
 def _module(place: str, name: str) -> ModuleType:
     try:
         return _from_file(Path(place).resolve()) if place.endswith(".py") else importlib.import_module(place)
-    except Exception as error:  # the user's code raises anything
+    except (Exception, SystemExit) as error:  # the user's code raises anything, or ends the process
         raise ConfigurationError(
             f"network '{name}': {place} cannot be imported ({type(error).__name__}: {one_line(error)}); give {FORMS}"
         ) from error

@@ -63,8 +63,10 @@ def main(arguments: list[str]) -> None:
     interruption.listen(what)
     with _told_in_a_line(what):
         options, overrides = split_words(arguments[1:])
-        # Hydra reads overrides only where they stand in one row.
-        sys.argv = [sys.argv[0], *options, f"command={verb}", *overrides]
+        if "--resolve" in options and not any(option.startswith(("--cfg", "-c")) for option in options):
+            fail("--resolve shows the configuration with its references resolved; write it beside --cfg job")
+        # Hydra reads overrides only where they stand in one row, and an option may take the word after it.
+        sys.argv = [sys.argv[0], f"command={verb}", *overrides, *options]
         start = hydra.main(version_base="1.3", config_path=f"pkg://{CONFIGURATION}", config_name=verb)(_job)
         if SWEEP.isdisjoint(options):
             if not options:

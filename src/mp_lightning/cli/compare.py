@@ -7,6 +7,7 @@ from pathlib import Path
 from omegaconf import DictConfig
 
 from mp_lightning.cli.compare_settings import CompareSettings, read
+from mp_lightning.cli.record import record
 from mp_lightning.cli.words import PROGRAM
 from mp_lightning.compare.classifier import ClassifierFactory
 from mp_lightning.compare.comparison import Plan
@@ -41,6 +42,7 @@ def run(config: DictConfig, path: Path) -> None:
     if given.weights is not None:
         contents["tensors of weights"] = given.weights.digest()
     folder = RunFolder(path, {**given.relevant, **contents}, fresh=given.fresh)
+    record(config, path)
     console.print(f"Target {target}", markup=False)
     if given.weights is not None:
         console.print(_fine_tuning(given), markup=False)

@@ -9,6 +9,7 @@ from typing import Any
 
 import hydra
 import torch
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 from rich.console import Console
 from rich.markup import escape
@@ -17,6 +18,7 @@ from rich.table import Table
 from mp_lightning.cli import interruption
 from mp_lightning.cli.card import make_card, task_entries
 from mp_lightning.cli.fit_settings import FitSettings, read
+from mp_lightning.cli.record import record
 from mp_lightning.cli.run_scores import PHI
 from mp_lightning.cli.training import make_trainer, meta_train
 from mp_lightning.cli.words import PROGRAM
@@ -55,6 +57,8 @@ def run(config: DictConfig, path: Path) -> float:
     console.quiet = not first
     folder = RunFolder(path, {**given.relevant, **given.code}, fresh=given.fresh, owner=first)
     report = None if given.fresh and not first else folder.report()
+    if first and report is None:
+        record(config, path)
     data = [*(source.dataset for source in given.sources), *filter(None, [given.evaluation.dataset])]
     if report is not None and _is_phi(path / PHI):
         console.print("This run is finished, and its images were not read again; run.fresh=true starts it anew.")
@@ -161,7 +165,7 @@ def make_logger(section: dict[str, Any], path: Path, name: str, fresh: bool) -> 
     if section.get("id") == name and (anew := times_anew(path, fresh)):
         section = {**section, "id": f"{name}-{anew + 1}"}
     try:
-        return hydra.utils.instantiate({"save_dir": str(path), **section})
+        logger = hydra.utils.instantiate({"save_dir": str(path), **section})
     # Whatever a logger raises in its constructor, such as for a package that is not installed.
     except Exception as error:
         reason = str(error.__cause__ or error).partition("\n")[0]
@@ -169,6 +173,12 @@ def make_logger(section: dict[str, Any], path: Path, name: str, fresh: bool) -> 
             f"logger: {section.get('_target_')} cannot be made ({reason}); install what it needs, or choose another: "
             "logger=tensorboard, logger=wandb, logger=csv"
         ) from error
+    if not isinstance(logger, Logger):
+        raise ConfigurationError(
+            f"logger: {section.get('_target_')} is no logger of Lightning; choose logger=tensorboard, logger=wandb or "
+            "logger=csv"
+        )
+    return logger
 
 
 def _place(tasks: list[Task], ranks: int) -> list[int]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import hydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, ValueType
+from hydra.core.override_parser.types import IntervalSweep, Override, Quote, QuotedString, ValueType
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -18,10 +18,9 @@ PROGRAM = "python -m mp_lightning.meta"
 CONFIGURATION = "mp_lightning.conf"
 HELP = {"--help", "-h"}
 SWEEP = {"-m", "--multirun"}
-_OPTIONS = {*HELP, *SWEEP, "--resolve", "--hydra-help", "--version", "--info", "-i"}
+_OPTIONS = {*HELP, *SWEEP, "--resolve", "--version"}
 _OPTIONS_WITH_VALUE = {"--cfg", "-c", "--package", "-p"}
 _OPTUNA = "hydra/sweeper/optuna"
-_OF_HYDRA = set("'\"\\[]{}(),$")
 _KEY = re.compile(r"(\+{0,2}|~)[A-Za-z_][\w/@-]*(\.[\w/@-]+|\[[^]]*\])*")
 
 
@@ -50,10 +49,32 @@ def split_words(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _quoted(word: str) -> str:
-    """Hydra takes a value with an equals sign, as names of checkpoints have, or of a home folder, in quotes alone."""
-    key, _, value = word.partition("=")
-    needed = "=" in value or value.startswith("~")
-    return f"{key}='{value}'" if needed and not set(value) & _OF_HYDRA else word
+    """The word as Hydra reads it: what it would not take, such as names with =, ' or letters of a language, in quotes.
+
+    A leading ~/ is the home folder, which shells do not put in after a key with dots.
+    """
+    key, equals, value = word.partition("=")
+    if not equals:
+        return word
+    parts = [part.strip() for part in value[1:-1].split(",")]
+    is_list = re.fullmatch(r"\[[^][{}]*\]", value) is not None and not any(part[:1] in ("'", '"') for part in parts)
+    if is_list and not _is_read(value):
+        return f"{key}=[{','.join(map(_as_text, parts))}]"
+    return word if value[:1] in ("[", "{", "'", '"') else f"{key}={_as_text(value)}"
+
+
+def _as_text(value: str) -> str:
+    if value.startswith("~/"):
+        value = str(Path(value).expanduser())
+    return value if _is_read(value) else QuotedString(value, Quote.single).with_quotes()
+
+
+def _is_read(value: str) -> bool:
+    try:
+        OverridesParser.create().parse_override(f"key={value}")
+    except HydraException:
+        return False
+    return True
 
 
 def compose(verb: str, overrides: list[str], sweep: bool = False) -> DictConfig:
@@ -150,6 +171,10 @@ def _sentence(verb: str, word: str, error: Exception, known: DictConfig) -> str:
     key = word.partition("=")[0].lstrip("+~")
     text = str(error)
     if re.search(r"Could not (override|delete)|is not in struct|Key '.*' not in", text):
+        if key == "experiment" and not word.startswith("+"):
+            return f"'{word}' is not read without a plus; write +{word}"
+        if key == "experiment":
+            return f"'{word}' sets keys that {verb} does not have; it is an experiment of another verb"
         near = difflib.get_close_matches(key, _keys(known), n=1)
         hint = f"did you mean '{near[0]}'? " if near else ""
         return f"unknown key '{key}'; {hint}'{PROGRAM} {verb} --help' shows every key"

@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.utilities.seed import isolate_rng
 from rich.console import Console
+from torch import nn
 
-from mp_lightning.compare.arms import Arm, parse_arm
+from mp_lightning.compare.arms import Arm, NamedArm, parse_arm
 from mp_lightning.compare.comparison import Plan
 from mp_lightning.compare.conclusion import Comparison, conclude
 from mp_lightning.compare.console import make_console
 from mp_lightning.compare.examine import Predict, predict_pair
 from mp_lightning.compare.fingerprint import fingerprint, identity
+from mp_lightning.compare.first_look import check_length, first_batches, look_at
 from mp_lightning.compare.given import (
     check_choices,
     check_names,
@@ -23,9 +26,10 @@ from mp_lightning.compare.given import (
     check_trainer,
     list_of_arms,
 )
-from mp_lightning.compare.run import Experiment
+from mp_lightning.compare.run import Experiment, fresh_module
 from mp_lightning.compare.tuning import Budget
 from mp_lightning.compare.user_data import UserData
+from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import Output
 from mp_lightning.perturbation import NamedPhi, Phi, load_phi
 from mp_lightning.quiet import quiet
@@ -110,6 +114,11 @@ def compare(
     Raises:
         UserError: something that was given cannot be used; before the first training step where that can be known.
     """
+    if isinstance(module_factory, nn.Module) or not callable(module_factory):
+        kind = type(module_factory).__name__
+        raise ConfigurationError(
+            f"module_factory is a {kind}; give a function that makes a new one for each run, as lambda: {kind}(...)"
+        )
     check_trainer(trainer)
     check_choices(metric, inference, output)
     seeds, samples, jobs, tuning_seeds = check_numbers(
@@ -147,8 +156,12 @@ def compare(
         predict=predict,
         output=output,
     )
-    with quiet():
-        shared |= fingerprint(experiment)
+    with quiet(), isolate_rng():
+        module, found = fresh_module(experiment, 0), first_batches(experiment)
+        shared |= fingerprint(module, found, datamodule)
+        look_at(experiment, module, found)
+        if any(part.kind.multiplies for arm in parsed if isinstance(arm, NamedArm) for part in arm.parts):
+            check_length(experiment, found)
     plan = Plan(
         experiment=experiment,
         arms=parsed,

@@ -1,5 +1,6 @@
 """The test of one run, made while its trainer still holds the module: each test image is read once, at the end."""
 
+import math
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import islice
@@ -16,7 +17,7 @@ from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.compare.metrics import Scores, reliability, scores
 from mp_lightning.compare.moments import SiteMoments, site_moments
 from mp_lightning.compare.pairing import seed_all
-from mp_lightning.errors import ConfigurationError, DataError
+from mp_lightning.errors import ConfigurationError, DataError, UserError, one_line
 from mp_lightning.inference import Output
 from mp_lightning.inference.mc import OUTPUTS, output_kind, tolerance_of
 from mp_lightning.inference.reestimation import BATCHES, plain_averages
@@ -73,6 +74,7 @@ class Examination(L.Callback):
         output: what the scores are; None finds out.
         seed: of whatever is drawn.
         setup_seed: of what the datamodule's ``setup`` draws, such as a random split: the same as before training.
+        tested: what the datamodule's ``test_dataloader`` is called, for messages.
 
     Attributes:
         found: the result, once training has ended.
@@ -85,6 +87,7 @@ class Examination(L.Callback):
         output: Output | None,
         seed: int,
         setup_seed: int,
+        tested: str = "test_dataloader",
     ) -> None:
         super().__init__()
         self._perturbation = perturbation
@@ -92,6 +95,7 @@ class Examination(L.Callback):
         self._output = output
         self._seed = seed
         self._setup_seed = setup_seed
+        self._tested = tested
         self.found: Examined | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -111,15 +115,18 @@ class Examination(L.Callback):
         if perturbation is not None:
             assert attachment is not None and attachment.inference is not None, "the perturbation is still training"
         inference = "plain" if perturbation is None else perturbation.inference
-        if inference in ("plain", "mc"):
+        # On the same batches for every arm, whatever it has made of its loader, and with an error where it cannot be.
+        if perturbation is None or inference == "mc":
             self._settle_batch_norm(trainer, module, data.train_dataloader())
+        else:
+            _settle(perturbation, trainer, module, perturbation.inference, data.train_dataloader())
         trainer.testing = True  # augmentation that asks the trainer is off
         module.eval()
         try:
             seed_all(self._setup_seed)
             data.setup("test")
             seed_all(self._seed)
-            test = self._predictions(trainer, module, data.test_dataloader(), "test_dataloader")
+            test = self._predictions(trainer, module, data.test_dataloader(), self._tested)
             plain = getattr(data, "train_evaluation_dataloader", partial(_as_trained, trainer, data))
             train = self._predictions(trainer, module, plain(), "train_dataloader")
             own = scores(*test)
@@ -132,14 +139,23 @@ class Examination(L.Callback):
                 acted = float(attachment.coeff / attachment.strength)
                 if inference != "mean":
                     trainer.state.stage = training  # batch norm is re-estimated on batches as in training
-                    perturbation.switch_inference(trainer, module, "mean")
-                    module.eval()
-                    trainer.testing = True
-                    mean = scores(*self._predictions(trainer, module, data.test_dataloader(), "test_dataloader"))
+                    mean = self._by_expected_noise(trainer, module, perturbation, data)
             return Examined(own, scores(*train), mean, reliability(*test), multiplier, inference, acted)
         finally:
             trainer.state.stage = training
             module.train()
+
+    def _by_expected_noise(
+        self, trainer: L.Trainer, module: L.LightningModule, perturbation: MetaPerturbCallback, data: Any
+    ) -> Scores:
+        try:
+            _settle(perturbation, trainer, module, "mean", data.train_dataloader())
+        except ConfigurationError:
+            return Scores(*[math.nan] * len(Scores._fields))
+        module.eval()
+        trainer.testing = True
+        seed_all(self._seed)  # of what test images draw, as before
+        return scores(*self._predictions(trainer, module, data.test_dataloader(), self._tested))
 
     def _predictions(self, trainer: L.Trainer, module: L.LightningModule, loader: Any, name: str) -> Predictions:
         return predictions(trainer, module, loader, self._predict, self._output, name)
@@ -163,12 +179,32 @@ class Examination(L.Callback):
             if attachment is not None:
                 attachment.inference = None  # one forward with noise, where there is any, and not several
             with plain_averages(module, norms):
-                for batch in islice(batches(loader, "train_dataloader"), BATCHES) if norms else ():
+                most = int(min(BATCHES, trainer.num_training_batches))
+                for batch in islice(batches(loader, "train_dataloader"), most) if norms else ():
                     forward(trainer, self._predict, module, batch)
         finally:
             if attachment is not None:
                 attachment.inference = inference
             module.eval()
+
+
+def _settle(
+    perturbation: MetaPerturbCallback, trainer: L.Trainer, module: L.LightningModule, inference: Any, loaders: Any
+) -> None:
+    """Re-estimate batch norm for an inference.
+
+    Raises:
+        ConfigurationError: the training step cannot be run for it.
+    """
+    try:
+        perturbation.switch_inference(trainer, module, inference, loaders)
+    except UserError:
+        raise
+    except Exception as error:  # of the user's training step, or of the loader
+        raise ConfigurationError(
+            f"batch norm of {type(module).__name__} cannot be re-estimated for inference='{inference}', as a training "
+            f"step ended with {type(error).__name__}: {one_line(error)}; mend that, or compare by inference='mc'"
+        ) from error
 
 
 def _multiplier(attachment: Attachment, forwards: Iterator[Callable[[], Any]]) -> list[SiteMoments]:
@@ -242,20 +278,38 @@ def forward(trainer: L.Trainer, predict: Predict, module: L.LightningModule, bat
             f"{type(module).__name__} has no forward; give it one, or pass predict=, a function from the module and a "
             "batch to scores (B, K) and labels (B,)"
         ) from error
-    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point() or len(y) != len(values):
-        shape = f"{tuple(y.shape)} {y.dtype}" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+    check_scores(values, y, type(module).__name__)
+    return values, y.long()
+
+
+def check_scores(values: Any, y: Any, name: str) -> None:
+    """Refuse what are no scores (B, K) of classes or no labels (B,); ``name`` is that of the module.
+
+    Raises:
+        ConfigurationError: says what was found instead.
+        DataError: a label is of no class.
+    """
+    if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[1] < 2:
         raise ConfigurationError(
-            f"labels are {shape}, not one class number for each image; pass predict=, a function from the module and "
-            "a batch to scores (B, K) and labels int64 (B,)"
+            f"the scores of {name} are {_words(values)}, not a column for each of two or more classes; pass predict=, "
+            "a function from the module and a batch to scores (B, K) and labels (B,)"
         )
-    classes = values.shape[1] if values.dim() == 2 else None
-    if classes is not None and len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point() or len(y) != len(values):
+        raise ConfigurationError(
+            f"labels are {_words(y)}, not one class number for each of {len(values)} images; pass predict=, a function "
+            "from the module and a batch to scores (B, K) and labels int64 (B,)"
+        )
+    classes = values.shape[1]
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         culprit = int(y.min()) if int(y.min()) < 0 else int(y.max())
         raise DataError(
-            f"label {culprit} is none of the {classes} classes that {type(module).__name__} gives scores of; number "
-            "the classes from 0 without gaps"
+            f"label {culprit} is none of the {classes} classes that {name} gives scores of; number the classes from 0 "
+            "without gaps"
         )
-    return values, y.long()
+
+
+def _words(value: Any) -> str:
+    return f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
 def _as_trained(trainer: L.Trainer, data: Any) -> Any:

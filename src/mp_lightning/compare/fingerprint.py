@@ -10,27 +10,57 @@ from typing import Any
 import lightning as L
 import numpy as np
 import torch
-from lightning.pytorch.utilities.seed import isolate_rng
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
-from mp_lightning.compare.pairing import seed_all
-from mp_lightning.compare.run import Experiment, fresh_module, setup_seed
+from mp_lightning.compare.first_look import FirstBatches
+
+_LIBRARIES = frozenset(
+    (
+        *("builtins", "abc", "torch", "torchvision", "torchmetrics", "lightning", "pytorch_lightning"),
+        *("lightning_fabric", "timm", "transformers", "mp_lightning"),
+    )
+)
 
 
-def fingerprint(experiment: Experiment) -> dict[str, str]:
-    """Digests of the module of seed 0 with its optimizers' and schedulers' settings, and of the first batches.
+def fingerprint(module: L.LightningModule, found: FirstBatches, data: Any) -> dict[str, str]:
+    """Digests of a module with its optimizers' and schedulers' settings, of first batches, and of the user's code.
 
-    What cannot be read without a trainer is left out. The global generators are left as they were.
+    What cannot be read without a trainer is left out.
 
-    Raises:
-        UserError: the module cannot be made.
+    Args:
+        module: of seed 0.
+        found: of seed 0.
+        data: the datamodule, or the function that makes it, as it was given.
     """
-    with isolate_rng():
-        module = _digest([*fresh_module(experiment, 0).state_dict().items(), *_optimizers(fresh_module(experiment, 0))])
-        seed_all(setup_seed(0))
-        return {"module": module, "data": _digest(_first_batches(experiment))}
+    values = [*module.state_dict().items(), *_optimizers(module)]
+    classes = [type(part) for part in (*module.modules(), found.data)]
+    made_by = [] if isinstance(data, L.LightningDataModule) else [identity(data)]
+    return {
+        "module": _digest(values),
+        "data": _digest([found.train, found.test]),
+        "code": hashlib.sha256(repr([*made_by, *_code_of(classes)]).encode()).hexdigest()[:12],
+    }
+
+
+def _code_of(classes: Iterable[type]) -> list[Any]:
+    """Of the methods of classes and of those that they inherit from, but of libraries."""
+    every = dict.fromkeys(base for cls in classes for base in cls.__mro__ if _is_of_the_user(base))
+    return [
+        [cls.__qualname__, [[name, _code(_function(value))] for name, value in vars(cls).items() if _function(value)]]
+        for cls in every
+    ]
+
+
+def _function(value: Any) -> FunctionType | None:
+    """That of a method, of whatever kind."""
+    function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    return function if isinstance(function, FunctionType) else None
+
+
+def _is_of_the_user(cls: type) -> bool:
+    return cls.__module__.partition(".")[0] not in _LIBRARIES
 
 
 def identity(function: Callable[..., Any]) -> str:
@@ -109,19 +139,6 @@ def _optimizers(module: L.LightningModule) -> list[Any]:
 
 def _plain_values(values: dict[str, Any]) -> list[tuple[str, Any]]:
     return sorted((key, value) for key, value in values.items() if key != "params")
-
-
-def _first_batches(experiment: Experiment) -> list[Any]:
-    try:
-        data = experiment.data(0)
-        data.prepare_data()
-        found = []
-        for stage, hook in (("fit", "train_dataloader"), ("test", "test_dataloader")):
-            data.setup(stage)
-            found += [next(iter(loader)) for loader in tree_leaves(getattr(data, hook)())]
-        return found
-    except Exception:  # as a run will say, or because the trainer is asked
-        return []
 
 
 def _digest(values: Iterable[Any]) -> str:

@@ -16,7 +16,7 @@ _ENDS = ("max_epochs", "max_steps")
 OWN_SETTINGS = frozenset(
     (
         *("target", "model", "trainer", "inference", "samples", "output", "reloaded", "predict"),
-        *("module", "data", "metric", "tuning"),
+        *("module", "data", "code", "metric", "tuning"),
     )
 )
 
@@ -39,6 +39,10 @@ def check_trainer(trainer: Any) -> None:
     if part is not None and not (isinstance(part, float) and part == 1):  # 1 is a batch, 1.0 all of them
         raise ConfigurationError(
             "trainer= has limit_test_batches, while all test images of the data are classified; leave it out"
+        )
+    if trainer.get("overfit_batches"):
+        raise ConfigurationError(
+            "trainer= has overfit_batches, which takes the test images from training; give data of few images"
         )
     devices = trainer.get("devices", 1)
     if devices not in (1, "1") and not (isinstance(devices, list) and len(devices) == 1):

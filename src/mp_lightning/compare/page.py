@@ -52,7 +52,9 @@ _READING = (
 )
 
 
-def page(summary: Summary, rows: Sequence[Row], drawn: Sequence[Picture], facts: Mapping[str, Any]) -> str:
+def page(
+    summary: Summary, rows: Sequence[Row], drawn: Sequence[Picture], facts: Mapping[str, Any], notes: Sequence[str]
+) -> str:
     """The page as text.
 
     Args:
@@ -60,6 +62,7 @@ def page(summary: Summary, rows: Sequence[Row], drawn: Sequence[Picture], facts:
         rows: all finished runs.
         drawn: the pictures.
         facts: how to repeat it, plain values; 'command', 'target', 'model', 'runs', 'seeds' and 'date' among them.
+        notes: what is to be said beside the verdict.
     """
     title = f"Comparison on {facts['target']} with {facts['model']}"
     counts = {"arm": len(summary.arms), "seed": len(facts["seeds"]), "run": facts["runs"]}
@@ -76,7 +79,7 @@ def page(summary: Summary, rows: Sequence[Row], drawn: Sequence[Picture], facts:
 <body>
 <main>
 <header><h1>{escape(title)}</h1><p>{escape(runs)}</p></header>
-{_verdict(summary)}
+{_verdict(summary, notes)}
 {_tables(summary, rows)}
 <section id="pictures"><h2>Pictures</h2>
 <div class="pictures">{"".join(map(_picture, drawn))}</div>
@@ -91,7 +94,7 @@ def page(summary: Summary, rows: Sequence[Row], drawn: Sequence[Picture], facts:
 """
 
 
-def _verdict(summary: Summary) -> str:
+def _verdict(summary: Summary, notes: Sequence[str]) -> str:
     words = {verdict.sentence: verdict.word for arm in summary.arms.values() for verdict in arm.verdicts.values()}
 
     def shown(sentences: Sequence[str]) -> str:
@@ -101,6 +104,7 @@ def _verdict(summary: Summary) -> str:
     more = f"<details><summary>Other verdicts, in {METRICS[summary.other_metric].label} and on controls</summary>"
     return (
         f'<section id="verdict"><h2>Verdict in {METRICS[summary.metric].label}</h2>{shown(summary.headline)}'
+        f"{''.join(f'<p>{_prose(note)}</p>' for note in notes)}"
         f"{f'{more}{shown(others)}</details>' if others else ''}</section>"
     )
 

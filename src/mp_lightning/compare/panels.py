@@ -21,6 +21,7 @@ _MARKERS = ("o", "s", "^")
 _LONGEST_NAME = 26  # characters that fit beside a panel
 _FAR = 6  # interquartile ranges beyond which a dot is drawn at the edge, or nothing else could be told apart
 _FAINT = 0.18
+_MOST_BANDS = 4  # more would mix to a colour of none
 
 
 class Style(NamedTuple):
@@ -109,7 +110,7 @@ def draw_scores(
 
 
 def draw_curves(axes: Axes, details: Mapping[tuple[str, int], Details], looks: Mapping[str, Style]) -> None:
-    """The training loss of each arm: the mean over its seeds, in a band from the least to the largest."""
+    """The training loss of each arm: the mean over its seeds, of few arms in a band from the least to the largest."""
     names = short(looks)
     for arm, look in looks.items():
         points = _by_step([one.curve for (of, _), one in details.items() if of == arm])
@@ -121,10 +122,11 @@ def draw_curves(axes: Axes, details: Mapping[tuple[str, int], Details], looks: M
             steps, [fmean(own) for own in losses], color=look.colour, linestyle=look.line, linewidth=1.5,
             marker=marker, label=names[arm],
         )  # fmt: skip
-        axes.fill_between(
-            steps, [min(own) for own in losses], [max(own) for own in losses], color=look.colour, alpha=_FAINT,
-            linewidth=0,
-        )  # fmt: skip
+        if len(looks) <= _MOST_BANDS:
+            axes.fill_between(
+                steps, [min(own) for own in losses], [max(own) for own in losses], color=look.colour, alpha=_FAINT,
+                linewidth=0,
+            )  # fmt: skip
     if axes.lines:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -193,7 +195,7 @@ def draw_multipliers(
         )  # fmt: skip
     axes.set_xlim(0.5, max(1, len(sites)) + 0.5)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]))
-    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     axes.set_xlabel("site, from the image to the output")
     axes.set_ylabel("multiplier, mean ± std")
     axes.grid(axis="y", alpha=_FAINT)

@@ -30,7 +30,7 @@ from mp_lightning.compare.panels import (
 )
 from mp_lightning.compare.results import METRICS, Details, Row
 from mp_lightning.compare.summary import VERDICT_METRICS, Summary
-from mp_lightning.compare.texts import acted_texts, number_text
+from mp_lightning.compare.texts import number_text
 
 _WIDTH, _NARROW = 3.75, 1.75  # of a panel, inches
 _HEIGHT = 2.6
@@ -160,9 +160,9 @@ def _curves(summary: Summary, details: Mapping[tuple[str, int], Details]) -> Pic
     return Picture(
         "curves",
         "Learning curves",
-        "The loss that each arm trains on: the mean over its seeds, in a band from the lowest to the highest seed. "
-        "Every arm has its own loss: noise, mixed images and smoothed labels raise it, so a higher curve is no worse "
-        "network. Look for curves that are still falling at the end, which ask for more steps.",
+        "The loss that each arm trains on: the mean over its seeds, of up to four arms in a band from the lowest to "
+        "the highest seed. Every arm has its own loss: noise, mixed images and smoothed labels raise it, so a higher "
+        "curve is no worse network. Look for curves that are still falling at the end, which ask for more steps.",
         [
             Panel(
                 "training loss",
@@ -184,7 +184,7 @@ def _multipliers(summary: Summary, details: Mapping[tuple[str, int], Details]) -
         "The multiplier by depth",
         "What the activations are multiplied by, for arms that multiply them: its mean at each site, and as a bar the "
         "standard deviation of its noise, after training, averaged over the seeds. At the dashed line, 1, nothing is "
-        f"changed. {' '.join([f'Site 1 is {sites[0]}, site {len(sites)} is {sites[-1]}.', *acted_texts(details)])}",
+        f"changed. Site 1 is {sites[0]}{f', site {len(sites)} is {sites[-1]}' if len(sites) > 1 else ''}.",
         [
             Panel(
                 "multiplier at each site",

@@ -61,7 +61,7 @@ def _in_processes(
     threads = max(1, torch.get_num_threads() // processes)
     # Sent at the start, jobs too: tensors that are sent later are handed over by threads, which complain on standard
     # error when the other process is gone.
-    shared = (experiment, list(jobs), steps, context.Value("i", 0), threads)
+    shared = (experiment, list(jobs), steps, context.Value("i", 0), threads, multiprocessing.get_start_method())
     pool = ProcessPoolExecutor(processes, context, _begin, shared)
     others = set(multiprocessing.active_children())
     own: set[Any] = set()
@@ -129,8 +129,11 @@ _STEPS: Any
 _EVERY = 10  # steps between two messages
 
 
-def _begin(experiment: Experiment, jobs: Sequence[Job], steps: Any, started: Any, threads: int) -> None:
+def _begin(
+    experiment: Experiment, jobs: Sequence[Job], steps: Any, started: Any, threads: int, start_method: str
+) -> None:
     global _EXPERIMENT, _JOBS, _STEPS
+    multiprocessing.set_start_method(start_method, force=True)  # of the workers of loaders, as without such processes
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)

@@ -13,6 +13,7 @@ from mp_lightning.compare.page import page
 from mp_lightning.compare.pictures import pictures, write_png
 from mp_lightning.compare.results import Details, Row
 from mp_lightning.compare.summary import Summary
+from mp_lightning.compare.texts import acted_texts
 from mp_lightning.compare.tuning import Budget, Tuned
 from mp_lightning.runs import unusable
 from mp_lightning.versions import versions
@@ -61,14 +62,15 @@ def write_report(
     """
     facts = repeat_facts(rows, how)
     drawn = pictures(summary, rows, details)
+    notes = acted_texts(details)
     plain = json.dumps({**summary.to_dict(), "repeat": facts}, default=str)
     try:
         # JSON knows no NaN, which a tuning that diverged leaves.
         write_json(folder / "summary.json", json.loads(plain, parse_constant=lambda name: None))
-        write_text(folder / "summary.md", markdown(summary, rows, facts))
+        write_text(folder / "summary.md", markdown(summary, rows, facts, notes))
         for picture in drawn:
             write_whole(folder / f"{picture.name}.png", partial(write_png, picture))
-        write_text(folder / "report.html", page(summary, rows, drawn, facts))
+        write_text(folder / "report.html", page(summary, rows, drawn, facts, notes))
     except OSError as error:
         raise unusable(folder, error) from error
 
@@ -92,18 +94,19 @@ def repeat_facts(rows: Sequence[Row], how: Repeat) -> dict[str, Any]:
     }
 
 
-def markdown(summary: Summary, rows: Sequence[Row], facts: Mapping[str, Any]) -> str:
+def markdown(summary: Summary, rows: Sequence[Row], facts: Mapping[str, Any], notes: Sequence[str]) -> str:
     """The report as Markdown: verdict, tables, how to repeat it.
 
     Args:
         summary: of the rows.
         rows: all finished runs.
         facts: of :func:`repeat_facts`.
+        notes: what is to be said beside the verdict.
     """
     parts = [
         f"# {_literal(facts['target'])} with {_literal(facts['model'])}",
         *(f"**{_literal(sentence)}**" for sentence in summary.headline),
-        *map(_literal, summary.also),
+        *map(_literal, [*summary.also, *notes]),
         "## Scores\n\nMeans over the seeds with 95 % intervals; differences are paired by seed, p values corrected.",
         table(scores_grid(summary)),
     ]

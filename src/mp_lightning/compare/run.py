@@ -118,7 +118,12 @@ def perform(experiment: Experiment, job: Job, on_step: OnStep | None = None) -> 
         module = fresh_module(experiment, seed)
         cost = Cost(on_step)
         examination = Examination(
-            perturbation, experiment.predict, experiment.output, derived_seed(seed, "examination"), setup_seed(seed)
+            perturbation,
+            experiment.predict,
+            experiment.output,
+            derived_seed(seed, "examination"),
+            setup_seed(seed),
+            tested="val_dataloader" if job.validation else "test_dataloader",
         )
         trainer = train(
             experiment, module, job, [PairedSteps(derived_seed(seed, "steps")), *callbacks, cost, examination]

@@ -127,9 +127,9 @@ def summarize(
     def judge(arm: str, name: str) -> Verdict:
         if baseline not in runs:
             return nothing_to_compare(f"no run of {baseline} is finished, which it is compared with", arm)
-        if not reached >= OVERFITTED:
-            return underfitted(baseline, reached)
         comparison = against_baseline[arm, name]
+        if not reached >= OVERFITTED and is_finite(comparison.difference.mean):
+            return underfitted(baseline, reached)
         for whose in (arm, baseline):
             bad = sum(not is_finite(value) for value in _values(runs[whose], name))
             if bad and (whose == arm or not is_finite(comparison.difference.mean)):

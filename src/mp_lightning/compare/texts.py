@@ -40,7 +40,8 @@ def acted_texts(details: Mapping[tuple[str, int], Details]) -> list[str]:
     means = {arm: sum(own) / len(own) for arm, own in shares.items()}
     return [
         f"{arm} acted at {mean:.0%} of its strength when training ended"
-        f"{f' (mean of {len(shares[arm])} seeds)' if len(shares[arm]) > 1 else ''}."
+        f"{f' (mean of {len(shares[arm])} seeds)' if len(shares[arm]) > 1 else ''}; longer runs, and a training loss "
+        "that falls further, reach more."
         for arm, mean in means.items()
         if mean < _ALL
     ]

@@ -17,7 +17,7 @@ from mp_lightning.sites.blocks import make_blocks, scopes_of, why_unreached
 from mp_lightning.sites.estimates import are_those_of, batch_norms, weights_of
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
-from mp_lightning.sites.root import Entry, Inference, OneAtATime, entry_names
+from mp_lightning.sites.root import Entry, Inference, OneAtATime, entry_names, refuse_tracing
 from mp_lightning.sites.saving import state_of, take_over
 from mp_lightning.sites.site import Site, in_backward
 from mp_lightning.sites.strength import GrowingStrength
@@ -148,6 +148,7 @@ class Attachment(GrowingStrength):
 
     def forward(self, x: Any) -> Any:
         """The identity: containers such as ``nn.Sequential`` call every submodule, this one included."""
+        refuse_tracing((x,))
         return x
 
     def step(self, loss: Tensor | float | None = None) -> None:

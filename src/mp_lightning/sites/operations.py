@@ -43,6 +43,11 @@ _SAME_DIMENSIONS = {
     *("contiguous", "clone", "to", "dropout", "pad", "relu", "gelu", "silu", "layer_norm", "linear", "interpolate"),
 }
 _MIXTURES = {"matmul", "bmm"}
+_RESHAPES = {
+    *("view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "repeat", "permute", "transpose", "flatten"),
+    *("truediv", "div", "div_", "mul", "imul", "mul_"),
+}
+_NORMALIZE = {"layer_norm", "rms_norm"}
 _GLOBAL_POOLS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 _CHANNELS = (1, -3)  # the dimension of the channels in (B, C, H, W)
 
@@ -61,6 +66,7 @@ class OperationGraph:
             self._ancestors[node] = set(inputs).union(*(self._ancestors[i] for i in inputs))
         self._known_dimensions: dict[fx.Node, int | None] = {}
         self._known_layouts: dict[fx.Node, str] = {}
+        self._callers: dict[str, list[tuple[str, str]]] = {}
         self.left_out: list[str] = []
 
     def activations(self) -> list[fx.Node]:
@@ -137,7 +143,7 @@ class OperationGraph:
         layer = self._layer(node)
         if isinstance(layer, NORMS) and self._reads_features(node):
             return LAST
-        if isinstance(layer, LAYERS):
+        if isinstance(layer, LAYERS) and not self._moves_around_norm(node):
             return LAST if isinstance(layer, (nn.Linear, *TOKEN_NORMS)) else FIRST
         inputs = node.all_input_nodes
         if not inputs:
@@ -149,6 +155,14 @@ class OperationGraph:
             return layout
         position = order.index(1 if layout == FIRST else dimensions - 1)
         return FIRST if position == 1 else LAST if position == dimensions - 1 else layout
+
+    def _moves_around_norm(self, node: fx.Node) -> bool:
+        """Whether the node is part of a normalization of channels that come first, but not the one that normalizes."""
+        return node.op != "call_module" and self._is_layer(node, TOKEN_NORMS) and _name(node) not in _NORMALIZE
+
+    def _normalizes_maps(self, node: fx.Node) -> bool:
+        """Whether the node is (the end of) a normalization of maps."""
+        return self._is_layer(node, NORMS) or (self._is_layer(node, TOKEN_NORMS) and self._layout(node) == FIRST)
 
     def _values(self, node: fx.Node) -> fx.Node:
         """The tensor whose layout an operation keeps: where values are mixed by attention, that of the values."""
@@ -310,3 +324,12 @@ def is_product(node: fx.Node) -> bool:
     return (node.op == "call_function" and node.target in (operator.mul, operator.imul, torch.mul)) or (
         node.op == "call_method" and node.target in ("mul", "mul_")
     )
+
+
+def adds_a_number(node: fx.Node) -> bool:
+    return len(node.all_input_nodes) == 1 and _name(node) in ("add", "iadd", "add_") and len(node.args) == 2
+
+
+def keeps_features(node: fx.Node) -> bool:
+    """Whether the node gives one tensor in another shape, or multiplied or divided by a number."""
+    return len(node.all_input_nodes) == 1 and _name(node) in _RESHAPES

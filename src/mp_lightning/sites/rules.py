@@ -21,14 +21,26 @@ plain
     In a model without any residual sum: every activation of a normalized convolution.
 unnormalized
     In a model without normalized convolutions either: every activation of a convolution.
+
+Nowhere a site is what leads to nothing but weights that something else is multiplied by: the activations of attention
+gates and of squeeze-and-excitation, and a hard sigmoid written by hand.
 """
 
 import operator
+from itertools import pairwise
 
 import torch
 from torch import fx, nn
 
-from mp_lightning.sites.operations import LAYERS, NORMS, TOKEN_NORMS, OperationGraph, is_product
+from mp_lightning.sites.operations import (
+    LAYERS,
+    NORMS,
+    TOKEN_NORMS,
+    OperationGraph,
+    adds_a_number,
+    is_product,
+    keeps_features,
+)
 from mp_lightning.sites.plan import SiteSpec
 from mp_lightning.sites.tracing import CONVOLUTIONS
 
@@ -54,7 +66,7 @@ class SiteGraph(OperationGraph):
 
     def residual_sites(self) -> list[SiteSpec]:
         sites = []
-        sums = [node for node in self._nodes if self._is_residual_sum(node)]
+        sums = [node for node in self._nodes if self._is_residual_sum(node) and self._reaches_output(node)]
         for node in sums:
             activation = self._activation_after(node)
             if activation is not None:
@@ -81,13 +93,13 @@ class SiteGraph(OperationGraph):
 
     def _reads_norm(self, node: fx.Node) -> bool:
         norm = self._source(node)
-        return norm is not None and self._is_layer(norm, NORMS)
+        return norm is not None and self._normalizes_maps(norm)
 
     def plain_sites(self) -> list[SiteSpec]:
         sites = []
         for node in self.activations():
             norm = self._source(node)
-            if norm is not None and self._is_layer(norm, NORMS):
+            if norm is not None and self._normalizes_maps(norm) and self._reaches_output(node):
                 convolution = self._source(self._first_of_layer(norm))
                 if convolution is not None and self._is_layer(convolution, CONVOLUTIONS):
                     site = self._site(node, PLAIN, f"output of {self._describe(norm)}")
@@ -100,7 +112,8 @@ class SiteGraph(OperationGraph):
         sites = [
             self._site(node, UNNORMALIZED, f"output of {self._describe(source)}")
             for node, source in sources
-            if source is not None and self._is_layer(source, CONVOLUTIONS) and not self._gives_logits(node)
+            if source is not None and self._is_layer(source, CONVOLUTIONS)
+            if not self._gives_logits(node) and self._reaches_output(node)
         ]
         return [site for site in sites if site is not None]
 
@@ -161,7 +174,8 @@ class SiteGraph(OperationGraph):
 
     def _is_gate(self, node: fx.Node, branch: set[fx.Node]) -> bool:
         """Whether the node only computes weights: it follows a global pooling, or all it leads to is a sigmoid."""
-        return any(self._pools(n) for n in self._before(node, branch)) or not self._leads_out(node, branch)
+        pooled = any(self._pools(n) for n in self._before(node, branch))
+        return pooled or self._is_weights(node) or not self._leads_out(node, branch)
 
     def _before(self, node: fx.Node, branch: set[fx.Node]) -> set[fx.Node]:
         """What leads to the node without passing through a multiplication by a gate."""
@@ -174,6 +188,38 @@ class SiteGraph(OperationGraph):
             reached.add(current)
             waiting += [n for n in current.all_input_nodes if n in branch]
         return reached
+
+    def _reaches_output(self, node: fx.Node) -> bool:
+        """Whether some path from the node ends without being weights that something else is multiplied by."""
+        reached: set[fx.Node] = set()
+        waiting = [node]
+        while waiting:
+            current = waiting.pop()
+            if not current.users or current.op == "output":
+                return True
+            if current in reached or self._is_weights(current):
+                continue
+            reached.add(current)
+            waiting += current.users
+        return False
+
+    def _is_weights(self, node: fx.Node) -> bool:
+        """Whether the node squashes what it reads, or is a hard sigmoid by hand, and a product follows at once."""
+        by_hand = self._is_activation(node) and adds_a_number(node.all_input_nodes[0])
+        return (by_hand or self._squashes(node)) and any(
+            is_product(n) and len(n.all_input_nodes) > 1 for n in self._followers(node)
+        )
+
+    def _followers(self, node: fx.Node) -> set[fx.Node]:
+        """What reads the node, as it is or in another shape or scale."""
+        found: set[fx.Node] = set()
+        waiting = list(node.users)
+        while waiting:
+            current = waiting.pop()
+            if current not in found:
+                found.add(current)
+                waiting += current.users if keeps_features(current) else ()
+        return found
 
     def _leads_out(self, node: fx.Node, branch: set[fx.Node]) -> bool:
         """Whether some path from the node leaves the branch without a sigmoid on it."""
@@ -196,10 +242,10 @@ class SiteGraph(OperationGraph):
         if not channels:  # of a lazy layer, 0
             self.left_out.append(self.name(node))
             return None
-        key, scope = self._scope(node)
+        key, scope = self._scope_of_site(node)
         if node.op == "call_module":
             earlier = [n for n in self._nodes if n.op == "call_module" and n.target == node.target]
-            call = sum(self._scope(n)[0] == key for n in earlier[: earlier.index(node)])
+            call = sum(key in self._stack(n) for n in earlier[: earlier.index(node)])
             activation = self.region.qualified(str(node.target))
             # A module shared by several blocks is registered under one of them only.
             inside = not scope or str(node.target).startswith(f"{scope}.")
@@ -211,6 +257,34 @@ class SiteGraph(OperationGraph):
             name = f"{self.region.qualified(scope)}:{function}"
         layout = self._layout(node.all_input_nodes[0])
         return SiteSpec(name, self.region.qualified(scope), activation, call, channels, rule, reads, layout)
+
+    def _scope_of_site(self, node: fx.Node) -> tuple[str, str]:
+        """The innermost module call that the node happens in, but no module that wraps an activation for many places.
+
+        The calls of such a one cannot be told apart within itself.
+        """
+        stack = list(self._stack(node).items())
+        while len(stack) > 1 and self._is_shared_wrapper(stack[-1][1]):
+            stack.pop()
+        return stack[-1]
+
+    def _is_shared_wrapper(self, path: str) -> bool:
+        """Whether a module without parameters is called in several others, or several times in one call of another."""
+        if path not in self._callers:
+            self._callers[path] = self._find_callers(path)
+        callers = self._callers[path]
+        shared = len({module for module, _ in callers}) > 1 or len({call for _, call in callers}) < len(callers)
+        return shared and next(self._modules[path].parameters(), None) is None
+
+    def _find_callers(self, path: str) -> list[tuple[str, str]]:
+        """For each call of a module, the module that makes it, and the call of that one."""
+        found: dict[str, tuple[str, str]] = {}
+        for node in self._nodes:
+            stack = list(self._stack(node).items())
+            for (call, module), (key, own) in pairwise(stack):
+                if own == path:
+                    found[key] = (module, call)
+        return list(found.values())
 
     def _is_used_in_place(self, node: fx.Node) -> bool:
         """Whether the activation changes its input in place, and that is used again later."""
