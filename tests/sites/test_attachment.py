@@ -110,12 +110,13 @@ def test_detach_undoes_attach(make):
         assert torch.equal(actual, wanted)
 
 
+@pytest.mark.parametrize("path", ["auto", "reference"])
 @pytest.mark.parametrize("make", MODELS)
-def test_without_strength_an_attached_model_is_the_plain_one(make):
-    """All that acts is the multiplier: the hooks change nothing else, in either mode."""
+def test_without_strength_an_attached_model_is_the_plain_one(make, path):
+    """All that acts is the multiplier: the hooks change nothing else, in either mode, and nothing is bounded."""
     x = images(size=SIZES.get(make, 16))
     model, plain = fresh(make), fresh(make)
-    attach(model, ramp_steps=10, clip=None)
+    attach(model, ramp_steps=10, clip=0.01, path=path)
     for actual, wanted in zip(outputs(model, x), outputs(plain, x), strict=True):
         assert torch.equal(actual, wanted)
 

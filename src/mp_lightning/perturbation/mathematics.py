@@ -4,6 +4,7 @@ Symbols: ``x`` is a feature map (B, C, H, W) before the activation; ``s`` the sc
 noise of an element, ``s * z`` the multiplier. Everything is differentiable in ``x`` and in phi.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -92,9 +93,14 @@ def scale(moments: Moments, phi: Phi, relative_channels: float, relative_size: f
 
 
 def apply_multiplier(x: Tensor, multiplier: Tensor, coeff: float | Tensor, clip: float | None) -> Tensor:
-    """y = min(x * (1 + coeff * (multiplier - 1)), clip)."""
+    """y = min(x * (1 + coeff * (multiplier - 1)), clip), and x where coeff is 0: what does not act bounds nothing."""
     y = x * (1 + coeff * (multiplier - 1))
-    return y if clip is None else y.clamp(max=clip)
+    return y if clip is None else y.clamp(max=bound(clip, torch.as_tensor(coeff, dtype=y.dtype, device=y.device)))
+
+
+def bound(clip: float, coeff: Tensor) -> Tensor:
+    """The upper bound that acts at a strength: none at 0."""
+    return torch.where(coeff > 0, clip, math.inf)
 
 
 def _filter(x: Tensor, kernel: Tensor) -> Tensor:

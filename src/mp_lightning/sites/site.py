@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mp_lightning.errors import SiteError
 from mp_lightning.perturbation import FusedPerturbation, NoiseKey, Norms, Perturbed, Statistics
-from mp_lightning.perturbation.mathematics import apply_multiplier
+from mp_lightning.perturbation.mathematics import apply_multiplier, bound
 from mp_lightning.perturbation.precision import KeepsPrecision
 from mp_lightning.sites.layout import as_maps, channels_of, from_maps, shape_words, stretch
 from mp_lightning.sites.plan import SiteSpec
@@ -145,7 +145,7 @@ class Site(KeepsPrecision):
         if factor.dtype != x.dtype:
             factor = factor.to(x.dtype)
         y = x * factor.view(1, -1, 1, 1)
-        return y if clip is None else y.clamp_(max=clip)
+        return y if clip is None else y.clamp_(max=bound(clip, self.attachment.coeff).to(y.dtype))
 
     def factor_by_constants(self) -> Tensor:
         """What each channel is multiplied by in inference by constants, (C,).
@@ -182,7 +182,7 @@ class Site(KeepsPrecision):
             means = multiplier.detach().expand_as(x).mean(dim=(0, 2, 3)).float()
             shared.observed[self.spec.name] = (total + means, count + 1)
         y = apply_multiplier(x, multiplier, shared.coeff.to(x.dtype, copy=True), shared.clip)
-        hits = None if training or shared.clip is None else (y.detach() >= shared.clip).sum()
+        hits = None if training or shared.clip is None else (y.detach() >= bound(shared.clip, shared.coeff)).sum()
         return Perturbed(y.to(dtype), measured, hits)
 
     @torch.no_grad()

@@ -87,7 +87,8 @@ def attach(
             ``full_strength_at``. None takes what phi comes with, and 1 where ``full_strength_at`` is given.
         input_size: height of the network's input in pixels; None takes it from the first forward.
         seed: seed of the noise.
-        clip: upper bound of a perturbed feature map, in training and in evaluation; None for no bound.
+        clip: upper bound of a perturbed feature map, in training and in evaluation, once anything acts; None for no
+            bound.
         synchronize: batch statistics over all processes instead of each on its own.
         persistent: keep phi and the statistics in the model's ``state_dict``. Batch norm that was re-estimated for an
             inference is not among them; ``Attachment.state`` has all.

@@ -39,6 +39,11 @@ class Setting(NamedTuple):
     synchronize: bool = False
     per_channel: bool = False
 
+    @property
+    def bound(self) -> float:
+        """What does not act bounds nothing."""
+        return self.clip if self.coeff else math.inf
+
     def call(self) -> Call:
         key = (SEED, STREAM, self.rank, self.world)
         plain = (self.training, self.sampled, self.synchronize, self.per_channel)
@@ -130,11 +135,11 @@ def in_float64(x, gy, phi, setting) -> tuple[Result, float]:
     if not setting.training:
         gradients.insert(5, torch.zeros(4, 3, 3))
     with torch.no_grad():
-        bound = x * (1 + setting.coeff * (s * z - 1)) - setting.clip
+        bound = x * (1 + setting.coeff * (s * z - 1)) - setting.bound
         edges = [maths.equivariant(x, phi.op1_identity, phi.op1_all), alpha, bound]
         edges += [maths._filter(x, kernel) for kernel in phi.scale_kernels] if setting.training else []
         margin = min(float(edge[edge != 0].abs().min()) if (edge != 0).any() else math.inf for edge in edges)
-    hits = (y.detach().to(dtype) >= setting.clip).sum() if not setting.training else torch.zeros(())
+    hits = (y.detach().to(dtype) >= setting.bound).sum() if not setting.training else torch.zeros(())
     return Result(y.detach(), gradients[0], Phi(*gradients[1:]), moments.mean, moments.var, hits), margin
 
 

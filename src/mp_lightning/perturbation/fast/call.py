@@ -10,7 +10,7 @@ class Call(NamedTuple):
 
     Attributes:
         channel_norm: the largest number of channels of any site of the network.
-        clip: upper bound of y, or infinity.
+        clip: upper bound of y where coeff is not 0, or infinity.
         key: seed and stream of the noise, then the rank and the number of processes: sample b of x is number
             ``b * world + rank`` of the global batch (see :mod:`mp_lightning.perturbation.noise`).
         training: use the statistics of the batch; otherwise the running ones.

@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import math
 from typing import Any
 
 import torch
@@ -123,7 +124,8 @@ def _sizes(x: Tensor, call: Call, numbers: Tensor) -> tuple[float, float]:
 
 
 def _strength(call: Call, numbers: Tensor) -> _Strength:
-    return _Strength(float(numbers[0]), call.clip)
+    coeff = float(numbers[0])
+    return _Strength(coeff, call.clip if coeff > 0 else math.inf)
 
 
 def _noise(call: Call, numbers: Tensor, eps: Tensor | None) -> _Noise:

@@ -36,7 +36,7 @@ _DEVICES = ("CPU", "CUDA")
 
 
 def perturb(x: Tensor, phi: Phi, running: Moments, numbers: Numbers, eps: Tensor | None, call: Call) -> Forward:
-    """y = min(x * (1 + coeff * (s * z - 1)), clip), differentiable once in x and in phi.
+    """y = min(x * (1 + coeff * (s * z - 1)), clip), or x where coeff is 0, differentiable once in x and in phi.
 
     Args:
         x: (B, C, H, W), of a dtype for which :func:`available` says that there is a fast path.

@@ -22,6 +22,7 @@ def output_backward(
     b, tile, tiles = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
     p, h, w, in_map = pixel_tile(tile, H, W, BP)
     coeff = tl.load(numbers).to(tl.float32)
+    bound = tl.where(coeff > 0, clip, float("inf"))
     forward = tl.load(numbers + 2).to(tl.int64)
     shared = filtered(hidden_mean + b * H * W, p, 1, h, w, H, W, in_map, op2_all, False)
     total = tl.zeros((BP,), tl.float32)
@@ -42,7 +43,7 @@ def output_backward(
         v = tl.load(x + b * stride_b + at, mask=exists, other=0).to(tl.float32)
         g = tl.load(gy + b * stride_b + at, mask=exists, other=0).to(tl.float32)
         factor = 1.0 + coeff * (s * z - 1.0)
-        g = tl.where(v * factor > clip, 0.0, g)
+        g = tl.where(v * factor > bound, 0.0, g)
         gm = g * v * coeff
         ga = tl.where(exists, gm * s * slope, 0.0)
         tl.store(galpha + b * stride_b + at, ga, mask=exists)

@@ -97,7 +97,8 @@ def output_pass(
     s = tl.load(scale + c, mask=c < C, other=0)[None, :]
     v = tl.load(x + b * stride_b + at, mask=exists, other=0).to(tl.float32)
     out = v * (1.0 + coeff * (s * z - 1.0))
-    out = tl.where(out > clip, clip, out)
+    bound = tl.where(coeff > 0, clip, float("inf"))
+    out = tl.where(out > bound, bound, out)
     tl.store(y + b * stride_b + at, out, mask=exists)
     if COUNT:
-        tl.atomic_add(hits + b, tl.sum((exists & (out >= clip)).to(tl.int64)))
+        tl.atomic_add(hits + b, tl.sum((exists & (out >= bound)).to(tl.int64)))
