@@ -41,6 +41,16 @@ def test_the_published_numbers_are_not_shipped(name):
     assert float((numbers - theirs).norm() / theirs.norm()) > 0.1
 
 
+def test_each_result_of_a_card_is_a_line_of_its_own():
+    lines = [line.strip() for line in str(describe_phi()).splitlines()]
+    results = describe_phi().card["results"]["against no phi"]
+    start = lines.index("against no phi:") + 1
+    found = " ".join(lines[start : start + 3 * len(results)])
+    assert found.startswith(f"- {' - '.join(results)}"[: len(found)][:400]) and lines[start].startswith(
+        "- imagenette, "
+    )
+
+
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(PhiError, match=f"no phi 'imagenet' comes with the package; name one of .*{DEFAULT_PHI}"):
         describe_phi("imagenet")

@@ -51,16 +51,17 @@ class PhiDescription(NamedPhi):
         lines = [f"{self.name}{default}, {strength}, noise per {self.noise_per}, at {sites}"]
         width = max(map(len, _HEADINGS.values()))
         for key, heading in _HEADINGS.items():
-            if key in self.card:
-                first, then = f"  {heading:<{width}}  ", " " * (width + 4)
+            first, then = f"  {heading:<{width}}  ", " " * (width + 4)
+            for part in _parts(key, self.card[key]) if key in self.card else ():
                 lines += textwrap.wrap(
-                    _text(key, self.card[key]),
+                    part,
                     _WIDTH,
                     initial_indent=first,
-                    subsequent_indent=then,
+                    subsequent_indent=then + "  " * part.startswith("- "),
                     break_long_words=False,
                     break_on_hyphens=False,
                 )
+                first = then
         if self.picture is not None:
             lines.append(f"  {'picture':<{width}}  {self.picture}")
         return "\n".join(lines)
@@ -93,9 +94,24 @@ def describe_phi(name: str | Path | None = None) -> PhiDescription:
     return PhiDescription(**vars(phi), default=name == DEFAULT_PHI, picture=picture if picture.is_file() else None)
 
 
-def _text(key: str, value: Any) -> str:
+def _parts(key: str, value: Any) -> list[str]:
+    """What stands under a heading, each part on lines of its own; members of lists that are long are parts."""
     if key == "tasks":
-        return str(len(value))
+        return [str(len(value))]
+    if not isinstance(value, dict) or len(_text(key, value)) < 3 * _WIDTH:
+        return [_text(key, value)]
+    parts = []
+    for name, one in value.items():
+        members = one if isinstance(one, list) and len(one) > 1 else []
+        parts += (
+            [f"{name}:", *(f"- {_text('', member)}" for member in members)]
+            if members
+            else [f"{name}: {_text('', one)}"]
+        )
+    return parts
+
+
+def _text(key: str, value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}={_text('', one)}" for name, one in value.items())
     if isinstance(value, list):
