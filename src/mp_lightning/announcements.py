@@ -18,7 +18,7 @@ def opening(attachment: Attachment, phi: NamedPhi | None, total: int | None) -> 
     """
     what = "perturbation" if phi is None else "phi"
     name = phi if phi is not None and phi.name == attachment.phi_name else attachment.phi_name
-    return f"{len(attachment.plan)} sites, {what} {name}, {attachment.outlook(total)}"
+    return f"{attachment.plan.size}, {what} {name}, {attachment.outlook(total)}"
 
 
 def stays_in_force(

@@ -282,3 +282,21 @@ def test_without_running_statistics_there_is_nothing_to_re_estimate(recwarn):
     attachment.inference = Mean()
     assert torch.equal(model.eval()(x), model(x)) and int(attachment.evaluations) == 2
     assert not recwarn.list
+
+
+def test_batch_norm_that_was_merged_into_convolutions_is_missed():
+    """With the weights that it changes; what was re-estimated would be lost in silence."""
+    model = build_backbone("conv4", 5, width=4)
+    attachment = attach(model, "paper", sites=1.0, ramp_steps=0)
+    x = torch.randn(8, 3, 32, 32)
+    model(x)
+    reestimate_batch_norm(attachment, [lambda: model(x)])
+    attachment.inference = Mean()
+    layer = copy.deepcopy(model.eval()).conv_layers[0]
+    merged = copy.deepcopy(model)
+    merged.conv_layers[0].conv = torch.nn.utils.fuse_conv_bn_eval(layer.conv, layer.bn)
+    merged.conv_layers[0].bn = nn.Identity()
+    with pytest.raises(
+        ConfigurationError, match=r"self\.conv_layers\.0\.bn, which was re-estimated, was replaced or removed"
+    ):
+        merged(x)

@@ -101,9 +101,9 @@ def compare(
             does not begin with images and labels, or the module's forward does not give the scores.
         output: what the scores are; None finds out.
         settings: anything else that decides the results, as plain values. A folder holds results of one set of
-            settings, one network, one set of optimizers' and schedulers' settings, data with the same first
-            batches, and methods of their classes with the same code; what cannot be told by these, such as the defaults of a callback, or what ``predict`` calls,
-            belongs here.
+            settings, one network, one set of optimizers' and schedulers' settings, data with the same first batches,
+            and methods of their classes with the same code; what cannot be told by these, such as the defaults of a
+            callback, or what ``predict`` calls, belongs here.
         target, model: what tables call the data and the module; None takes the names of their classes.
         folder: for the results; None: one in ``runs`` whose name follows from the settings.
         fresh: start anew; what is there is kept in a folder beside.

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference.mc import OutputAverage
+from mp_lightning.sites.estimates import norm_of
 
 if TYPE_CHECKING:
     from mp_lightning.sites import Attachment
@@ -105,7 +105,7 @@ def _put_in(attachment: "Attachment") -> list[tuple[nn.Module, str, Tensor]]:
         ConfigurationError: a layer that they belong to is gone; then none is put in.
     """
     copies = attachment.evaluation_buffers or {}
-    layers = {path: _layer(attachment.model, path) for path in {name.rpartition(".")[0]: None for name in copies}}
+    layers = {path: norm_of(attachment.model, path) for path in {name.rpartition(".")[0]: None for name in copies}}
     own = []
     for name, copy in copies.items():
         path, _, leaf = name.rpartition(".")
@@ -122,20 +122,6 @@ def _like(copy: Tensor, current: Tensor) -> Tensor:
         return copy
     with torch.inference_mode(False):
         return copy.to(current)
-
-
-def _layer(model: nn.Module, path: str) -> nn.Module:
-    """The batch norm of this name."""
-    try:
-        layer = model.get_submodule(path)
-    except AttributeError:
-        layer = None
-    if layer is None or layer._buffers.get("running_mean") is None:
-        raise ConfigurationError(
-            f"batch norm self.{path}, which was re-estimated, was replaced or removed since; detach the perturbation "
-            "before such a change, or call mp_lightning.reestimate_batch_norm after it"
-        )
-    return layer
 
 
 class Fold(Mean):

@@ -14,7 +14,7 @@ from torch.utils.hooks import RemovableHandle
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
 from mp_lightning.sites.blocks import make_blocks, scopes_of, why_unreached
-from mp_lightning.sites.estimates import are_those_of, batch_norms, weights_of
+from mp_lightning.sites.estimates import are_those_of, batch_norms, norm_of, weights_of
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, OneAtATime, entry_names, refuse_tracing
@@ -202,7 +202,11 @@ class Attachment(GrowingStrength):
         return training or int(self.steps) == 0 or (self.managed and self.inference is None)
 
     def forget_other_weights(self) -> None:
-        """Drop what was estimated for weights that the model does not have any more."""
+        """Drop what was estimated for weights that the model does not have any more.
+
+        Raises:
+            ConfigurationError: nor a batch norm of those, which was merged into a convolution, say.
+        """
         if self.weights is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
         changes = self.changes()
@@ -210,6 +214,8 @@ class Attachment(GrowingStrength):
             return
         self.weights_known = changes
         if not are_those_of(self.model, self.weights):
+            for name in self.evaluation_buffers or {}:
+                norm_of(self.model, name.rpartition(".")[0])
             self.evaluation_buffers = self.constants = self.weights = None
 
     def changes(self) -> int:
@@ -410,7 +416,7 @@ class Attachment(GrowingStrength):
         return handles
 
     def extra_repr(self) -> str:
-        return f"{len(self.plan)} sites, phi={self.phi_name!r}"
+        return f"{self.plan.size}, phi={self.phi_name!r}"
 
 
 def check_path(path: str) -> None:

@@ -125,6 +125,10 @@ def _with_unique_names(sites: list[SiteSpec]) -> list[SiteSpec]:
     return [replace(site, name=f"{site.name}#{site.call}") if names.count(site.name) > 1 else site for site in sites]
 
 
+_SEEN = "let it call activations of torch.nn or torch.nn.functional (Swish is nn.SiLU)"
+_BY_HAND = "sites= a SitePlan that was written by hand"
+
+
 def _nothing_found(model: nn.Module, graphs: list[SiteGraph], failures: list[str]) -> str:
     left_out = [reason for graph in graphs for reason in graph.left_out]
     seen = [graph.name(node) for graph in graphs for node in graph.activations()]
@@ -136,9 +140,10 @@ def _nothing_found(model: nn.Module, graphs: list[SiteGraph], failures: list[str
     elif isinstance(model, fx.GraphModule):
         return _compiled(model, "it")
     elif not any(isinstance(part, CONVOLUTIONS) for part in model.modules()):
-        found = "it has no convolution"
+        found, remedy = "it has no convolution", f"give a network with convolutions, or {_BY_HAND}"
     elif left_out:
         found = f"what reaches these has no known number of channels: {', '.join(left_out[:5])}"
+        remedy = f"give {_BY_HAND}"
     elif seen:
         found = (
             f"of its activations ({', '.join(seen[:5])}) none ends a residual block, is inside of one, or follows a "
@@ -149,8 +154,9 @@ def _nothing_found(model: nn.Module, graphs: list[SiteGraph], failures: list[str
         remedy = "freeze them after attach(module), or let a finetuning callback freeze them"
     elif failures:
         found = f"its forward cannot be followed: {', '.join(failures[:3])}"
+        remedy = f"{_SEEN}, or give {_BY_HAND}"
     else:
-        found = "its networks call no activation that can be seen"
+        found, remedy = "its networks call no activation that can be seen", f"{_SEEN}, or give {_BY_HAND}"
     return f"no site for a perturbation in {type(model).__name__}: {found}; {remedy}"
 
 

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
+from mp_lightning.errors import ConfigurationError
+
 # Relative difference up to which two weights are taken for the same: they may have been in half precision meanwhile.
 _SAME = 2e-3
 
@@ -15,6 +17,24 @@ def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:
     """Those that have running statistics, by name."""
     found = ((name, module) for name, module in model.named_modules() if isinstance(module, _BatchNorm))
     return {name: module for name, module in found if module.running_mean is not None}
+
+
+def norm_of(model: nn.Module, path: str) -> nn.Module:
+    """The batch norm of this name, which was re-estimated.
+
+    Raises:
+        ConfigurationError: it is gone.
+    """
+    try:
+        layer = model.get_submodule(path)
+    except AttributeError:
+        layer = None
+    if layer is None or layer._buffers.get("running_mean") is None:
+        raise ConfigurationError(
+            f"batch norm self.{path}, which was re-estimated, was replaced or removed since; detach the perturbation "
+            "before such a change, or call mp_lightning.reestimate_batch_norm after it"
+        )
+    return layer
 
 
 @torch.no_grad()

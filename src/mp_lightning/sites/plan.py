@@ -90,6 +90,11 @@ class SitePlan:
         return [site.name for site in self._sites]
 
     @property
+    def size(self) -> str:
+        """How many sites there are, in words."""
+        return f"{len(self)} site{'' if len(self) == 1 else 's'}"
+
+    @property
     def channel_norm(self) -> int:
         """The largest number of channels of any site."""
         return max(site.channels for site in self._sites)
@@ -170,7 +175,7 @@ class SitePlan:
         )
 
     def __repr__(self) -> str:
-        return f"SitePlan({len(self)} sites: {', '.join(self.names)})"
+        return f"SitePlan({self.size}: {', '.join(self.names)})"
 
     def _matching(self, patterns: tuple[str, ...]) -> set[str]:
         chosen: set[str] = set()
