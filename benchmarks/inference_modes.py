@@ -22,6 +22,7 @@ from mp_lightning.compare.architecture import Architecture
 from mp_lightning.compare.metrics import Scores, scores
 from mp_lightning.data import ImageSet, batch_indices, load_images, normalize, standard_augment
 from mp_lightning.inference.reestimation import BATCHES
+from mp_lightning.sites.estimates import Estimates
 
 COLUMNS = ["target", "mode", "seed", "accuracy", "nll", "ece", "seconds", "setting"]
 TABLE = Path(__file__).parent / "results" / "inference_modes.csv"
@@ -69,7 +70,7 @@ def measure(arguments: argparse.Namespace, module: Classifier, test: ImageSet, m
         steps = [lambda index=index: module.training_step(index, 0) for index in range(BATCHES)]
         reestimate_batch_norm(attachment, steps, fold=mode == "fold")
     if mode == _OLD:
-        attachment.evaluation_buffers, attachment.constants = {}, None
+        attachment.estimates = Estimates({})
     sampled = MonteCarlo(arguments.samples, "logits")
     attachment.inference = sampled if mode.startswith("mc") else Fold() if mode == "fold" else Mean()
     start = time.perf_counter()

@@ -235,7 +235,7 @@ def test_pytorch_lightning_trainer(tmp_path):
     run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1), watch], cls=pytorch_lightning.Trainer)
     run.fit(model, loader(4), loader(2))
     assert int(attachment_of(model).forwards) == 8 and len(watch.coeff) == 8
-    assert attachment_of(model).evaluation_buffers
+    assert attachment_of(model).estimates.buffers
     assert run.test(model, loader(2), verbose=False) == run.test(model, loader(2), verbose=False)
     run.save_checkpoint(tmp_path / "other.ckpt")
     restored = MetaPerturbCallback.restore(module(Other, seed=1), tmp_path / "other.ckpt")
@@ -500,7 +500,7 @@ def test_inference_can_be_switched_before_the_trainer_lets_go(tmp_path):
                 callback.switch_inference(trainer, pl_module, inference)
                 attachment = attachment_of(pl_module)
                 with torch.no_grad():
-                    found.append((type(attachment.inference), attachment.evaluation_buffers is not None, pl_module(x)))
+                    found.append((type(attachment.inference), attachment.estimates is not None, pl_module(x)))
 
     callback = MetaPerturbCallback(inference="mc", samples=2, full_strength_at=1)
     trainer(tmp_path, [callback, Switching()], max_epochs=1).fit(module(), loader(2))

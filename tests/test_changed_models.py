@@ -121,7 +121,7 @@ def test_layers_that_are_made_in_setup_are_found(tmp_path, before):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="MetaPerturb")
         run.fit(model, loader(2), loader(1))
-    assert attachment_of(model).perturbed and attachment_of(model).evaluation_buffers
+    assert attachment_of(model).perturbed and attachment_of(model).estimates.buffers
     assert "setup" not in vars(model)
     run.save_checkpoint(tmp_path / "end.ckpt")
     with pytest.raises(CheckpointError, match=r"after its setup\(\) where that makes its layers"):
@@ -144,7 +144,7 @@ def test_layers_that_each_setup_makes_anew_are_attached_anew(tmp_path):
         assert attachment_of(model).perturbed and int(attachment_of(model).steps) == count
     run.save_checkpoint(tmp_path / "end.ckpt")
     expected = torch.cat(run.predict(model, loader(2), ckpt_path=tmp_path / "end.ckpt"))
-    assert attachment_of(model).evaluation_buffers
+    assert attachment_of(model).estimates.buffers
     again = trainer(tmp_path, [MetaPerturbCallback()])
     found = torch.cat(again.predict(MadeInSetup(), loader(2), ckpt_path=tmp_path / "end.ckpt"))
     assert torch.equal(found, expected)
@@ -320,9 +320,9 @@ def test_a_state_of_before_weights_were_kept_belongs_to_the_next_ones():
     again.load_state(state)
     other.load_state_dict(model.state_dict())
     again.inference = Mean()
-    assert again.evaluation_buffers and torch.equal(other.eval()(images()), model(images()))
+    assert again.estimates.buffers and torch.equal(other.eval()(images()), model(images()))
     other.load_state_dict(Holder().state_dict())
-    assert again.evaluation_buffers is None
+    assert again.estimates is None
 
 
 class Online(pl.Callback):

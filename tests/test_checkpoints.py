@@ -90,7 +90,7 @@ def test_restore_gives_identical_outputs(tmp_path):
     restored = MetaPerturbCallback.restore(module(seed=1), path)
     assert not restored.training
     assert torch.equal(logits(restored), logits(model))
-    assert attachment_of(restored).evaluation_buffers.keys() == attachment_of(model).evaluation_buffers.keys() != set()
+    assert attachment_of(restored).estimates.buffers.keys() == attachment_of(model).estimates.buffers.keys() != set()
     # And it is a whole one: detached it is a plain module, saved it is the same checkpoint.
     trainer(tmp_path, [MetaPerturbCallback()]).test(restored, loader(1), verbose=False)
     checkpoint = {"state_dict": restored.state_dict()}

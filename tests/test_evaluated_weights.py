@@ -20,7 +20,7 @@ def test_other_weights_that_are_loaded_into_a_part_are_noticed(part):
     model.get_submodule(part).load_state_dict(Holder().get_submodule(part).state_dict())
     with pytest.warns(UserWarning, match="not re-estimated since the model was trained"):
         model(images())
-    assert attachment.evaluation_buffers is None
+    assert attachment.estimates is None
 
 
 def test_the_same_weights_that_are_loaded_again_keep_their_estimates(recwarn):
@@ -29,7 +29,7 @@ def test_the_same_weights_that_are_loaded_again_keep_their_estimates(recwarn):
     model.net.load_state_dict({name: value.clone() for name, value in model.net.state_dict().items()})
     model.load_state_dict(model.state_dict())
     assert torch.equal(model.train().eval()(images()), before)
-    assert attachment.evaluation_buffers and not recwarn.list
+    assert attachment.estimates.buffers and not recwarn.list
 
 
 def test_weights_that_are_copied_in_are_noticed_in_the_next_evaluation():
@@ -39,7 +39,7 @@ def test_weights_that_are_copied_in_are_noticed_in_the_next_evaluation():
     model.eval()
     with pytest.warns(UserWarning, match="not re-estimated"):
         model(images())
-    assert attachment.evaluation_buffers is None
+    assert attachment.estimates is None
 
 
 def test_a_convolution_of_the_other_sign_has_other_weights():
@@ -48,7 +48,7 @@ def test_a_convolution_of_the_other_sign_has_other_weights():
     model.eval()
     with pytest.warns(UserWarning, match="not re-estimated"):
         model(images())
-    assert attachment.evaluation_buffers is None
+    assert attachment.estimates is None
 
 
 def test_averages_that_another_callback_puts_in_for_a_test_get_their_own_batch_norm(tmp_path):
@@ -60,9 +60,9 @@ def test_averages_that_another_callback_puts_in_for_a_test_get_their_own_batch_n
     model = module()
     run = trainer(tmp_path, [Swaps(), MetaPerturbCallback(full_strength_at=1)])
     run.fit(model, loader(2))
-    before = {name: value.clone() for name, value in attachment_of(model).evaluation_buffers.items()}
+    before = {name: value.clone() for name, value in attachment_of(model).estimates.buffers.items()}
     run.test(model, loader(2), verbose=False)
-    after = attachment_of(model).evaluation_buffers
+    after = attachment_of(model).estimates.buffers
     assert after.keys() == before.keys() and any(not torch.equal(after[name], before[name]) for name in before)
 
 
@@ -70,7 +70,7 @@ def test_layers_that_are_frozen_after_training_are_reestimated_all_the_same():
     model, attachment = trained()
     model.requires_grad_(False)
     reestimate_batch_norm(attachment, [lambda: model(images())])
-    assert len(attachment.evaluation_buffers) == 8
+    assert len(attachment.estimates.buffers) == 8
 
 
 def test_layers_whose_statistics_training_left_alone_are_not_reestimated():
@@ -83,7 +83,7 @@ def test_layers_whose_statistics_training_left_alone_are_not_reestimated():
     attachment.step(1.0)
     model.eval()
     reestimate_batch_norm(attachment, [lambda: model(images())])
-    assert len(attachment.evaluation_buffers) == 6
+    assert len(attachment.estimates.buffers) == 6
     state = attachment.state()
     other = attach(Holder(), **ACTING)
     other.load_state(state)
@@ -97,7 +97,7 @@ def test_a_batch_that_a_training_step_passes_over_does_not_end_the_reestimation(
 
     model = module(Passes)
     trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)]).fit(model, loader(3))
-    assert len(attachment_of(model).evaluation_buffers) == 8
+    assert len(attachment_of(model).estimates.buffers) == 8
 
 
 def test_gradients_pass_after_a_forward_in_inference_mode_in_another_dtype():
@@ -157,4 +157,4 @@ def test_constants_need_functions_that_can_be_gone_through_twice():
     model, attachment = trained()
     with pytest.raises(ConfigurationError, match="give a list"):
         reestimate_batch_norm(attachment, iter([lambda: model(images())]), fold=True)
-    assert attachment.evaluation_buffers  # nothing is lost
+    assert attachment.estimates.buffers  # nothing is lost

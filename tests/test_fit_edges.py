@@ -60,7 +60,7 @@ def test_batch_norm_is_estimated_on_what_the_hooks_of_the_module_make_of_batches
     for cls, data in ((Classifier, loader(4)), (Before, raw_loader()), (After, raw_loader())):
         model = module(cls)
         trainer(tmp_path, [MetaPerturbCallback(**FULL)]).fit(model, data)
-        found.append(attachment_of(model).evaluation_buffers)
+        found.append(attachment_of(model).estimates.buffers)
     assert found[0] and all(close(found[0], other) for other in found[1:])
 
 
@@ -85,10 +85,10 @@ def test_when_it_tests_a_checkpoint_it_estimates_on_batches_as_fit_had_them(tmp_
     saved = ModelCheckpoint(tmp_path, save_weights_only=False, every_n_train_steps=4)
     run = trainer(tmp_path, [MetaPerturbCallback(**FULL), saved], max_epochs=1, enable_checkpointing=True)
     run.fit(model, datamodule=Normalizing())
-    first = attachment_of(model).evaluation_buffers
+    first = attachment_of(model).estimates.buffers
     stages.clear()
     run.test(model, loader(1), ckpt_path=saved.best_model_path, verbose=False)
-    assert close(first, attachment_of(model).evaluation_buffers)
+    assert close(first, attachment_of(model).estimates.buffers)
     assert set(stages) == {(True, False)} and len(stages) == 4
     assert run.state.stage is None or not run.training
 
@@ -211,15 +211,15 @@ def test_other_weights_are_not_evaluated_with_the_batch_norm_of_those_before():
     state, weights = attachment.state(), copy.deepcopy(model.state_dict())
     others = {name: value + 0.01 if value.is_floating_point() else value for name, value in weights.items()}
     model.load_state_dict(others)
-    assert attachment.evaluation_buffers is None
+    assert attachment.estimates is None
     attachment.load_state(state)  # in either order
     model.load_state_dict(weights)
-    assert attachment.evaluation_buffers is not None
+    assert attachment.estimates is not None
     attachment.load_state(state)
     model.half().load_state_dict(weights)
-    assert attachment.evaluation_buffers is not None, "the same weights, rounded"
+    assert attachment.estimates is not None, "the same weights, rounded"
     model.float().load_state_dict(others)
-    assert attachment.evaluation_buffers is None
+    assert attachment.estimates is None
 
 
 def test_an_interrupted_forward_leaves_nothing_once_the_mode_is_set_again():

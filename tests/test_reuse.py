@@ -50,9 +50,9 @@ def test_modes_that_the_user_sets_after_restore_stay(tmp_path):
 def test_weights_that_are_loaded_after_restore_are_not_evaluated_with_the_batch_norm_of_those_before(tmp_path):
     path = checkpoint_of(tmp_path, module())
     model = MetaPerturbCallback.restore(module(), path)
-    assert attachment_of(model).evaluation_buffers is not None
+    assert attachment_of(model).estimates is not None
     model.load_state_dict(module(seed=5).state_dict(), strict=False)
-    assert attachment_of(model).evaluation_buffers is None
+    assert attachment_of(model).estimates is None
 
 
 def test_trainer_and_module_are_let_go(tmp_path):
@@ -142,7 +142,7 @@ class Collects(Classifier):
 def test_batch_norm_is_estimated_beside_a_collection_of_metrics(tmp_path):
     model = Collects()
     trainer(tmp_path, [MetaPerturbCallback()], max_epochs=1).fit(model, loader(4), loader(1))
-    assert attachment_of(model).evaluation_buffers is not None
+    assert attachment_of(model).estimates is not None
     assert model.metrics["accuracy"]._update_count == 4  # a count of training alone
 
 
@@ -158,7 +158,7 @@ def test_batch_norm_is_estimated_on_a_loader_with_a_generator_of_another_library
 
     model = module()
     trainer(tmp_path, [MetaPerturbCallback()]).fit(model, Loader())
-    assert attachment_of(model).evaluation_buffers is not None
+    assert attachment_of(model).estimates is not None
 
 
 class Nothing(IterableDataset):

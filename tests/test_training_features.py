@@ -121,7 +121,7 @@ def check_acted(module, batches, sites=9, forwards=None):
 def test_options_of_the_trainer(tmp_path, options, batches):
     module, trainer = fit(tmp_path, **options)
     attachment = check_acted(module, batches)
-    assert attachment.evaluation_buffers
+    assert attachment.estimates.buffers
     trainer.validate(module, verbose=False)
 
 
@@ -181,7 +181,7 @@ class WithClosure(Module):
 
 def test_a_model_that_runs_in_a_closure_is_reestimated(tmp_path):
     module, _ = fit(tmp_path, WithClosure())
-    assert check_acted(module, 2 * BATCHES).evaluation_buffers
+    assert check_acted(module, 2 * BATCHES).estimates.buffers
 
 
 def test_activation_checkpointing_trains_as_without(tmp_path):
@@ -244,11 +244,11 @@ def test_batch_norm_is_estimated_for_the_averaged_weights(tmp_path, name, ours_f
     module, trainer = fit(tmp_path, others=[AVERAGES[name]()], ours_first=ours_first)
     epochs = 2 + name.startswith("Stochastic")  # which updates batch norm in an epoch of its own
     attachment = check_acted(module, epochs * BATCHES)
-    found = copy.deepcopy(attachment.evaluation_buffers)
+    found = copy.deepcopy(attachment.estimates.buffers)
     batches = [batch for batch in module.train_dataloader()]
     reestimate_batch_norm(attachment, [lambda batch=batch: module.training_step(batch) for batch in batches])
-    assert found.keys() == attachment.evaluation_buffers.keys()
-    for key, value in attachment.evaluation_buffers.items():
+    assert found.keys() == attachment.estimates.buffers.keys()
+    for key, value in attachment.estimates.buffers.items():
         assert torch.allclose(value, found[key], atol=1e-6), key
     trainer.validate(module, verbose=False)
 
@@ -342,7 +342,7 @@ def test_hydra_makes_the_callback(tmp_path):
     module = Module()
     trainer_with(tmp_path, [instantiate(OmegaConf.create(config))]).fit(module)
     assert len(attachment_of(module).plan) == 3
-    assert attachment_of(module).constants is not None
+    assert attachment_of(module).estimates.constants is not None
 
 
 @pytest.mark.parametrize("name", ["FSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"])
@@ -481,7 +481,7 @@ if __name__ == "__main__":
             "fitting": attachment.fitting.state(),
             "coeff": float(attachment.coeff),
             "weights": {name: value for name, value in module.net.named_parameters()},
-            "buffers": attachment.evaluation_buffers,
+            "buffers": attachment.estimates.buffers,
             "statistics": [dict(site.statistics) for site in attachment.sites],
         },
         f"{sys.argv[1]}/rank{trainer.global_rank}.pt",

@@ -102,10 +102,10 @@ def test_steps_that_change_modes_are_reestimated_as_a_loop_by_hand(tmp_path, cls
     model = module(cls)
     trainer(tmp_path, [everywhere()]).fit(model, loader(4))
     attachment = attachment_of(model)
-    found = dict(attachment.evaluation_buffers)
+    found = dict(attachment.estimates.buffers)
     reestimate(attachment, [lambda x=x: model(x) for x, _ in loader(4)])
-    assert found.keys() == attachment.evaluation_buffers.keys() and len(found) == 8
-    assert all(torch.allclose(value, attachment.evaluation_buffers[name]) for name, value in found.items())
+    assert found.keys() == attachment.estimates.buffers.keys() and len(found) == 8
+    assert all(torch.allclose(value, attachment.estimates.buffers[name]) for name, value in found.items())
 
 
 class Split(Classifier):
@@ -136,7 +136,7 @@ def test_a_forward_that_goes_through_all_needs_no_such_warning(tmp_path):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "MetaPerturb: batch norm")
         trainer(tmp_path, [everywhere()]).fit(model, loader(4))
-    assert "rest.2.running_mean" in attachment_of(model).evaluation_buffers
+    assert "rest.2.running_mean" in attachment_of(model).estimates.buffers
 
 
 @pytest.mark.parametrize("features", [True, False])
@@ -228,7 +228,7 @@ def test_reestimation_leaves_no_trace_in_what_a_step_collects(tmp_path):
     plain, perturbed = module(Remembers), module(Remembers)
     trainer(tmp_path).fit(plain, loader(3))
     trainer(tmp_path, [everywhere()]).fit(perturbed, loader(3))
-    assert attachment_of(perturbed).evaluation_buffers
+    assert attachment_of(perturbed).estimates.buffers
     for name in ("seen", "latest", "counts", "labels"):
         assert getattr(plain, name) == getattr(perturbed, name), name
     assert torch.equal(plain.usage, perturbed.usage) and plain.usage.sum() == 96

@@ -86,7 +86,7 @@ def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str,
     if attachment is None:
         return
     attachment.settle()
-    attachment.weights_known = None  # callbacks before this one may have put averages in their place
+    attachment.look_again()  # callbacks before this one may have put averages in their place
     attachment.forget_other_weights()
     attachment.evaluations.zero_()
     attachment.bound_hits.zero_()
@@ -94,7 +94,7 @@ def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str,
         try_to_reestimate(trainer, module, attachment, mode)
     attachment.inference = inference
     attachment.strays = 0
-    attachment.weights_known = None  # and those after it may
+    attachment.look_again()  # and those after it may
     attachment.sampling = mode == "mc"  # where the module calls blocks one by one, see end_evaluation
 
 

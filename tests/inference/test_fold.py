@@ -61,7 +61,7 @@ def test_constants_are_the_expected_multipliers_on_training_batches(norm):
     assert len(seen) == 12 and all(eps is None for eps, _ in seen)  # by the second pass constants act already
     for index, site in enumerate(attachment.sites):
         means = torch.stack([m.mean(dim=(0, 2, 3)) for _, m in seen[index::4]]).mean(dim=0)
-        torch.testing.assert_close(attachment.constants[site.spec.name], means)
+        torch.testing.assert_close(attachment.estimates.constants[site.spec.name], means)
 
 
 def test_multiplies_by_the_constants_and_nothing_else():
@@ -75,7 +75,7 @@ def test_multiplies_by_the_constants_and_nothing_else():
     with torch.no_grad():
         model.eval()(batches[0])
     for site, x, y in zip(attachment.sites, ins, outs, strict=True):
-        torch.testing.assert_close(y, x * attachment.constants[site.spec.name].view(1, -1, 1, 1))
+        torch.testing.assert_close(y, x * attachment.estimates.constants[site.spec.name].view(1, -1, 1, 1))
     assert not attachment.folding and attachment.sampling
 
 
@@ -94,7 +94,7 @@ def test_batch_norm_is_estimated_under_the_constants():
             model(x)
     handle.remove()
     name = next(n for n, m in model.named_modules() if m is model.conv_layers[1].bn)
-    estimated = attachment.evaluation_buffers[f"{name}.running_mean"]
+    estimated = attachment.estimates.buffers[f"{name}.running_mean"]
     torch.testing.assert_close(estimated, torch.stack(seen).mean(dim=0), rtol=1e-4, atol=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_before_estimation_and_after_more_training_samples_are_averaged_with_one
     reestimate_batch_norm(attachment, forwards(model, batches), fold=True)
     assert torch.equal(model(batches[0]), model(batches[0]))
     model.train()(batches[0])
-    assert attachment.constants is None and attachment.evaluation_buffers is None
+    assert attachment.estimates is None
 
 
 def test_batch_norm_estimated_under_constants_serves_no_inference_by_expectation():
@@ -130,7 +130,7 @@ def test_batch_norm_estimated_under_constants_serves_no_inference_by_expectation
     with pytest.warns(UserWarning, match="batch norm was not re-estimated"):
         model.eval()(batches[0])
     reestimate_batch_norm(attachment, forwards(model, batches))
-    assert attachment.constants is None
+    assert attachment.estimates.constants is None
     assert torch.equal(model(batches[0]), model(batches[0]))
 
 
@@ -139,7 +139,7 @@ def test_without_a_batch_nothing_is_left_behind():
     before = copy.deepcopy(model.state_dict())
     with pytest.raises(ConfigurationError, match="without a training batch"):
         reestimate_batch_norm(attachment, [], fold=True)
-    assert attachment.constants is None and attachment.observed is None
+    assert attachment.estimates is None and attachment.observed is None
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
 
@@ -175,7 +175,7 @@ def test_callback_folds_at_the_end_of_fit_and_checkpoints_bring_it_back(tmp_path
     )
     trainer.fit(module, data)
     attachment = attachment_of(module)
-    assert set(attachment.constants) == {site.spec.name for site in attachment.sites}
+    assert set(attachment.estimates.constants) == {site.spec.name for site in attachment.sites}
     assert isinstance(attachment.inference, Fold)
     trainer.test(module, data, verbose=False)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
@@ -201,7 +201,7 @@ def test_a_network_of_which_another_is_trained_is_exported_by_the_constants_that
     attachment = attach(both, strong_phi(), ramp_steps=0)
     both(batches[0])
     reestimate_batch_norm(attachment, forwards(both, batches), fold=True)
-    assert len(attachment.constants) == 4 and len(attachment.plan) == 8
+    assert len(attachment.estimates.constants) == 4 and len(attachment.plan) == 8
     plain = exportable(both, "fold")
     attachment.inference = Fold()
     torch.testing.assert_close(plain(batches[0]), both.eval()(batches[0]))

@@ -17,6 +17,7 @@ from mp_lightning import Mean, MetaPerturbCallback, attach, attachment_of, reest
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.reestimation_steps import reestimate
+from mp_lightning.sites.estimates import Estimates
 
 attach = partial(attach, sites=1)  # at all sites, whatever the default phi comes with
 
@@ -52,7 +53,7 @@ def same(before, model):
 def test_uses_the_expected_noise_at_each_site():
     model, attachment = attached()
     attachment.inference = Mean()
-    attachment.evaluation_buffers = {}
+    attachment.estimates = Estimates({})
     attachment.path = "reference"  # whose steps can be watched
     model.eval()
     given = []
@@ -77,7 +78,7 @@ def test_is_near_the_average_of_many_samples():
             model(x)
         samples = torch.stack(seen)
         attachment.inference = Mean()
-        attachment.evaluation_buffers = {}
+        attachment.estimates = Estimates({})
         model(x)
     error = (samples.mean(0) - seen[-1]).abs()
     assert (error <= 6 * samples.std(0) / 600**0.5 + 1e-4).all()
@@ -116,21 +117,21 @@ def test_reestimated_batch_norm_is_the_average_over_batches(name):
     assert [m.training for m in model.modules()] == modes
     assert torch.equal(torch.random.get_rng_state(), state)
     assert attachment.sampling and attachment.inference is None
-    assert set(attachment.evaluation_buffers) == {
+    assert set(attachment.estimates.buffers) == {
         f"{key}.{leaf}" for key in norms for leaf in ("running_mean", "running_var")
     }
     for key, moments in seen.items():
         for leaf, values in zip(("running_mean", "running_var"), zip(*moments, strict=True), strict=True):
             expected = torch.stack(values).mean(0)
-            assert torch.allclose(attachment.evaluation_buffers[f"{key}.{leaf}"], expected, rtol=1e-4, atol=1e-5), key
+            assert torch.allclose(attachment.estimates.buffers[f"{key}.{leaf}"], expected, rtol=1e-4, atol=1e-5), key
     # And they are what evaluation uses, and only evaluation.
     attachment.inference = Mean()
     substituted = copy.deepcopy(reference).eval()
-    substituted.load_state_dict({**model.state_dict(), **attachment.evaluation_buffers})
+    substituted.load_state_dict({**model.state_dict(), **attachment.estimates.buffers})
     with torch.no_grad():
         assert torch.allclose(model.eval()(xs[0]), substituted(xs[0]), atol=1e-5)
         plain = copy.deepcopy(model)
-        attachment_of(plain).evaluation_buffers = None
+        attachment_of(plain).estimates = None
         assert not torch.allclose(model(xs[0]), plain(xs[0]), atol=1e-3)
     assert same(before, model) == []
 
@@ -206,7 +207,7 @@ def test_without_a_forward_it_is_refused_and_nothing_changes(functions):
     with pytest.raises(ConfigurationError, match="inference='mc'"):
         reestimate_batch_norm(attachment, functions)
     assert same(before, model) == []
-    assert attachment.evaluation_buffers is None  # and not 'none needed'
+    assert attachment.estimates is None  # and not 'none needed'
 
 
 def test_an_error_in_a_training_step_is_the_one_that_is_seen():
@@ -221,7 +222,7 @@ def test_a_model_without_batch_norm_needs_none():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU())
     attachment = attach(model)
     reestimate_batch_norm(attachment, [])
-    assert attachment.evaluation_buffers == {}
+    assert attachment.estimates.buffers == {}
 
 
 def test_at_most_fifty_batches():
@@ -308,7 +309,7 @@ def test_reestimation_disturbs_nothing_in_a_training_step(tmp_path):
     run.fit(model, data, loader(2))
     assert probe.differences == []
     assert probe.same_optimizer
-    buffers = attachment_of(model).evaluation_buffers
+    buffers = attachment_of(model).estimates.buffers
     assert len(buffers) == 8 and all(value.isfinite().all() for value in buffers.values())
     state = torch.random.get_rng_state()
     reestimate(run, model, attachment_of(model), "mean")
@@ -326,7 +327,7 @@ def test_several_loaders_are_read_as_in_training(tmp_path, mode):
     model = module(Several)
     data = CombinedLoader({"a": loader(2), "b": loader(3, start=100)}, mode)
     trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)], max_epochs=1).fit(model, data)
-    assert len(attachment_of(model).evaluation_buffers) == 8
+    assert len(attachment_of(model).estimates.buffers) == 8
 
 
 def test_a_training_step_without_the_model_does_not_lose_the_training(tmp_path):
@@ -341,19 +342,19 @@ def test_a_training_step_without_the_model_does_not_lose_the_training(tmp_path):
     model = module(ByLayers)
     with pytest.warns(UserWarning, match=r"no training step called the model.*self\.net"):
         run.fit(model, loader(2))
-    assert attachment_of(model).evaluation_buffers is None
+    assert attachment_of(model).estimates is None
 
 
 def test_evaluation_without_training_data_says_so(tmp_path, recwarn):
     model = module()
     run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)])
     run.fit(model, loader(2))
-    attachment_of(model).evaluation_buffers = None  # as after a checkpoint from within fit
+    attachment_of(model).estimates = None  # as after a checkpoint from within fit
     fresh = trainer(tmp_path, [MetaPerturbCallback()])
     fresh.test(model, loader(2), verbose=False)
     assert any("not re-estimated" in str(w.message) for w in recwarn)
     run.test(model, loader(2), verbose=False)  # the trainer that trained can make up for it
-    assert attachment_of(model).evaluation_buffers
+    assert attachment_of(model).estimates.buffers
 
 
 def test_a_checkpoint_from_within_fit_is_tested_like_the_model_it_holds(tmp_path):
@@ -390,20 +391,20 @@ def test_every_part_that_a_step_calls_is_reestimated_and_no_other():
         ran_on.append(1)
 
     reestimate_batch_norm(attachment, [step])
-    assert attachment.evaluation_buffers is not None
-    assert set(attachment.evaluation_buffers) == {"encoder.1.running_mean", "encoder.1.running_var"}
+    assert attachment.estimates is not None
+    assert set(attachment.estimates.buffers) == {"encoder.1.running_mean", "encoder.1.running_var"}
     assert not ran_on  # the step ended when both parts had run
     model.decoder[1].train()
     reestimate_batch_norm(attachment, [step])
-    assert {name.split(".")[0] for name in attachment.evaluation_buffers} == {"encoder", "decoder"}
+    assert {name.split(".")[0] for name in attachment.estimates.buffers} == {"encoder", "decoder"}
 
 
 def test_training_on_makes_the_reestimated_statistics_void():
     model, attachment = attached()
     reestimate_batch_norm(attachment, forwards(model, batches()))
-    assert attachment.evaluation_buffers
+    assert attachment.estimates.buffers
     model.train()(batches()[0])
-    assert attachment.evaluation_buffers is None
+    assert attachment.estimates is None
 
 
 def test_without_reestimated_batch_norm_samples_are_averaged_with_a_warning():

@@ -46,4 +46,4 @@ def perturb(x, eps, phi, channel_norm, spatial_norm, coeff, clip) -> np.ndarray:
     z = np.logaddexp(0, location(x, phi) + eps)
     f = responses(x, phi)
     s = scale(f.mean(axis=0), f.var(axis=0, ddof=1), phi, x.shape[1] / channel_norm, x.shape[2] / spatial_norm)
-    return np.minimum(x * (1 + coeff * (s[None, :, None, None] * z - 1)), clip) if coeff else x
+    return np.minimum(x * (1 + coeff * (s[None, :, None, None] * z - 1)), clip)

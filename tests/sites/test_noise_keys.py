@@ -334,7 +334,7 @@ def _estimate_alone(rank, world, folder):
         attachment = attach(model, initial_phi(0), distributed=distributed)
         x = _whole_batch()[0] + rank
         reestimate_batch_norm(attachment, [lambda model=model, x=x: model(x)])
-        found[distributed] = attachment.evaluation_buffers
+        found[distributed] = attachment.estimates.buffers
     torch.save(found, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 

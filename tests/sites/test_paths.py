@@ -13,6 +13,7 @@ from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import Mean
 from mp_lightning.perturbation import MetaPerturb, fast, initial_phi
 from mp_lightning.sites import attach, attachment_of
+from mp_lightning.sites.estimates import Estimates
 from research_nets import ResearchResNet
 
 NETS = {
@@ -94,7 +95,7 @@ def test_trains_and_evaluates_as_by_the_reference(name, calls):
     for inference in (None, Mean()):
         outputs = []
         for model in models.values():
-            attachment_of(model).inference, attachment_of(model).evaluation_buffers = inference, {}
+            attachment_of(model).inference, attachment_of(model).estimates = inference, Estimates({})
             with torch.no_grad():
                 outputs.append(model.eval()(x))
         assert_close(*outputs, 1e-4)

@@ -98,13 +98,13 @@ def test_weights_that_are_changed_between_two_evaluations_are_noticed(change):
     attachment = attach(model, PHI, ramp_steps=0)
     train(model, attachment)
     estimated(model, attachment)(batches()[0])
-    assert attachment.evaluation_buffers
+    assert attachment.estimates.buffers
     with torch.no_grad():
         weight = model.body.first[0].weight
         weight.mul_(1.3) if change == "scaled" else weight.copy_(torch.randn_like(weight))
     with pytest.warns(UserWarning, match="not re-estimated"):
         model(batches()[0])
-    assert attachment.evaluation_buffers is None
+    assert attachment.estimates is None
 
 
 def test_a_compiled_model_is_looked_at_when_it_is_set_to_evaluation():
@@ -117,7 +117,7 @@ def test_a_compiled_model_is_looked_at_when_it_is_set_to_evaluation():
         compiled(x)
         model.body.first[0].weight.mul_(1.3)
         compiled.eval()
-    assert attachment.evaluation_buffers is None
+    assert attachment.estimates is None
 
 
 def test_validation_before_a_batch_is_counted_leaves_batch_norm_to_be_reestimated():
@@ -125,7 +125,7 @@ def test_validation_before_a_batch_is_counted_leaves_batch_norm_to_be_reestimate
     attachment = attach(model, PHI, ramp_steps=0)
     train(model, attachment, lambda: (model.eval(), model(batches()[0]), None)[-1])
     estimated(model.train(), attachment)
-    assert len(attachment.evaluation_buffers) == 4
+    assert len(attachment.estimates.buffers) == 4
 
 
 def test_one_inference_serves_models_with_and_without_batch_norm():
@@ -184,7 +184,7 @@ def test_the_state_keeps_what_was_estimated_whatever_becomes_of_the_model():
     estimated(model, attachment)
     state = attachment.state()
     model.half()
-    attachment.evaluation_buffers["body.first.1.running_mean"] = torch.zeros(8, dtype=torch.half)
+    attachment.estimates.buffers["body.first.1.running_mean"] = torch.zeros(8, dtype=torch.half)
     assert {value.dtype for value in state["evaluation_buffers"].values()} == {torch.float32}
 
 

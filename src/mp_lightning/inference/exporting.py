@@ -161,7 +161,7 @@ def _tensors(value: object) -> list[Tensor]:
 
 
 def _check_ready(attachment: Attachment, mode: str) -> None:
-    folded = attachment.constants is not None
+    folded = attachment.estimates is not None and attachment.estimates.constants is not None
     if mode == "fold" and not folded:
         raise ConfigurationError(
             "mode=fold needs constants, which were not estimated; train with inference='fold', or call "

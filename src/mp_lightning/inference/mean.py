@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 class Mean:
-    """Expected noise instead of samples, with the attachment's ``evaluation_buffers`` in place of the model's own.
+    """Expected noise instead of samples, with batch norm of the attachment's ``estimates`` in place of the model's own.
 
-    While a model with batch norm has no such buffers (it was not re-estimated, or was trained on since), expectation
+    While a model with batch norm has no estimates (it was not re-estimated, or was trained on since), expectation
     would be far off; then the outputs of ``samples`` noisy forwards are averaged instead, with a warning.
 
     Attributes:
@@ -49,7 +49,7 @@ class Mean:
         self._own = _put_in(attachment)
         self._sampling = attachment.sampling
         attachment.sampling = False
-        attachment.folding = self._folds and attachment.constants is not None
+        attachment.folding = self._folds and _constants(attachment) is not None
 
     def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
         self.calls += 1
@@ -70,7 +70,7 @@ class Mean:
         return None if attachment.persistent and attachment.never_acted() else lacking
 
     def _lacks(self, attachment: "Attachment") -> str | None:
-        if attachment.evaluation_buffers is not None and attachment.constants is None:
+        if attachment.estimates is not None and attachment.estimates.constants is None:
             return None  # with constants, batch norm was estimated under these
         return "batch norm was not re-estimated" if attachment.batch_norms() else None
 
@@ -98,13 +98,17 @@ class Mean:
         )
 
 
+def _constants(attachment: "Attachment") -> dict[str, Tensor] | None:
+    return None if attachment.estimates is None else attachment.estimates.constants
+
+
 def _put_in(attachment: "Attachment") -> list[tuple[nn.Module, str, Tensor]]:
     """Let the copies take the places of the model's own buffers, which are returned with their layers and names.
 
     Raises:
         ConfigurationError: a layer that they belong to is gone; then none is put in.
     """
-    copies = attachment.evaluation_buffers or {}
+    copies = {} if attachment.estimates is None else attachment.estimates.buffers
     layers = {path: norm_of(attachment.model, path) for path in {name.rpartition(".")[0]: None for name in copies}}
     own = []
     for name, copy in copies.items():
@@ -135,4 +139,4 @@ class Fold(Mean):
     _remedy = "mp_lightning.reestimate_batch_norm with fold=True"
 
     def _lacks(self, attachment: "Attachment") -> str | None:
-        return "the constants were not estimated" if attachment.constants is None else None
+        return "the constants were not estimated" if _constants(attachment) is None else None

@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.sites import Attachment
-from mp_lightning.sites.estimates import batch_norms, weights_of
+from mp_lightning.sites.estimates import Estimates, batch_norms
 
 BATCHES = 50  # the most training batches that re-estimation looks at
 
@@ -57,17 +57,16 @@ class _StopAfterForward:
 def reestimate_batch_norm(attachment: Attachment, forwards: Iterable[Callable[[], Any]], *, fold: bool = False) -> None:
     """Estimate batch norm's statistics under the expected noise, as the plain average over training batches.
 
-    They become the attachment's ``evaluation_buffers`` (empty if there is nothing to re-estimate), which :class:`Mean`
-    uses; the model itself is left as it was. Frozen batch norm, and such that the forwards do not reach, keeps its
-    statistics. Under DDP the statistics of the processes are averaged.
+    They become the attachment's ``estimates``, which :class:`Mean` uses (empty if there is nothing to re-estimate); the
+    model itself is left as it was. Frozen batch norm, and such that the forwards do not reach, keeps its statistics.
+    Under DDP the statistics of the processes are averaged.
 
     Args:
         attachment: of the model.
         forwards: functions each of which runs the model on one *training* batch. They may do more than that, as a
             training step does: each is ended as soon as the model has run. At most 50 are run.
-        fold: estimate, before that, a constant multiplier for each channel of each site, and batch norm under these;
-            they become the attachment's ``constants``, which :class:`Fold` uses. ``forwards`` is gone through twice,
-            so it must be a list or the like.
+        fold: estimate, before that, a constant multiplier for each channel of each site, and batch norm under these,
+            which :class:`Fold` uses. ``forwards`` is gone through twice, so it must be a list or the like.
 
     Raises:
         ConfigurationError: there is no function, or none ran the model; ``forwards`` can be gone through once
@@ -87,9 +86,7 @@ def reestimate_batch_norm(attachment: Attachment, forwards: Iterable[Callable[[]
         for name, module in batch_norms(attachment.model).items()
         if not _is_frozen(name, module, attachment)
     }
-    attachment.evaluation_buffers = attachment.constants = None
-    attachment.weights = weights_of(attachment.model)
-    attachment.weights_known = attachment.changes()
+    attachment.estimates = None
     with torch.inference_mode(False), torch.no_grad():
         _estimate(attachment, forwards, norms, fold)
 
@@ -97,36 +94,41 @@ def reestimate_batch_norm(attachment: Attachment, forwards: Iterable[Callable[[]
 def _estimate(
     attachment: Attachment, forwards: Iterable[Callable[[], Any]], norms: dict[str, _BatchNorm], fold: bool
 ) -> None:
-    if fold:
-        with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment)) as stop:
-            attachment.observed = {}
-            try:
+    constants = _estimate_constants(attachment, forwards, norms) if fold else None
+    unseen: set[str] = set()
+    copies: dict[str, Tensor] = {}
+    if norms:
+        attachment.estimates = Estimates({}, constants)  # under which batch norm is estimated
+        try:
+            with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment, fold)) as stop:
                 _run(attachment, forwards, stop)
-                constants = {name: total / count for name, (total, count) in attachment.observed.items()}
-            finally:
-                attachment.observed = None
-        _average_over_processes(constants, attachment)
-        attachment.constants = constants
-    if not norms:
-        attachment.evaluation_buffers = {}
-        return
-    try:
-        with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment, fold)) as stop:
-            _run(attachment, forwards, stop)
-            unseen = {name for name, norm in norms.items() if norm.num_batches_tracked == 0}
-            copies = {
-                f"{name}.{leaf}": getattr(module, leaf).detach().clone()
-                for name, module in norms.items()
-                for leaf in ("running_mean", "running_var")
-                if name not in unseen
-            }
-    except BaseException:
-        attachment.constants = None  # which are of no use without
-        raise
-    _average_over_processes(copies, attachment)
-    attachment.evaluation_buffers = copies
-    if attachment.trained_norms is not None:
+                unseen = {name for name, norm in norms.items() if norm.num_batches_tracked == 0}
+                copies = {
+                    f"{name}.{leaf}": getattr(module, leaf).detach().clone()
+                    for name, module in norms.items()
+                    for leaf in ("running_mean", "running_var")
+                    if name not in unseen
+                }
+        finally:
+            attachment.estimates = None
+        _average_over_processes(copies, attachment)
+    attachment.estimates = Estimates.for_weights_of(attachment.model, copies, constants)
+    if unseen and attachment.trained_norms is not None:
         _warn_of_norms_outside(attachment, unseen)
+
+
+def _estimate_constants(
+    attachment: Attachment, forwards: Iterable[Callable[[], Any]], norms: dict[str, _BatchNorm]
+) -> dict[str, Tensor]:
+    with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment)) as stop:
+        attachment.observed = {}
+        try:
+            _run(attachment, forwards, stop)
+            constants = {name: total / count for name, (total, count) in attachment.observed.items()}
+        finally:
+            attachment.observed = None
+    _average_over_processes(constants, attachment)
+    return constants
 
 
 def _warn_of_norms_outside(attachment: Attachment, unseen: set[str]) -> None:

@@ -92,14 +92,14 @@ def scale(moments: Moments, phi: Phi, relative_channels: float, relative_size: f
     return logit.sigmoid().view(1, -1, 1, 1)
 
 
-def apply_multiplier(x: Tensor, multiplier: Tensor, coeff: float | Tensor, clip: float | None) -> Tensor:
-    """y = min(x * (1 + coeff * (multiplier - 1)), clip), and x where coeff is 0: what does not act bounds nothing."""
+def apply_multiplier(x: Tensor, multiplier: Tensor, coeff: float | Tensor, clip: float | Tensor | None) -> Tensor:
+    """y = min(x * (1 + coeff * (multiplier - 1)), clip)."""
     y = x * (1 + coeff * (multiplier - 1))
-    return y if clip is None else y.clamp(max=bound(clip, torch.as_tensor(coeff, dtype=y.dtype, device=y.device)))
+    return y if clip is None else y.clamp(max=clip)
 
 
 def bound(clip: float, coeff: Tensor) -> Tensor:
-    """The upper bound that acts at a strength: none at 0."""
+    """The upper bound at a strength: none at 0, as what does not act bounds nothing."""
     return torch.where(coeff > 0, clip, math.inf)
 
 

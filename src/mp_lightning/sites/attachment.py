@@ -13,8 +13,9 @@ from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
+from mp_lightning.perturbation.mathematics import bound
 from mp_lightning.sites.blocks import make_blocks, scopes_of, why_unreached
-from mp_lightning.sites.estimates import are_those_of, batch_norms, norm_of, weights_of
+from mp_lightning.sites.estimates import Estimates, batch_norms
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, OneAtATime, entry_names, refuse_tracing
@@ -40,10 +41,7 @@ class Attachment(GrowingStrength):
         path: 'auto' takes the fast path wherever there is one, 'reference' the readable one always.
         inference: what wraps the model's forward in evaluation mode, if anything.
         sampling: draw noise in evaluation mode; otherwise use its expectation.
-        evaluation_buffers: buffers of the model, by name, that inference by expectation uses in place of its own.
-        constants: by site, the multiplier of each channel (C,) that inference by constants uses.
-        weights: what tells the weights for which these two were estimated from others.
-        weights_known: how often the model's had been changed when they were last compared; None: look again.
+        estimates: batch norm and constants for inference in one forward, if there are any for the model's weights.
         trained_norms: the batch norms, by name, whose statistics training has moved; None before any training.
         folding: use the constants.
         observed: by site, the sum of the expected multipliers of each channel (C,) and of how many forwards, while
@@ -91,10 +89,7 @@ class Attachment(GrowingStrength):
         self.shard = self.rank_and_world()
         self.sampling = True
         self.inference: Inference | None = None
-        self.evaluation_buffers: dict[str, Tensor] | None = None
-        self.constants: dict[str, Tensor] | None = None
-        self.weights: list[float] | None = None
-        self.weights_known: int | None = None
+        self.estimates: Estimates | None = None
         self.trained_norms: set[str] | None = None
         self.observed: dict[str, tuple[Tensor, int]] | None = None
         self.folding = False
@@ -108,7 +103,6 @@ class Attachment(GrowingStrength):
         self.perturbed = False
         self._looked = False
         self._norms: dict[str, _BatchNorm] | None = None
-        self._watched: list[nn.Parameter] | None = None
         self.persistent = persistent
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
@@ -186,7 +180,7 @@ class Attachment(GrowingStrength):
             return
         self.training_forward = training
         if training:
-            self.evaluation_buffers = self.constants = self.weights = None  # of the weights before this step
+            self.estimates = None  # of the weights before this step
             self.note_forward()
         self.shard = self.rank_and_world()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
@@ -205,27 +199,20 @@ class Attachment(GrowingStrength):
         """Drop what was estimated for weights that the model does not have any more.
 
         Raises:
-            ConfigurationError: nor a batch norm of those, which was merged into a convolution, say.
+            ConfigurationError: see :meth:`~mp_lightning.sites.estimates.Estimates.fit`.
         """
-        if self.weights is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        if self.estimates is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        changes = self.changes()
-        if self.weights_known == changes:
-            return
-        self.weights_known = changes
-        if not are_those_of(self.model, self.weights):
-            for name in self.evaluation_buffers or {}:
-                norm_of(self.model, name.rpartition(".")[0])
-            self.evaluation_buffers = self.constants = self.weights = None
+        if not self.estimates.fit(self.model):
+            self.estimates = None
 
-    def changes(self) -> int:
-        """How often the parameters of the model were changed in place, but by ``.data``."""
-        if self._watched is None:  # to go through the modules takes ten times as long
-            self._watched = [parameter for parameter in self.model.parameters() if not parameter.is_inference()]
-        return sum(parameter._version for parameter in self._watched)
+    def look_again(self) -> None:
+        """Compare the model's weights with those of the estimates at the next forward."""
+        if self.estimates is not None:
+            self.estimates.look_again()
 
     def _part_loaded(self, module: nn.Module, incompatible: Any) -> None:
-        self.weights_known = self._watched = None
+        self.look_again()
 
     def _note_height(self, height: float, source: int) -> None:
         """The first training images decide; images that are evaluated before (a sanity check) may be of another size.
@@ -277,12 +264,12 @@ class Attachment(GrowingStrength):
         """As any module."""
         if not self._is_within_a_forward():
             self.settle()
-        self._norms = self._watched = None  # some may be others
+        self._norms = None  # some may be others
         super().train(mode)
-        self.weights_known = None
+        self.look_again()
         if not mode:  # a compiled forward does not look
             self.forget_other_weights()
-            self.weights_known = None
+            self.look_again()
         return self
 
     def batch_norms(self) -> dict[str, _BatchNorm]:
@@ -312,6 +299,10 @@ class Attachment(GrowingStrength):
         self.depth = 0
         self.perturbing = False
         self.turn = OneAtATime()
+
+    def bound(self) -> float | Tensor | None:
+        """The upper bound of a perturbed feature map: none while nothing acts."""
+        return self.clip if self.clip is None or self.frozen else bound(self.clip, self.coeff)
 
     def fused_for(self, x: Tensor) -> FusedPerturbation | None:
         """The perturbation, where it is to be computed for ``x`` by its fast path."""
@@ -361,16 +352,18 @@ class Attachment(GrowingStrength):
         Args:
             folding: by the constants, which become a buffer of each site; otherwise by the expected noise.
         """
-        for name, value in (self.evaluation_buffers or {}).items():
+        estimates = self.estimates or Estimates({})
+        for name, value in estimates.buffers.items():
             path, _, leaf = name.rpartition(".")
             buffers = self.model.get_submodule(path)._buffers
             own = buffers[leaf]
             assert own is not None
             buffers[leaf] = value.detach().clone().to(own)
         for site in self.all_sites():
-            if folding and site.spec.name in (self.constants or {}):  # another may not be reached, or says so
+            if folding and site.spec.name in (estimates.constants or {}):  # another may not be reached, or says so
                 site.factor = site.factor_by_constants()
-        self.evaluation_buffers = self.inference = None
+        self.estimates, self.inference = Estimates({}, estimates.constants), None
+        self.clip = self.clip if float(self.coeff) > 0 else None
         self.sampling, self.folding, self.frozen = False, folding, True
         self.path = "reference"
 
@@ -437,9 +430,7 @@ def _loaded(module: nn.Module, incompatible: Any) -> None:
 def _weights_loaded(module: nn.Module, incompatible: Any) -> None:
     """What was estimated for other weights is of no use with those that were loaded now."""
     attachment = module._modules.get(NAME)
-    if not isinstance(attachment, Attachment):
+    if not isinstance(attachment, Attachment) or attachment.estimates is None:
         return
-    if attachment.weights is None and attachment.evaluation_buffers is not None:
-        attachment.weights = weights_of(module)  # of a state of before they were kept, whose weights follow it
-    elif attachment.weights is None or not are_those_of(module, attachment.weights):
-        attachment.evaluation_buffers = attachment.constants = attachment.weights = None
+    if not attachment.estimates.loaded(module):
+        attachment.estimates = None

@@ -1,4 +1,4 @@
-"""What inference estimates holds for the weights of a model: its batch norms, and whether these are its weights."""
+"""What inference in one forward uses in place of what training left, for the weights for which it was estimated."""
 
 import math
 
@@ -11,6 +11,67 @@ from mp_lightning.errors import ConfigurationError
 
 # Relative difference up to which two weights are taken for the same: they may have been in half precision meanwhile.
 _SAME = 2e-3
+
+
+class Estimates:
+    """Batch norm, and constants, for inference without samples, and the weights of the model that they belong to.
+
+    Args:
+        buffers: of batch norm, by name, which take the place of the model's own; empty where there is none.
+        constants: by site, the multiplier of each channel (C,), where inference by constants was asked for.
+        weights: of :func:`weights_of`; None: those of the next weights that are loaded.
+
+    Attributes:
+        as the arguments.
+    """
+
+    def __init__(
+        self, buffers: dict[str, Tensor], constants: dict[str, Tensor] | None = None, weights: list[float] | None = None
+    ) -> None:
+        self.buffers, self.constants, self.weights = buffers, constants, weights
+        self._compared_at: int | None = None  # how often the model's weights had been changed; None: look again
+        self._watched: list[nn.Parameter] | None = None
+
+    @classmethod
+    def for_weights_of(
+        cls, model: nn.Module, buffers: dict[str, Tensor], constants: dict[str, Tensor] | None
+    ) -> "Estimates":
+        """For the weights that a model has now."""
+        found = cls(buffers, constants, weights_of(model))
+        found._compared_at = found._changes(model)
+        return found
+
+    def look_again(self) -> None:
+        """The model's parameters may be others, or have been changed where nothing counts it."""
+        self._compared_at = self._watched = None
+
+    def fit(self, model: nn.Module) -> bool:
+        """Whether the model still has these weights.
+
+        Raises:
+            ConfigurationError: it has not, nor a batch norm of then, which was merged into a convolution, say.
+        """
+        changes = self._changes(model)
+        if self.weights is None or changes == self._compared_at:
+            return True
+        self._compared_at = changes
+        if are_those_of(model, self.weights):
+            return True
+        for name in self.buffers:
+            norm_of(model, name.rpartition(".")[0])
+        return False
+
+    def loaded(self, model: nn.Module) -> bool:
+        """Whether they are of use with the weights that were loaded now."""
+        if self.weights is None:  # of a state of before they were kept, whose weights follow it
+            self.weights = weights_of(model)
+        return are_those_of(model, self.weights)
+
+    def _changes(self, model: nn.Module) -> int:
+        """How often the parameters of the model were changed in place, but by ``.data``."""
+        if self._watched is None:  # to go through the modules takes ten times as long
+            self._watched = [parameter for parameter in model.parameters() if not parameter.is_inference()]
+        return sum(parameter._version for parameter in self._watched)
 
 
 def batch_norms(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -7,6 +7,7 @@ from torch import nn
 
 from mp_lightning.errors import ConfigurationError, SiteError, one_line
 from mp_lightning.perturbation import MetaPerturb
+from mp_lightning.sites.estimates import Estimates
 from mp_lightning.sites.fitting import OFF, Fitting
 from mp_lightning.sites.plan import SitePlan
 
@@ -21,6 +22,7 @@ _NEEDED = {
 
 def state_of(attachment: "Attachment") -> dict[str, Any]:
     """Everything that a checkpoint needs, as tensors, dicts, lists, strings and numbers only."""
+    estimates = attachment.estimates
     state: dict[str, Any] = {
         "phi_name": attachment.phi_name,
         "plan": attachment.plan.to_dict(),
@@ -36,9 +38,9 @@ def state_of(attachment: "Attachment") -> dict[str, Any]:
             site.spec.name: {k: v.detach().clone() for k, v in site.statistics.items()}
             for site in attachment.all_sites()
         },
-        "evaluation_buffers": None if attachment.evaluation_buffers is None else dict(attachment.evaluation_buffers),
-        "constants": None if attachment.constants is None else dict(attachment.constants),
-        "weights": attachment.weights,
+        "evaluation_buffers": None if estimates is None else dict(estimates.buffers),
+        "constants": None if estimates is None or estimates.constants is None else dict(estimates.constants),
+        "weights": None if estimates is None else estimates.weights,
         "trained_norms": None if attachment.trained_norms is None else sorted(attachment.trained_norms),
         "counters": {name: int(getattr(attachment, name)) for name in ("steps", "forwards")},
     }
@@ -114,10 +116,11 @@ def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
     attachment.phi_name, attachment.channel_norm = state["phi_name"], state["channel_norm"]
     attachment.seed, attachment.clip, attachment.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
     attachment.reached = state.get("reached", 1.0)  # before there was one, a short run had a longer ramp
-    for name in ("evaluation_buffers", "constants"):
-        value = state.get(name)
-        setattr(attachment, name, None if value is None else dict(value))
-    attachment.weights = state.get("weights")
-    attachment.weights_known = None
+    buffers, constants = state["evaluation_buffers"], state.get("constants")
+    attachment.estimates = (
+        None
+        if buffers is None
+        else Estimates(dict(buffers), None if constants is None else dict(constants), state.get("weights"))
+    )
     trained = state.get("trained_norms")
     attachment.trained_norms = None if trained is None else set(trained)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mp_lightning.errors import SiteError
 from mp_lightning.perturbation import FusedPerturbation, NoiseKey, Norms, Perturbed, Statistics
-from mp_lightning.perturbation.mathematics import apply_multiplier, bound
+from mp_lightning.perturbation.mathematics import apply_multiplier
 from mp_lightning.perturbation.precision import KeepsPrecision
 from mp_lightning.sites.layout import as_maps, channels_of, from_maps, shape_words, stretch
 from mp_lightning.sites.plan import SiteSpec
@@ -141,11 +141,11 @@ class Site(KeepsPrecision):
 
     def _folded(self, x: Tensor) -> Tensor:
         """By a constant for each channel: linear but for the bound, which is not counted here."""
-        clip, factor = self.attachment.clip, self.factor if self.factor is not None else self.factor_by_constants()
+        clip, factor = self.attachment.bound(), self.factor if self.factor is not None else self.factor_by_constants()
         if factor.dtype != x.dtype:
             factor = factor.to(x.dtype)
         y = x * factor.view(1, -1, 1, 1)
-        return y if clip is None else y.clamp_(max=bound(clip, self.attachment.coeff).to(y.dtype))
+        return y if clip is None else y.clamp_(max=clip)
 
     def factor_by_constants(self) -> Tensor:
         """What each channel is multiplied by in inference by constants, (C,).
@@ -154,16 +154,17 @@ class Site(KeepsPrecision):
             SiteError: there is no constant of this site.
         """
         shared = self.attachment
-        assert shared.constants is not None
-        if self.spec.name not in shared.constants:
+        assert shared.estimates is not None and shared.estimates.constants is not None
+        constants = shared.estimates.constants
+        if self.spec.name not in constants:
             raise SiteError(
                 f"site '{self.spec.name}' has no constant, as no batch reached it when the constants were "
                 "estimated; use inference='mean', or leave it out of the plan"
             )
-        constant = shared.constants[self.spec.name]
+        constant = constants[self.spec.name]
         if constant.device != shared.coeff.device:  # as after a checkpoint was loaded
             with torch.inference_mode(False):
-                constant = shared.constants[self.spec.name] = constant.to(shared.coeff.device)
+                constant = constants[self.spec.name] = constant.to(shared.coeff.device)
         return 1 + shared.coeff * (constant - 1)
 
     def _reference(self, x: Tensor, key: NoiseKey | None, norms: Norms, training: bool) -> Perturbed:
@@ -181,8 +182,9 @@ class Site(KeepsPrecision):
             total, count = shared.observed.get(self.spec.name, (0.0, 0))
             means = multiplier.detach().expand_as(x).mean(dim=(0, 2, 3)).float()
             shared.observed[self.spec.name] = (total + means, count + 1)
-        y = apply_multiplier(x, multiplier, shared.coeff.to(x.dtype, copy=True), shared.clip)
-        hits = None if training or shared.clip is None else (y.detach() >= bound(shared.clip, shared.coeff)).sum()
+        clip = shared.bound()
+        y = apply_multiplier(x, multiplier, shared.coeff.to(x.dtype, copy=True), clip)
+        hits = None if training or clip is None else (y.detach() >= clip).sum()
         return Perturbed(y.to(dtype), measured, hits)
 
     @torch.no_grad()
@@ -261,7 +263,9 @@ def _refuse_replay(attachment: "Attachment") -> None:
     """What inference puts in place of the model's own is not there any more when backward computes a forward again."""
     inference = attachment.inference
     assert inference is not None
-    if inference.expects and (attachment.depth or not (attachment.evaluation_buffers or attachment.constants)):
+    estimates = attachment.estimates
+    replaced = estimates is not None and (estimates.buffers or estimates.constants)
+    if inference.expects and (attachment.depth or not replaced):
         return  # nothing was replaced, or it is again, by a network that is computed again as a whole
     raise SiteError(
         f"activation checkpointing would compute a forward by {type(inference).__name__} again as another function, so "

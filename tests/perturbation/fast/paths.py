@@ -129,7 +129,7 @@ def in_float64(x, gy, phi, setting) -> tuple[Result, float]:
     s = maths.scale(moments, phi, x.shape[1] / setting.channel_norm, x.shape[2] / setting.input_size)
     alpha = maths.noise_location(x, phi)
     z = maths.noise(alpha, eps.double()) if setting.sampled else maths.expected_noise(alpha)
-    y = maths.apply_multiplier(x, s * z, setting.coeff, setting.clip)
+    y = maths.apply_multiplier(x, s * z, setting.coeff, setting.bound)
     wanted = (x, *phi) if setting.training else (x, *phi[:4], phi.scale_weight)
     gradients = list(torch.autograd.grad(y, wanted, gy))
     if not setting.training:
