@@ -15,12 +15,17 @@ from mp_lightning.compare.summary import VERDICT_METRICS, Summary
 from mp_lightning.compare.verdict import SEEDS_NEEDED
 from mp_lightning.perturbation.files import DEFAULT_PHI
 
-# Arms, what they are called, and how they look: the colours of Okabe and Ito.
+# Arms, what they are called, and how they look: the colours of Okabe and Ito. Of two that look alike one is shown, the
+# first.
+_MEAN = "no noise, its mean multiplier", "#e69f00", "s"
+_CONSTANT = "constant noise of its moments", "#009e73", "^"
 _ARMS = {
     f"metaperturb:{DEFAULT_PHI}": (DEFAULT_PHI, "#0072b2", "o"),
     f"metaperturb:{SAME_NUMBERS}": (f"{SAME_NUMBERS}, the same numbers", "#7fb2d9", "o"),
-    f"shrink_only:{SAME_NUMBERS}": ("no noise, its mean multiplier", "#e69f00", "s"),
-    f"fixed_noise:{SAME_NUMBERS}": ("constant noise of its moments", "#009e73", "^"),
+    f"shrink_only:{SAME_NUMBERS}": _MEAN,
+    f"shrink_only:{DEFAULT_PHI}": _MEAN,
+    f"fixed_noise:{SAME_NUMBERS}": _CONSTANT,
+    f"fixed_noise:{DEFAULT_PHI}": _CONSTANT,
     f"metaperturb:{PUBLISHED}": ("the published phi", "#cc79a7", "D"),
     "dropblock": ("DropBlock, tuned", "#d55e00", "v"),
     "dropout": ("Dropout, tuned", "#56b4e9", "P"),
@@ -55,7 +60,8 @@ def write(summaries: Mapping[str, Summary], path: Path) -> bool:
     ticks: dict[str, float] = {}
     top = 0.0
     for name, summary in found.items():
-        own = [arm for arm in _ARMS if arm in summary.arms and len(summary.arms[arm].seeds) >= SEEDS_NEEDED]
+        tested = [arm for arm in _ARMS if arm in summary.arms and len(summary.arms[arm].seeds) >= SEEDS_NEEDED]
+        own = list({_ARMS[arm]: arm for arm in reversed(tested)}.values())[::-1]
         heights |= {(name, arm): top + number for number, arm in enumerate(own)}
         ticks[name] = top + (len(own) - 1) / 2
         top += max(len(own), _LEAST) + _BETWEEN

@@ -69,9 +69,9 @@ class Streamed(SmallData):
         (
             {"module_factory": OneLogit},
             ConfigurationError,
-            rf"scores of OneLogit are \(6, 1\) .*two or more.*{PREDICT}",
+            rf"scores of OneLogit are \(2, 1\) .*two or more.*{PREDICT}",
         ),
-        ({"module_factory": Flat}, ConfigurationError, rf"the scores of Flat are \(6,\) torch.float32, .*{PREDICT}"),
+        ({"module_factory": Flat}, ConfigurationError, rf"the scores of Flat are \(2,\) torch.float32, .*{PREDICT}"),
         ({"module_factory": WithFeatures}, ConfigurationError, f"scores of WithFeatures are a tuple, .*{PREDICT}"),
         ({"module_factory": FewClasses}, DataError, "label 2 is none of the 2 classes that FewClasses gives scores of"),
         ({"datamodule": Dictionaries()}, ConfigurationError, "a batch is a dict, not images and labels; pass predict="),

@@ -278,28 +278,37 @@ def forward(trainer: L.Trainer, predict: Predict, module: L.LightningModule, bat
             f"{type(module).__name__} has no forward; give it one, or pass predict=, a function from the module and a "
             "batch to scores (B, K) and labels (B,)"
         ) from error
-    check_scores(values, y, type(module).__name__)
+    name = type(module).__name__
+    check_scores(values, name)
+    check_labels(y, len(values), values.shape[1], name)
     return values, y.long()
 
 
-def check_scores(values: Any, y: Any, name: str) -> None:
-    """Refuse what are no scores (B, K) of classes or no labels (B,); ``name`` is that of the module.
+def check_scores(values: Any, name: str) -> None:
+    """Refuse what are no scores (B, K) of classes; ``name`` is that of the module.
 
     Raises:
         ConfigurationError: says what was found instead.
-        DataError: a label is of no class.
     """
     if not isinstance(values, Tensor) or values.dim() != 2 or values.shape[1] < 2:
         raise ConfigurationError(
             f"the scores of {name} are {_words(values)}, not a column for each of two or more classes; pass predict=, "
             "a function from the module and a batch to scores (B, K) and labels (B,)"
         )
-    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point() or len(y) != len(values):
+
+
+def check_labels(y: Any, images: int, classes: int, name: str) -> None:
+    """Refuse what are no class numbers (B,) of so many images and classes; ``name`` is that of the module.
+
+    Raises:
+        ConfigurationError: says what was found instead.
+        DataError: a label is of no class.
+    """
+    if not isinstance(y, Tensor) or y.dim() != 1 or y.is_floating_point() or len(y) != images:
         raise ConfigurationError(
-            f"labels are {_words(y)}, not one class number for each of {len(values)} images; pass predict=, a function "
+            f"labels are {_words(y)}, not one class number for each of {images} images; pass predict=, a function "
             "from the module and a batch to scores (B, K) and labels int64 (B,)"
         )
-    classes = values.shape[1]
     if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
         culprit = int(y.min()) if int(y.min()) < 0 else int(y.max())
         raise DataError(

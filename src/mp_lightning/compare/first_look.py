@@ -6,13 +6,15 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from mp_lightning.compare.examine import batches, check_scores
+from mp_lightning.compare.examine import batches, check_labels, check_scores, predict_pair
 from mp_lightning.compare.pairing import seed_all
 from mp_lightning.compare.run import Experiment, setup_seed
 from mp_lightning.errors import ConfigurationError, UserError
 
+_FEW = 2
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")
 
 
@@ -51,7 +53,7 @@ def first_batches(experiment: Experiment) -> FirstBatches:
 def look_at(experiment: Experiment, module: L.LightningModule, found: FirstBatches) -> None:
     """Refuse scores and labels that a run would refuse after its training.
 
-    Looked at is what can be computed without a trainer, on the CPU.
+    Looked at is what can be computed without a trainer, on the CPU, of two images where a batch is a pair.
 
     Raises:
         UserError: they are no scores of classes, or no class numbers.
@@ -60,23 +62,29 @@ def look_at(experiment: Experiment, module: L.LightningModule, found: FirstBatch
     if found.data is None or any(is_overridden(hook, owner) for hook in _TRANSFER for owner in owners):
         return
     module.eval()
-    with torch.no_grad(), suppress(_RunSaysIt):
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), suppress(_RunSaysIt):
         for batch in (found.test[0], *found.train[:1]):
-            check_scores(*_predicted(experiment, module, batch), type(module).__name__)
+            _look_at_batch(experiment, module, batch)
 
 
 class _RunSaysIt(Exception):
     """What cannot be computed here may still be by a run."""
 
 
-def _predicted(experiment: Experiment, module: L.LightningModule, batch: Any) -> tuple[Any, Any]:
+def _look_at_batch(experiment: Experiment, module: L.LightningModule, batch: Any) -> None:
+    name, is_pair = type(module).__name__, experiment.predict is predict_pair and isinstance(batch, list | tuple)
+    few = [part[:_FEW] if isinstance(part, Tensor) else part for part in batch] if is_pair else batch
     try:
-        values, labels = experiment.predict(module, batch)
+        values, labels = experiment.predict(module, few)
     except UserError:
         raise
     except Exception as error:
         raise _RunSaysIt from error
-    return values, labels
+    check_scores(values, name)
+    if is_pair:
+        check_labels(batch[1], len(batch[0]), values.shape[1], name)
+    else:
+        check_labels(labels, len(values), values.shape[1], name)
 
 
 def check_length(experiment: Experiment, found: FirstBatches) -> None:
