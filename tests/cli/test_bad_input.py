@@ -367,5 +367,5 @@ def test_cards_name_no_folders(word: str, shown: str) -> None:
 
 def test_names_of_checkpoints_need_no_quotes():
     options, overrides = split_words(["ckpt=ck/epoch=1-step=10.ckpt", "a=[b=1]", "c='d=1'", "e=1"])
-    assert (options, overrides) == ([], ["ckpt='ck/epoch=1-step=10.ckpt'", "a=[b=1]", "c='d=1'", "e=1"])
+    assert (options, overrides) == ([], ["ckpt='ck/epoch=1-step=10.ckpt'", "a=['b=1']", "c='d=1'", "e=1"])
     assert compose("export", overrides[:1]).ckpt == "ck/epoch=1-step=10.ckpt"

@@ -14,6 +14,7 @@ import lightning as L
 import pytest
 from command_line import TINY, CommandLine, Done
 from images_on_disk import save_archive, save_folder
+from lightning.pytorch.loggers.logger import DummyLogger
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -123,11 +124,19 @@ def test_the_same_command_says_that_the_run_is_finished(mp: CommandLine, finishe
     assert {p for p in before if before[p] != after[p]} <= {only_run(folder) / ".lock"}
 
 
+class Named(DummyLogger):
+    """A logger that has an id, as that of W&B."""
+
+    def __init__(self, id: str, save_dir: str) -> None:
+        super().__init__()
+        self.id = id
+
+
 def test_a_run_that_starts_anew_logs_under_an_id_of_its_own(tmp_path: Path) -> None:
     """W&B drops what a run logs for steps that it has behind it."""
 
     def logged(fresh: bool, id: str = "fit-1") -> str:
-        made: str = make_logger({"_target_": "types.SimpleNamespace", "id": id}, tmp_path, "fit-1", fresh).id
+        made: str = make_logger({"_target_": f"{__name__}.Named", "id": id}, tmp_path, "fit-1", fresh).id
         RunFolder(tmp_path, {"seed": 0}, fresh=fresh).finish({})
         return made
 

@@ -39,8 +39,9 @@ PLACES: dict[str, Callable[[int], str]] = {
     "after a row of the table": lambda n: f"kill_at(history.History, '_append', {n}, late=True)",
     "while states are collected": lambda n: f"kill_at(module.exchange, 'collect', {n})",
     "before a checkpoint is written": lambda n: f"kill_at(checkpoint.torch, 'save', {max(1, n // 6)})",
-    "in the middle of a checkpoint": lambda n: f"kill_at(checkpoint.os, 'fsync', {max(1, n // 6)})",
-    "before a checkpoint is in its place": lambda n: f"kill_at(checkpoint.os, 'replace', {max(2, n // 6)})",
+    # The first of these are of the settings and the record.
+    "in the middle of a checkpoint": lambda n: f"kill_at(os, 'fsync', {3 + max(1, n // 6)})",
+    "before a checkpoint is in its place": lambda n: f"kill_at(os, 'replace', {3 + max(1, n // 6)})",
     "before the old one goes": lambda n: f"kill_at(checkpoint, '_remove', {max(1, n // 6)})",
 }
 OF_THE_FIRST = set(list(PLACES)[6:]) | {"after a row of the table"}
