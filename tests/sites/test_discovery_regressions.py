@@ -309,3 +309,19 @@ def test_each_call_of_a_wrapped_activation_is_a_place_of_its_own(inside):
     assert sites_of(one) == [("1", 1, 8)]
     several = nn.Sequential(nn.Conv2d(3, 8, 1), *(Block(nn.Conv2d, nn.ReLU(), wrapper) for _ in range(2)))
     assert [scope for scope, _, _ in sites_of(several)] == ["1", "2"]
+
+
+def test_an_activation_of_a_sum_with_a_number_that_a_mask_multiplies_is_no_gate():
+    blocks = nn.Sequential(nn.Conv2d(3, 8, 1), Shifted())
+    assert [scope for scope, _, _ in sites_of(blocks)] == ["1"]
+
+
+class Shifted(nn.Module):
+    """A residual block whose branch ends in such an activation."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.norm, self.two = nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        return x + self.two(F.relu(self.norm(self.one(x)) + 1) * x)

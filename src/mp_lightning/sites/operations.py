@@ -48,6 +48,7 @@ _RESHAPES = {
     *("truediv", "div", "div_", "mul", "imul", "mul_"),
 }
 _NORMALIZE = {"layer_norm", "rms_norm"}
+_BOUNDED_FUNCTIONS = {F.relu6, F.hardtanh, F.hardtanh_}
 _GLOBAL_POOLS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 _CHANNELS = (1, -3)  # the dimension of the channels in (B, C, H, W)
 
@@ -276,6 +277,10 @@ class OperationGraph:
             or (node.op == "call_function" and node.target in ACTIVATION_FUNCTIONS)
             or (node.op == "call_method" and node.target in ACTIVATION_METHODS)
         )
+
+    def _is_bounded(self, node: fx.Node) -> bool:
+        """Whether the node is an activation that ends at a number, as of a hard sigmoid."""
+        return self._is_module(node, nn.Hardtanh) or (node.op == "call_function" and node.target in _BOUNDED_FUNCTIONS)
 
     def _acts_in_place(self, node: fx.Node) -> bool:
         if node.op == "call_module":

@@ -27,6 +27,7 @@ gates and of squeeze-and-excitation, and a hard sigmoid written by hand.
 """
 
 import operator
+from collections.abc import Callable
 from itertools import pairwise
 
 import torch
@@ -191,21 +192,11 @@ class SiteGraph(OperationGraph):
 
     def _reaches_output(self, node: fx.Node) -> bool:
         """Whether some path from the node ends without being weights that something else is multiplied by."""
-        reached: set[fx.Node] = set()
-        waiting = [node]
-        while waiting:
-            current = waiting.pop()
-            if not current.users or current.op == "output":
-                return True
-            if current in reached or self._is_weights(current):
-                continue
-            reached.add(current)
-            waiting += current.users
-        return False
+        return _leads(node, to=lambda n: not n.users or n.op == "output", past=self._is_weights)
 
     def _is_weights(self, node: fx.Node) -> bool:
         """Whether the node squashes what it reads, or is a hard sigmoid by hand, and a product follows at once."""
-        by_hand = self._is_activation(node) and adds_a_number(node.all_input_nodes[0])
+        by_hand = self._is_bounded(node) and adds_a_number(node.all_input_nodes[0])
         return (by_hand or self._squashes(node)) and any(
             is_product(n) and len(n.all_input_nodes) > 1 for n in self._followers(node)
         )
@@ -223,17 +214,7 @@ class SiteGraph(OperationGraph):
 
     def _leads_out(self, node: fx.Node, branch: set[fx.Node]) -> bool:
         """Whether some path from the node leaves the branch without a sigmoid on it."""
-        reached: set[fx.Node] = set()
-        waiting = [node]
-        while waiting:
-            current = waiting.pop()
-            if current not in branch:
-                return True
-            if current in reached or self._squashes(current):
-                continue
-            reached.add(current)
-            waiting += current.users
-        return False
+        return _leads(node, to=lambda n: n not in branch, past=self._squashes)
 
     def _site(self, node: fx.Node, rule: str, reads: str) -> SiteSpec | None:
         if not node.users or self._is_used_in_place(node):
@@ -298,3 +279,17 @@ class SiteGraph(OperationGraph):
             assert isinstance(arg, fx.Node)
             names.append(self._describe(arg) if any(self._is_layer(n, CONVOLUTIONS) for n in own) else "the shortcut")
         return " and ".join(names)
+
+
+def _leads(node: fx.Node, to: Callable[[fx.Node], bool], past: Callable[[fx.Node], bool]) -> bool:
+    """Whether some path from the node comes to one of these nodes, without going past one of those."""
+    reached: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if to(current):
+            return True
+        if current not in reached and not past(current):
+            reached.add(current)
+            waiting += current.users
+    return False
