@@ -65,6 +65,13 @@ class Proof:
         rate = "" if self.lr == _RATES.get(self.model, Proof.lr) else f"-lr{self.lr:g}"
         return f"{self.target}-{self.model.replace(':', '-')}{length}{rate}{'-finetuned' if self.weights else ''}"
 
+    @property
+    def short(self) -> str:
+        """As tables name it, which say what most comparisons share."""
+        length = "" if self.steps == Proof.steps else f", {self.steps} steps"
+        rate = "" if self.lr == _RATES.get(self.model, Proof.lr) or self.weights else f", Adam {self.lr:g}"
+        return f"{self.target}, {self.model}{' fine-tuned' if self.weights else ''}{length}{rate}"
+
     def __str__(self) -> str:
         images = "all images" if self.n_per_class is None else f"{self.n_per_class} images a class"
         model = f"{self.model} fine-tuned" if self.weights else self.model

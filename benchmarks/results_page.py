@@ -58,18 +58,17 @@ def judged(rows: list[Row]) -> Summary:
 
 
 def overview(summaries: dict[str, Summary]) -> str:
-    """One line a comparison and arm: differences from no regularizer, and verdicts."""
+    """One line a comparison and arm: differences from no regularizer, and verdicts. A comparison is named once."""
     headings = ("comparison", "arm", "accuracy minus none, points", "verdict", "NLL minus none", "verdict")
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     for name, summary in summaries.items():
-        for arm, of_arm in summary.arms.items():
-            if not of_arm.verdicts:
-                continue
+        judged_arms = {arm: of_arm for arm, of_arm in summary.arms.items() if of_arm.verdicts}
+        for place, (arm, of_arm) in enumerate(judged_arms.items()):
             cells = []
             for metric in VERDICT_METRICS:
                 cell = difference_cell(metric, of_arm.against_baseline.get(metric))
                 cells += [f"{cell.main} ({cell.detail})" if cell.detail else cell.main, of_arm.verdicts[metric].word]
-            lines.append(f"| {name} | `{arm}` | {' | '.join(cells)} |")
+            lines.append(f"| {name if place == 0 else ''} | `{arm}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

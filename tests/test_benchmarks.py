@@ -259,8 +259,8 @@ def test_results_that_are_not_there_are_named(tmp_path):
 
 def test_every_proof_is_its_own_and_one_that_compare_takes(tmp_path):
     """Two proofs of one name would share a run folder, and two of one description the page's section."""
-    names, descriptions = {proof.name for proof in prove.PROOFS}, {str(proof) for proof in prove.PROOFS}
-    assert len(names) == len(descriptions) == len(prove.PROOFS)
+    for told in (lambda proof: proof.name, lambda proof: proof.short, str):
+        assert len({told(proof) for proof in prove.PROOFS}) == len(prove.PROOFS)
     for proof in prove.PROOFS:
         config = compose("compare", proof.words(tmp_path))
         Architecture.parse(config.model).check(config.image_size)
@@ -422,10 +422,11 @@ def test_a_mean_is_of_the_seeds_that_all_comparisons_have():
     assert mean.startswith("mean: +2.50 (") and mean.endswith(", 2 seeds")
 
 
-def test_the_readme_and_the_card_of_the_default_phi_say_what_the_kept_rows_say():
+def test_the_tables_and_the_card_of_the_default_phi_say_what_the_kept_rows_say():
     comparisons = results_page.read(prove.RESULTS)
-    text = headline.README.read_text(encoding="utf-8")
-    assert headline.replaced(text, headline.readme_table(comparisons)) == text, "run python -m benchmarks.headline"
+    for page, table in ((headline.README, headline.readme_table), (headline.PAGE, headline.page_table)):
+        text = page.read_text(encoding="utf-8")
+        assert headline.replaced(text, table(comparisons), page.name) == text, "run python -m benchmarks.headline"
     told = json.loads(headline.CARD.read_text(encoding="utf-8"))["results"]
     assert {**told, **headline.card_results(comparisons)} == told, "run python -m benchmarks.headline"
 
@@ -436,9 +437,7 @@ def test_a_difference_is_told_of_the_seeds_that_both_arms_have():
     ]
     accuracy, nll = headline.both(rows, "a", "b")
     assert (accuracy.n, accuracy.mean) == (3, pytest.approx(11)) and nll.mean == pytest.approx(-0.5)
-    assert headline.words("t, all images of 8 pixels, net, 9 steps of 4, Adam 1", "a", "b", rows) == (
-        "t, net, 9 steps of 4, Adam 1: accuracy +11.0 (+8.5 to +13.5), NLL -0.50 (-0.50 to -0.50) (3 seeds)"
-    )
+    assert headline.words("t, net", "a", "b", rows) == "t, net: +11.0 (+8.5 to +13.5), -0.50 (-0.50 to -0.50), 3 seeds"
     assert headline.both(rows[:2] + rows[4:], "a", "b") is None
 
 
