@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from holder import ACTING, Holder, images, network, trained
 from lightning_modules import Classifier, loader, module, trainer
-from mp_lightning import Mean, MetaPerturbCallback, attach, attachment_of, detach
+from mp_lightning import MetaPerturbCallback, attach, attachment_of, detach
 from mp_lightning.checkpoints import CheckpointError
 from mp_lightning.errors import ConfigurationError
 
@@ -292,7 +292,7 @@ def test_a_class_is_not_taken_for_a_module(tmp_path):
             MetaPerturbCallback.restore(wrong, tmp_path / "any.ckpt")
 
 
-@pytest.mark.parametrize("lost", ["plan", "phi_name", "sites", "counters", "evaluation_buffers", "clip"])
+@pytest.mark.parametrize("lost", ["plan", "phi_name", "sites", "counters", "evaluation_buffers", "strength", "weights"])
 def test_a_state_that_lacks_something_is_refused_whole(lost):
     _, attachment = trained()
     state = copy.deepcopy(attachment.state())
@@ -309,20 +309,6 @@ def test_a_state_that_lacks_something_is_refused_whole(lost):
 def _text(state):
     """All numbers of a state."""
     return repr(tree_map(lambda value: value.tolist() if isinstance(value, torch.Tensor) else value, state))
-
-
-def test_a_state_of_before_weights_were_kept_belongs_to_the_next_ones():
-    model, attachment = trained()
-    state = attachment.state()
-    del state["weights"]
-    other = Holder()
-    again = attach(other, **ACTING)
-    again.load_state(state)
-    other.load_state_dict(model.state_dict())
-    again.inference = Mean()
-    assert again.estimates.buffers and torch.equal(other.eval()(images()), model(images()))
-    other.load_state_dict(Holder().state_dict())
-    assert again.estimates is None
 
 
 class Online(pl.Callback):

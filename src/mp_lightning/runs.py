@@ -34,33 +34,18 @@ _NOT_RELEVANT: dict[str, set[str] | None] = {
 }
 
 
-# Settings that are younger than run folders, and what was the rule before there were any.
-_BEFORE: dict[str, dict[str, Any]] = {
-    "meta": {"noise_per": "element", "share_of_sites": 1.0},
-    "evaluation": {"acts_below": 1.0},
-}
-
-
 class RunFolderError(UserError):
     """A run folder cannot be used."""
 
 
 def relevant_settings(config: dict[str, Any]) -> dict[str, Any]:
-    """What decides the result of a run: all but devices and what is shown on the screen; plain JSON values.
-
-    A setting that did not exist before is left out while it is as the rule was, so that older runs can go on.
-    """
+    """What decides the result of a run: all but devices and what is shown on the screen; plain JSON values."""
     relevant: dict[str, Any] = {}
     for key, value in config.items():
         left_out = _NOT_RELEVANT.get(key, set())
         if left_out is None:
             continue
-        before = _BEFORE.get(key, {}).items()
-        relevant[key] = (
-            {k: v for k, v in value.items() if k not in left_out and (k, v) not in before}
-            if isinstance(value, dict)
-            else value
-        )
+        relevant[key] = {k: v for k, v in value.items() if k not in left_out} if isinstance(value, dict) else value
     plain: dict[str, Any] = json.loads(json.dumps(relevant, sort_keys=True, default=str))
     return plain
 

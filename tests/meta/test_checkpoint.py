@@ -23,7 +23,7 @@ from mp_lightning.meta.checkpoint import (
     read_checkpoint,
 )
 from mp_lightning.meta.module import JointMetaTraining
-from mp_lightning.runs import RunFolderError, relevant_settings
+from mp_lightning.runs import RunFolderError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*before the epoch ended.*", "ignore:.*LeafSpec.*")
 
@@ -213,12 +213,3 @@ def test_killed_during_a_save_the_checkpoint_before_is_what_it_was(tmp_path: Pat
     assert path.read_bytes() == before
     saved(tmp_path, step)
     assert "partial" not in " ".join(names(tmp_path))
-
-
-def test_runs_that_are_older_than_other_noise_and_sites_go_on() -> None:
-    settings = {"meta": {"lr": 0.1, "noise_per": "element", "share_of_sites": 1.0}}
-    assert relevant_settings(settings) == {"meta": {"lr": 0.1}} != relevant_settings({"meta": {"noise_per": "channel"}})
-    judged = {"evaluation": {"steps": 9, "acts_below": 1.0}}
-    assert relevant_settings(judged) == {"evaluation": {"steps": 9}}
-    assert "noise_per" not in new_module().description["meta"]
-    assert new_module(replace(SETTINGS, noise_per="channel")).description["meta"]["noise_per"] == "channel"

@@ -81,7 +81,7 @@ def test_the_gradient_of_phi_is_drawn_on_a_logarithmic_axis(draw) -> None:
 @pytest.mark.parametrize(
     ("absent", "panels"), [("phi/", 2 + 1), ("/multiplier", 2 + 1), ("_loss", 2 + 2), ("/", 2)], ids=str
 )
-def test_what_an_older_table_does_not_hold_is_left_out(draw, absent: str, panels: int) -> None:
+def test_what_a_table_does_not_hold_is_left_out(draw, absent: str, panels: int) -> None:
     tasks = some_tasks(2, "conv4-16")
     columns = {name: values for name, values in course(tasks).items() if absent not in name}
     assert len(draw(columns, tasks).axes) == panels

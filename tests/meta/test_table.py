@@ -43,7 +43,7 @@ def test_rows_follow_the_order_of_the_tasks(tmp_path: Path) -> None:
     assert "2.00 -> 2.00" in first and "1.00 -> 1.00" in second
 
 
-def test_what_an_older_history_does_not_hold_is_a_dash(tmp_path: Path) -> None:
+def test_what_a_history_does_not_hold_is_a_dash(tmp_path: Path) -> None:
     columns = {"step": [1.0], "a/train_loss": [1.0], "a/site0/scale": [0.5], "a/site0/noise": [0.8]}
     *_, row = lines_of(columns, {"a": description()}, tmp_path)
     assert row.split()[-5:] == ["1.00", "->", "1.00", "-", "-"]

@@ -218,7 +218,7 @@ def test_an_edited_plan_that_does_not_fit_names_the_site(resnet, tmp_path, chang
 
 
 @pytest.mark.parametrize(
-    "content", ["a: [", "- 1", "", "version: 9\nsites: []", "version: 2\nsites:\n  - 3", "2020-13-45"]
+    "content", ["a: [", "- 1", "", "version: 9\nsites: []", "version: 1\nsites:\n  - 3", "2020-13-45"]
 )
 def test_a_file_that_is_no_plan_is_refused_by_name(tmp_path, content):
     path = tmp_path / "plan.yaml"

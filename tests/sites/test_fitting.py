@@ -77,14 +77,6 @@ def test_nothing_acts_above_the_share_below_which_it_is_to_act(share, factor):
     assert float(fitting.factor()) == pytest.approx(factor, abs=1e-4)
 
 
-def test_a_state_from_before_there_was_another_share_acts_below_all_of_the_loss():
-    state = Fitting(0.4, persistent=False).state()
-    del state["acts_below"]
-    other = Fitting(0.4, persistent=False, acts_below=0.6)
-    other.load_state(state)
-    assert float(other.acts_below) == 1
-
-
 def test_it_looks_back_over_the_horizon_and_at_least_ten_batches():
     for horizon, expected in ((0, 10), (10, 10), (40, 40)):
         fitting = fitted(0.4, *[2] * 5, *[1] * 20, horizon=horizon)

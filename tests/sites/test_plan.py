@@ -35,10 +35,8 @@ def test_nothing_left_and_duplicates_are_refused(plan):
         SitePlan([next(iter(plan))] * 2)
 
 
-def test_plans_from_before_there_were_layouts_are_channels_first(plan):
+def test_an_unknown_layout_is_refused(plan):
     data = plan.to_dict()
-    old = [{key: value for key, value in site.items() if key != "layout"} for site in data["sites"]]
-    assert SitePlan.from_dict({"version": 1, "sites": old}) == plan
     with pytest.raises(SiteError, match="layout='channels upside down'"):
         SitePlan.from_dict({**data, "sites": [{**site, "layout": "channels upside down"} for site in data["sites"]]})
 

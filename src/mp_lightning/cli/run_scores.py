@@ -18,7 +18,6 @@ from mp_lightning.walking import walk
 
 PHI = "phi.safetensors"
 _ARM = "final phi"
-_BEFORE = {"full_strength_at": 1.0, "acts_below": 1.0}  # what held before there were these settings of a judgement
 
 
 class RunsError(UserError):
@@ -29,7 +28,7 @@ class RunsError(UserError):
 class Run:
     """A run folder. ``scores`` (NLL in nats, accuracy from 0 to 1; means over seeds) is empty while it has none.
 
-    ``images`` are the digest of the images it was judged on and the seed; None in cards of older versions.
+    ``images`` are the digest of the images it was judged on and the seed.
     """
 
     name: str
@@ -100,10 +99,7 @@ def judged_alike(finished: list[Run], like: str | None) -> list[Run]:
 
 
 def _alike(run: Run, other: Run) -> bool:
-    known = run.images is not None and other.images is not None
-    return (run.target, run.evaluation) == (other.target, other.evaluation) and (
-        not known or run.images == other.images
-    )
+    return (run.target, run.evaluation, run.images) == (other.target, other.evaluation, other.images)
 
 
 def differing_settings(runs: list[Run]) -> dict[str, list[str]]:
@@ -136,9 +132,8 @@ def _read_run(folder: Path, name: str) -> Run:
         (result,) = [result for result in held_out["results"] if result["arm"] == _ARM]
         nll = math.nan if report["nll"] is None else float(report["nll"])
         scores = {"nll": nll, "accuracy": statistics.fmean(result["accuracy"])}
-        run.target, run.evaluation = str(report["target"]), {**_BEFORE, **(held_out.get("settings") or {})}
-        if "images" in held_out:
-            run.images = held_out["images"], held_out.get("seed")
+        run.target, run.evaluation = str(report["target"]), held_out["settings"]
+        run.images = held_out["images"], held_out["seed"]
     except PhiError as error:
         run.state, run.reason = "failed", str(error)
         return run

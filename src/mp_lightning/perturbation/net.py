@@ -58,12 +58,6 @@ class MetaPerturb(KeepsPrecision):
         if "_per_channel" in self._buffers:
             self._per_channel.fill_(float(noise_per == "channel"))
 
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        kept = "_per_channel" in self._buffers and "_per_channel" not in self._non_persistent_buffers_set
-        if kept and f"{prefix}scale_kernels" in state_dict:  # before there was other noise it was that of elements
-            state_dict.setdefault(f"{prefix}_per_channel", torch.zeros(()))
-        super()._load_from_state_dict(state_dict, prefix, *args)
-
     @property
     def phi(self) -> Phi:
         """The numbers themselves, not a copy."""

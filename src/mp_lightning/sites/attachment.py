@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from mp_lightning.errors import ConfigurationError, SiteError
+from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
 from mp_lightning.perturbation.mathematics import bound
 from mp_lightning.sites.blocks import make_blocks, scopes_of, why_unreached
 from mp_lightning.sites.estimates import Estimates, batch_norms
+from mp_lightning.sites.height import InputHeight
 from mp_lightning.sites.layout import height_of
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.root import Entry, Inference, OneAtATime, entry_names, refuse_tracing
@@ -26,8 +27,6 @@ from mp_lightning.sites.strength import GrowingStrength
 NAME = "_metaperturb"  # the submodule that attach() adds
 
 CLIP = 100.0
-# Where the height of the input is known from: images of an evaluation, or images of training or the user.
-_PROVISIONAL, _FINAL = 1, 2
 _CALL = nn.Module._call_impl.__code__  # of every forward that has hooks
 PathName = Literal["auto", "reference"]  # how the perturbation is computed; the same function either way
 
@@ -106,15 +105,9 @@ class Attachment(GrowingStrength):
         self.persistent = persistent
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
-        for name, value in {
-            "forwards": torch.zeros((), dtype=torch.int64),
-            "input_size": torch.tensor(float(input_size or 0), dtype=torch.float32),
-        }.items():
-            self.register_buffer(name, value, persistent=persistent)
-        for name in ("evaluations", "bound_hits", "size_source"):
-            self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=False)
-        self._set_size_source(_FINAL if input_size is not None else 0)
-        self.register_load_state_dict_post_hook(_loaded)
+        self.height = InputHeight(input_size, persistent)
+        for name, kept in {"forwards": persistent, "evaluations": False, "bound_hits": False}.items():
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=kept)
         self.sites = nn.ModuleList(Site(spec, index, self, persistent) for index, spec in enumerate(plan))
         self.__dict__["_model"] = model
         self._blocks = make_blocks(self, model)
@@ -125,9 +118,6 @@ class Attachment(GrowingStrength):
     forwards: Tensor
     evaluations: Tensor
     bound_hits: Tensor
-    size_source: Tensor
-    _size_source: int
-    input_size: Tensor
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         start = f"{prefix}sites."
@@ -187,7 +177,7 @@ class Attachment(GrowingStrength):
         for block in self._blocks:
             block.begin_forward()
         if image is not None:
-            self._note_height(float(height_of(image)), _FINAL if training else _PROVISIONAL)
+            self.height.note(float(height_of(image)), training)
 
     def only_drawn(self, training: bool) -> bool:
         """Whether a graph is traced for a logger to show, before or in training; noise would be a constant of it."""
@@ -213,25 +203,6 @@ class Attachment(GrowingStrength):
 
     def _part_loaded(self, module: nn.Module, incompatible: Any) -> None:
         self.look_again()
-
-    def _note_height(self, height: float, source: int) -> None:
-        """The first training images decide; images that are evaluated before (a sanity check) may be of another size.
-
-        A compiled graph decides by tensors: an attribute of Python that changes would compile everything again.
-        """
-        if torch.compiler.is_compiling():
-            better = self.size_source < source
-            self.input_size.copy_(torch.where(better, torch.full_like(self.input_size, height), self.input_size))
-            self.size_source.clamp_(min=source)
-        elif self._size_source < source:
-            self._size_source = int(self.size_source)  # a compiled graph may have decided
-            if self._size_source < source:
-                self.input_size.fill_(height)
-                self._set_size_source(source)
-
-    def _set_size_source(self, source: int) -> None:
-        self._size_source = source
-        self.size_source.fill_(source)
 
     def begin_block(self, training: bool) -> None:
         """Called when the forward of a block begins. Outside of any forward of the model it counts as one by itself."""
@@ -311,14 +282,10 @@ class Attachment(GrowingStrength):
         fused = cast(FusedPerturbation, self.perturbation)
         return fused if fused.fuses(x) else None
 
-    def input_height(self) -> Tensor:
-        """Height of the model's input in pixels, as a float32 tensor without dimensions."""
-        if not torch.compiler.is_compiling() and self._size_source == 0 and int(self.size_source) == 0:
-            raise SiteError(
-                "the height of the model's input is unknown, since its forward was not called with a (B, C, H, W) "
-                "tensor (or (B, C, L), (B, C, D, H, W)); pass input_size="
-            )
-        return self.input_size
+    @property
+    def input_size(self) -> Tensor:
+        """Height of the model's input in pixels, as a float32 tensor without dimensions; 0 while it is not known."""
+        return self.height.pixels
 
     def detach(self) -> None:
         """Take the perturbation away; the model is as it was before :func:`attach`."""
@@ -385,7 +352,6 @@ class Attachment(GrowingStrength):
             ConfigurationError: it was saved with another kind of perturbation, or is no such state.
         """
         take_over(self, state)
-        self._set_size_source(_FINAL if state["input_size"] > 0 else 0)
         self.update_coeff()
 
     def rank_and_world(self) -> tuple[int, int]:
@@ -420,11 +386,6 @@ def check_path(path: str) -> None:
     """
     if path not in get_args(PathName):
         raise ConfigurationError(f"path={path!r} is unknown; use one of {', '.join(get_args(PathName))}")
-
-
-def _loaded(module: nn.Module, incompatible: Any) -> None:
-    assert isinstance(module, Attachment)
-    module._set_size_source(_FINAL if bool(module.input_size > 0) else 0)
 
 
 def _weights_loaded(module: nn.Module, incompatible: Any) -> None:

@@ -19,7 +19,7 @@ class Estimates:
     Args:
         buffers: of batch norm, by name, which take the place of the model's own; empty where there is none.
         constants: by site, the multiplier of each channel (C,), where inference by constants was asked for.
-        weights: of :func:`weights_of`; None: those of the next weights that are loaded.
+        weights: of :func:`weights_of`; None where they belong to the weights whatever these are.
 
     Attributes:
         as the arguments.
@@ -63,9 +63,7 @@ class Estimates:
 
     def loaded(self, model: nn.Module) -> bool:
         """Whether they are of use with the weights that were loaded now."""
-        if self.weights is None:  # of a state of before they were kept, whose weights follow it
-            self.weights = weights_of(model)
-        return are_those_of(model, self.weights)
+        return self.weights is None or are_those_of(model, self.weights)
 
     def _changes(self, model: nn.Module) -> int:
         """How often the parameters of the model were changed in place, but by ``.data``."""

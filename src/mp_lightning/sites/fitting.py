@@ -116,8 +116,7 @@ class Fitting(nn.Module):
     def load_state(self, state: dict[str, Any]) -> None:
         """Take over what :meth:`state` gave."""
         for name, value in self._kept():
-            kept = state.get(name, 1.0) if name == "acts_below" else state[name]  # before there was another, it was 1
-            value.copy_(torch.tensor(kept, dtype=value.dtype))
+            value.copy_(torch.tensor(state[name], dtype=value.dtype))
         self._refresh()
 
     def _kept(self) -> Iterator[tuple[str, Tensor]]:

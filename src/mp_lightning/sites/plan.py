@@ -15,7 +15,7 @@ from mp_lightning.whole import write_text
 _HEAD = """# Where a model is perturbed, in order of execution. Take out what you do not want, and give the file back:
 # MetaPerturbCallback(sites="THIS_FILE.yaml").
 """
-VERSION = 2  # of version 1, all layouts were channels first
+VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -129,9 +129,9 @@ class SitePlan:
             SiteError: it is not that.
         """
         version = data.get("version") if isinstance(data, dict) else None
-        if version not in (1, VERSION) or not isinstance(data.get("sites"), list):
+        if version != VERSION or not isinstance(data.get("sites"), list):
             raise SiteError(f"this is not a plan of version {VERSION}; make one with find_sites(model).to_dict()")
-        return cls([_site(entry, number, version) for number, entry in enumerate(data["sites"], start=1)])
+        return cls([_site(entry, number) for number, entry in enumerate(data["sites"], start=1)])
 
     def save(self, path: str | Path) -> None:
         """Write the plan as YAML, to be read, edited, and given back as ``sites=path``.
@@ -187,12 +187,11 @@ class SitePlan:
         return chosen
 
 
-def _site(entry: Any, number: int, version: int) -> SiteSpec:
+def _site(entry: Any, number: int) -> SiteSpec:
     kinds = {field.name: field.type for field in fields(SiteSpec)}
     name = entry.get("name", f"number {number}") if isinstance(entry, dict) else f"number {number}"
     if not isinstance(entry, dict):
         raise SiteError(f"site {name} of the plan is {entry!r}; give its {', '.join(kinds)}")
-    entry = {**({"layout": FIRST} if version == 1 else {}), **entry}
     wrong = sorted({str(key) for key in entry} ^ set(kinds))
     if wrong:
         unknown = wrong[0] in entry

@@ -8,15 +8,14 @@ from torch import nn
 from mp_lightning.errors import ConfigurationError, SiteError, one_line
 from mp_lightning.perturbation import MetaPerturb
 from mp_lightning.sites.estimates import Estimates
-from mp_lightning.sites.fitting import OFF, Fitting
 from mp_lightning.sites.plan import SitePlan
 
 if TYPE_CHECKING:
     from mp_lightning.sites.attachment import Attachment
 
 _NEEDED = {
-    *("phi_name", "plan", "channel_norm", "seed", "clip", "ramp_steps", "input_size", "sites", "counters"),
-    "evaluation_buffers",
+    *("phi_name", "plan", "channel_norm", "seed", "clip", "strength", "ramp_steps", "reached", "fitting", "input_size"),
+    *("sites", "evaluation_buffers", "constants", "weights", "trained_norms", "counters"),
 }
 
 
@@ -105,22 +104,23 @@ def take_over(attachment: "Attachment", state: dict[str, Any]) -> None:
         if isinstance(attachment.perturbation, MetaPerturb):
             for key, value in state["phi"].items():
                 getattr(attachment.perturbation, key).copy_(value)
-            attachment.perturbation.noise_per = state.get("noise_per", "element")
+            attachment.perturbation.noise_per = state["noise_per"]
         if is_of_the_user(attachment.perturbation):
             _load_perturbation(attachment.perturbation, state.get("perturbation", {}))
         for name, value in state["counters"].items():
             getattr(attachment, name).fill_(value)
         attachment.input_size.fill_(state["input_size"])
-        attachment.strength.fill_(state.get("strength", 1.0))  # before there were others it was 1
-    attachment.fitting.load_state(state.get("fitting") or Fitting(OFF, False).state())
+        attachment.strength.fill_(state["strength"])
+    attachment.height.loaded()
+    attachment.fitting.load_state(state["fitting"])
     attachment.phi_name, attachment.channel_norm = state["phi_name"], state["channel_norm"]
     attachment.seed, attachment.clip, attachment.ramp_steps = state["seed"], state["clip"], state["ramp_steps"]
-    attachment.reached = state.get("reached", 1.0)  # before there was one, a short run had a longer ramp
-    buffers, constants = state["evaluation_buffers"], state.get("constants")
+    attachment.reached = state["reached"]
+    buffers, constants = state["evaluation_buffers"], state["constants"]
     attachment.estimates = (
         None
         if buffers is None
-        else Estimates(dict(buffers), None if constants is None else dict(constants), state.get("weights"))
+        else Estimates(dict(buffers), None if constants is None else dict(constants), state["weights"])
     )
-    trained = state.get("trained_norms")
+    trained = state["trained_norms"]
     attachment.trained_norms = None if trained is None else set(trained)

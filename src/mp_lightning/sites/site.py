@@ -91,7 +91,7 @@ class Site(KeepsPrecision):
     def maps_and_norms(self, x: Tensor) -> tuple[Tensor, Norms]:
         """What the perturbation reads of a tensor in the layout of the plan: float32 (B, C, H, W), and the norms."""
         layout = self.spec.layout
-        height = self.attachment.input_height() * stretch(x, layout)
+        height = self.attachment.height.known() * stretch(x, layout)
         return as_maps(x, layout).float(), Norms(self.attachment.channel_norm, height)
 
     def _perturb(self, x: Tensor, stretched: float, call: int, training: bool) -> Tensor:
@@ -109,7 +109,7 @@ class Site(KeepsPrecision):
         key = self._noise_key(x, call, training, replay) if training or shared.draws else None
         fused = shared.fused_for(x)
         with torch.autocast(x.device.type, enabled=False):
-            height = shared.input_height()
+            height = shared.height.known()
             norms = Norms(shared.channel_norm, height if stretched == 1 else height * stretched)
             if fused is None:
                 done = self._reference(x, key, norms, training)

@@ -1,7 +1,6 @@
 """How much of the perturbation acts: a strength that grows over a ramp, and may follow the training loss."""
 
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -184,13 +183,6 @@ class GrowingStrength(KeepsPrecision):
             "That is meant for networks that do not fit their training images; where the loss started low, choose "
             f"full_strength_at=1{higher}"
         )
-
-    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
-        if f"{prefix}coeff" in state_dict:  # before there were other strengths it was 1
-            state_dict.setdefault(f"{prefix}strength", torch.ones(()))
-            for name, value in Fitting(OFF, True).state_dict().items():  # and none followed the loss
-                state_dict.setdefault(f"{prefix}fitting.{name}", value)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 def share_reached(steps: float) -> float:
