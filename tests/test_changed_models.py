@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map
 
 from holder import ACTING, Holder, images, network, trained
 from lightning_modules import Classifier, loader, module, trainer
-from mp_lightning import MetaPerturbCallback, attach, attachment_of, detach
+from mp_lightning import Mean, MetaPerturbCallback, attach, attachment_of, detach, reestimate_batch_norm
 from mp_lightning.checkpoints import CheckpointError
 from mp_lightning.errors import ConfigurationError
 
@@ -309,6 +309,42 @@ def test_a_state_that_lacks_something_is_refused_whole(lost):
 def _text(state):
     """All numbers of a state."""
     return repr(tree_map(lambda value: value.tolist() if isinstance(value, torch.Tensor) else value, state))
+
+
+@pytest.mark.parametrize("head", [nn.Identity, lambda: nn.Linear(8, 3)])
+def test_another_head_leaves_what_was_estimated_for_the_layers_before_it(head):
+    model, attachment = trained()
+    features = []
+    last = [part for part in model.net.modules() if isinstance(part, nn.Linear)][-1]
+    last.register_forward_pre_hook(lambda module, args: features.append(args[0]))
+    model(images())
+    (name,) = [name for name, part in model.named_modules() if part is last]
+    new = head()
+    replaced = nn.Linear(last.in_features, 3) if isinstance(new, nn.Linear) else new
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, replaced)
+    replaced.register_forward_pre_hook(lambda module, args: features.append(args[0]))
+    model.eval()(images())
+    assert attachment.estimates is not None and torch.equal(*features)
+
+
+def test_a_changed_layer_before_the_last_batch_norm_is_another_weight():
+    model, attachment = trained()
+    first = next(part for part in model.modules() if isinstance(part, nn.Conv2d))
+    first.weight.data.mul_(2)
+    with pytest.warns(UserWarning, match="batch norm was not re-estimated since"):
+        model.eval()(images())
+    assert attachment.estimates is None
+
+
+def test_weights_that_are_not_finite_are_no_other_weights():
+    model, attachment = trained()
+    first = next(part for part in model.modules() if isinstance(part, nn.Conv2d))
+    first.weight.data.fill_(float("nan"))
+    reestimate_batch_norm(attachment, [lambda: model(images())])
+    attachment.inference = Mean()
+    model.eval()(images())
+    assert attachment.estimates is not None
 
 
 class Online(pl.Callback):

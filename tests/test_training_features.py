@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     EMAWeightAveraging,
     LearningRateFinder,
+    ModelCheckpoint,
     StochasticWeightAveraging,
     WeightAveraging,
 )
@@ -251,6 +252,98 @@ def test_batch_norm_is_estimated_for_the_averaged_weights(tmp_path, name, ours_f
     for key, value in attachment.estimates.buffers.items():
         assert torch.allclose(value, found[key], atol=1e-6), key
     trainer.validate(module, verbose=False)
+
+
+class Declares(MetaPerturbMixin, Module):
+    def __init__(self):
+        super().__init__()
+        self.perturb(sites=1, full_strength_at=1)
+
+
+@pytest.mark.parametrize("name", AVERAGES)
+def test_a_module_that_declares_it_goes_on_with_averaged_weights(tmp_path, name):
+    """They are saved without what the module has of the perturbation in its own weights, and loaded strictly."""
+
+    def trainer(epochs, *others):
+        return trainer_with(tmp_path, [AVERAGES[name](), *others], max_epochs=epochs, enable_checkpointing=True)
+
+    every = ModelCheckpoint(tmp_path, "{epoch}", save_top_k=-1)
+    module, whole = Declares(), trainer(4, every)
+    whole.fit(module)
+    expected, steps = whole.validate(module, verbose=False), int(attachment_of(module).steps)
+    whole.validate(module, ckpt_path=tmp_path / "epoch=3.ckpt", verbose=False, weights_only=True)
+    other, again = Declares(), trainer(4)
+    again.fit(other, ckpt_path=tmp_path / "epoch=2.ckpt", weights_only=True)
+    assert int(attachment_of(other).steps) == steps
+    assert again.validate(other, verbose=False) == expected
+
+
+class CopiesAt(L.Callback):
+    """A moving average by hand, which follows at once, so that the copy is to be as the module."""
+
+    def __init__(self, hook):
+        self.copied = None
+        setattr(self, hook, self.copy)
+
+    def copy(self, trainer, module, *rest):
+        self.copied = self.copied or copy.deepcopy(module).eval()
+
+    def on_validation_epoch_end(self, trainer, module):
+        if self.copied is not None and not trainer.sanity_checking:
+            self.copied.load_state_dict(module.state_dict())
+            x = torch.rand(4, 3, 16, 16)
+            self.outputs = self.copied(x), self.copied(x)
+
+
+@pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_batch_end"])
+def test_a_copy_that_is_made_while_training_draws_no_noise_and_says_that_it_is_not_as_strong(tmp_path, hook):
+    copies = CopiesAt(hook)
+    with pytest.warns(
+        UserWarning, match=r"strength 0(\.\d+)? acts in this copy of Module, and 0.95 in the Module that"
+    ):
+        module, _ = fit(tmp_path, others=[copies])
+    a, b = copies.outputs
+    assert torch.allclose(a, b) or hook == "on_train_batch_end"  # which is noisy already, as samples are averaged
+    attachment_of(copies.copied).load_state(attachment_of(module).state())
+    assert float(attachment_of(copies.copied).coeff) == float(attachment_of(module).coeff)
+
+
+class ByParts(Module):
+    def training_step(self, batch, batch_idx=0):
+        net, (x, y) = self.net, batch
+        x = net.layer3(net.layer2(net.layer1(net.relu(net.bn1(net.conv1(x))))))
+        return cross_entropy(net.fc(x.mean(dim=(2, 3))), y)
+
+
+def test_a_network_that_is_called_by_its_parts_is_told_at_the_first_batch(tmp_path):
+    module = ByParts()
+    attachment = attach(module, sites=1, ramp_steps=0, full_strength_at=1)
+    batch = next(iter(module.train_dataloader()))
+    with pytest.raises(SiteError, match=r"unknown.*call the model as a whole, or pass input_size="):
+        module.training_step(batch)
+    attachment.detach()
+    attachment = attach(module, sites=1, ramp_steps=0, full_strength_at=1, input_size=16)
+    module.training_step(batch)
+    with pytest.warns(UserWarning, match="parts of the network were called one by one.*Call the network, or put"):
+        attachment.step(1.0)
+
+
+class Detector(nn.Module):
+    """Takes a list of images of many sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = build_backbone("resnet20", 10, width=4)
+
+    def forward(self, images, targets=None):
+        return self.net(torch.stack([image[:, :16, :16] for image in images]))
+
+
+def test_the_height_of_images_in_a_list_is_known():
+    model = Detector()
+    attachment = attach(model, sites=1, ramp_steps=0)
+    model([torch.rand(3, 24, 16), torch.rand(3, 32, 16)])
+    assert float(attachment.input_size) == 24
 
 
 class Finetuning(BaseFinetuning):

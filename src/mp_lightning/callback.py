@@ -165,6 +165,7 @@ class MetaPerturbCallback(EvaluationEpochs):
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Attach for training. A model that is only evaluated stays plain unless its checkpoint says otherwise."""
+        leave_averages_plain(trainer)  # before their weights are loaded
         if stage != "fit":
             self._install_hooks(pl_module)
             return
@@ -180,7 +181,9 @@ class MetaPerturbCallback(EvaluationEpochs):
         def attach_now(module: pl.LightningModule) -> None:
             with unfrozen(trainer, self, module):
                 self._attached_here = attachment_to_train(module) is None
-                self.attach(module)
+                attachment = self.attach(module)
+                if self._attached_here:
+                    attachment.coeff.zero_()  # until training begins; copies may be made before
 
         hook = late_hook(pl_module)
         if hook is None:

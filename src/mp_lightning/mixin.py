@@ -62,7 +62,9 @@ class MetaPerturbMixin:
     def _metaperturb_callback(self) -> MetaPerturbCallback:
         if self._perturb_options is None:
             raise ConfigurationError(
-                f"{type(self).__name__} has the mixin but no perturbation; call self.perturb() in __init__"
+                f"{type(self).__name__} has the mixin but no perturbation; call self.perturb() in __init__, "
+                "or, where configure_model makes the layers, leave the mixin out and give the trainer "
+                "MetaPerturbCallback()"
             )
         callback = MetaPerturbCallback(**self._perturb_options)
         callback.persistent = True

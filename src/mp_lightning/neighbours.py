@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
@@ -9,7 +10,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch import nn
 
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.sites import detach
+from mp_lightning.sites import attachment_of, detach
+from mp_lightning.sites.attachment import NAME
 from mp_lightning.sites.surgery import attachment_of_itself
 from mp_lightning.sites.tracing import is_frozen
 
@@ -78,12 +80,19 @@ def act_last(trainer: pl.Trainer, callback: Callback) -> None:
 def leave_averages_plain(trainer: pl.Trainer) -> None:
     """Take the perturbation out of copies of the module that only hold averaged weights.
 
-    Its counters and statistics would be averaged as if they were weights, and copied back.
+    Its counters and statistics would be averaged as if they were weights, and copied back. What a module that declares
+    it has of them in its weights, the average passes over.
     """
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(other, "_average_model", None)
-        if isinstance(average, nn.Module) and average is not trainer.lightning_module:
+        if isinstance(average, nn.Module) and average is not trainer.lightning_module and attachment_of(average):
             detach(average)
+            average.register_load_state_dict_pre_hook(_without_perturbation)
+
+
+def _without_perturbation(module: nn.Module, state_dict: dict[str, Any], *rest: Any) -> None:
+    for name in [name for name in state_dict if NAME in name.split(".")]:
+        del state_dict[name]
 
 
 @contextmanager

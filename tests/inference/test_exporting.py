@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models.convnext import CNBlockConfig
 
 from mp_lightning import ConfigurationError, attach, reestimate_batch_norm
+from mp_lightning.backbones import build_backbone
 from mp_lightning.inference import Fold, Mean, export, exportable
 from mp_lightning.sites import attachment_of
 
@@ -40,6 +41,21 @@ def trained(name="ResNet18", mode="mean"):
     reestimate_batch_norm(attachment, [lambda: model(images)], fold=mode == "fold")
     attachment.inference = Fold() if mode == "fold" else Mean()
     return model.eval()
+
+
+@pytest.mark.slow
+def test_a_part_of_a_module_is_exported_to_onnx(tmp_path):
+    """What is counted belongs to the module, and is no part of the graph."""
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    net = build_backbone("conv4", 5, width=4)
+    module = nn.Sequential(net, nn.Softmax(1))
+    attachment = attach(module, ramp_steps=0, full_strength_at=1)
+    images = torch.rand(8, 3, 32, 32)
+    module(images)
+    reestimate_batch_norm(attachment, [lambda: module(images)])
+    attachment.inference = Mean()
+    assert export(net, tmp_path / "part.onnx", images) < 1e-4
 
 
 @pytest.mark.slow

@@ -318,3 +318,37 @@ def test_the_remedy_for_a_frozen_backbone_is_one_that_works():
     assert len(attach(model, sites=1).plan) == 8
     model.backbone.requires_grad_(False)
     assert model(torch.zeros(2, 3, 32, 32)).isfinite().all()
+
+
+def plain_layers():
+    layers = [nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.ReLU()]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+
+
+class WithHead(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.backbone = plain_layers()
+        self.model = nn.Sequential(self.backbone, nn.Linear(4, 2))
+
+
+class WithoutHead(pl.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = torchvision.models.resnet18(num_classes=2)
+        self.backbone = nn.Sequential(*list(self.model.children())[:-1])
+
+
+@pytest.mark.parametrize("make", [WithHead, WithoutHead])
+@pytest.mark.parametrize("called", ["model", "backbone"])
+def test_a_network_under_two_names_is_perturbed_once_whichever_is_called(make, called):
+    model = make()
+    attachment = attach(model, sites=1, ramp_steps=0)
+    activations = [model.get_submodule(spec.activation) for spec in attachment.plan]
+    assert len({*activations}) == len(activations) == (2 if make is WithHead else 8)
+    seen = []
+    for site in attachment.sites:
+        site.register_forward_hook(lambda site, args, output: seen.append(site.spec.name))
+    getattr(model, called)(torch.rand(2, 3, 32, 32))
+    assert sorted(seen) == sorted(attachment.plan.names)
+    assert int(attachment.forwards) == 1 and not attachment.trained_by_parts

@@ -96,6 +96,7 @@ def test_a_module_that_cannot_be_copied_is_looked_at_itself_and_put_back():
     model = WithGenerator()
     assert len(find_sites(model)) == 4
     assert model.kept is None and next(model.lines) == "a"
+    assert all(part.training for part in model.modules())
 
 
 def test_plans_are_the_same_whatever_is_said_about_their_sites():

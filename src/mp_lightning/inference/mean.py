@@ -84,11 +84,12 @@ class Mean:
             )
 
     def _warn_of_copies(self, attachment: "Attachment") -> None:
-        """Averages of weights that another model trains are kept in a copy whose strength nobody moves."""
+        """Of models that were saved and read before any training, whose strength nobody moves."""
         if self._looked or torch.compiler.is_compiling():
             return
         self._looked = True
-        if attachment.persistent or not attachment.never_acted():
+        told = attachment.origin.copied and attachment.origin.original() is not None
+        if attachment.persistent or told or not attachment.never_acted():
             return
         warnings.warn(
             f"MetaPerturb: nothing acts in this {type(attachment.model).__name__}, for which no training batch was "

@@ -171,8 +171,8 @@ def _run(attachment: Attachment, forwards: Iterable[Callable[[], Any]], stop: _S
     if not reached:
         names = " or ".join(f"self.{name}" if name else "self" for name in attachment.entry_modules())
         raise ConfigurationError(
-            f"batch norm cannot be re-estimated: no training step called the model ({names}); call it there, "
-            "or use inference='mc'"
+            f"batch norm cannot be re-estimated: no training step called the model ({names}) as a whole; do "
+            "so, or, where evaluation does, use inference='mc'"
         )
 
 

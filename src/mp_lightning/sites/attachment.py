@@ -14,7 +14,8 @@ from torch.utils.hooks import RemovableHandle
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
 from mp_lightning.perturbation.mathematics import bound
-from mp_lightning.sites.blocks import make_blocks, scopes_of, why_unreached
+from mp_lightning.sites.blocks import BY_PARTS, make_blocks, scopes_of, why_unreached
+from mp_lightning.sites.copies import Origin
 from mp_lightning.sites.estimates import Estimates, batch_norms
 from mp_lightning.sites.height import InputHeight
 from mp_lightning.sites.layout import height_of
@@ -50,7 +51,9 @@ class Attachment(GrowingStrength):
         hooked: the parts of the model that have hooks, by name.
         persistent: its numbers are in the model's ``state_dict``.
         managed: made by the callback, which makes another where a part of the model was replaced.
+        origin: which attachment this is a copy of.
         strays: how many blocks ran in evaluation mode outside of any forward of the model.
+        trained_by_parts: a block ran in training outside of any forward of the model.
     """
 
     def __init__(
@@ -97,8 +100,10 @@ class Attachment(GrowingStrength):
         self.depth = 0
         self.turn = OneAtATime()
         self.managed = False
+        self.origin = Origin(self)
         self.strays = 0
         self._told_of_strays = False
+        self.trained_by_parts = False
         self.perturbed = False
         self._looked = False
         self._norms: dict[str, _BatchNorm] | None = None
@@ -149,13 +154,15 @@ class Attachment(GrowingStrength):
             ConfigurationError: the length of the ramp is not known, or ``loss`` is no number.
         """
         self.settle()
+        self.origin.copied = False
         if self.model.training:  # and not in a validation before the batch is counted
             self._note_norms()
         self.count(loss, *self.rank_and_world())
         if not self._looked:
             self._looked = True
-            if not self.perturbed and self.rank_and_world()[0] == 0:
-                warnings.warn(f"MetaPerturb: {why_unreached(self)}", stacklevel=2)
+            if self.rank_and_world()[0] == 0 and (self.trained_by_parts or not self.perturbed):
+                why = BY_PARTS if self.perturbed else why_unreached(self)
+                warnings.warn(f"MetaPerturb: {why}", stacklevel=2)
 
     def _note_norms(self) -> None:
         """Which batch norms move in this training; they may be frozen when they are re-estimated."""
@@ -172,6 +179,8 @@ class Attachment(GrowingStrength):
         if training:
             self.estimates = None  # of the weights before this step
             self.note_forward()
+        else:
+            self.origin.warn(self)
         self.shard = self.rank_and_world()  # now: a model may be attached before the processes know of each other
         (self.forwards if training else self.evaluations).add_(1)
         for block in self._blocks:
@@ -208,6 +217,7 @@ class Attachment(GrowingStrength):
         """Called when the forward of a block begins. Outside of any forward of the model it counts as one by itself."""
         if self.depth == 0 and not self.frozen and not in_backward():
             self.strays += not training
+            self.trained_by_parts |= training
             self.begin_forward(training, None)
             if (
                 not training

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from mp_lightning.sites.attachment import Attachment
 
 
+BY_PARTS = (
+    "in the first training batch parts of the network were called one by one, as by forward_features(x), and not the "
+    "network itself: each counts as a forward of its own, and batch norm cannot be re-estimated for inference. Call "
+    "the network, or put the calls into the forward of a module and call that"
+)
+
+
 def scopes_of(plan: SitePlan) -> list[str]:
     """Names of the modules in whose forwards the sites are reached, once each."""
     return list(dict.fromkeys(spec.scope for spec in plan))

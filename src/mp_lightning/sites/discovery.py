@@ -57,11 +57,17 @@ def _plan(
     prefix = target or ""
     check_target(model, prefix)
     graphs, failures, found = _search(model.get_submodule(prefix), prefix, choose)
-    unique = {site.place: site for site in reversed(found)}
-    sites = [site for site in found if unique[site.place] is site]
+    unique = {_where(model, site): site for site in reversed(found)}  # a module may have several names
+    sites = [site for site in found if unique[_where(model, site)] is site]
     if not sites:
         raise SiteError(_nothing_found(model.get_submodule(prefix), graphs, failures))
     return SitePlan(_with_unique_names(sites)), graphs
+
+
+def _where(model: nn.Module, site: SiteSpec) -> tuple[nn.Module, nn.Module | None, int]:
+    """Scope, activation and call: what no other site has."""
+    activation = None if site.activation is None else model.get_submodule(site.activation)
+    return model.get_submodule(site.scope), activation, site.call
 
 
 def check_target(model: nn.Module, target: str) -> None:

@@ -1,6 +1,8 @@
 """What inference in one forward uses in place of what training left, for the weights for which it was estimated."""
 
 import math
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,10 @@ class Estimates:
     """
 
     def __init__(
-        self, buffers: dict[str, Tensor], constants: dict[str, Tensor] | None = None, weights: list[float] | None = None
+        self,
+        buffers: dict[str, Tensor],
+        constants: dict[str, Tensor] | None = None,
+        weights: list[list[float]] | None = None,
     ) -> None:
         self.buffers, self.constants, self.weights = buffers, constants, weights
         self._compared_at: int | None = None  # how often the model's weights had been changed; None: look again
@@ -37,7 +42,7 @@ class Estimates:
         cls, model: nn.Module, buffers: dict[str, Tensor], constants: dict[str, Tensor] | None
     ) -> "Estimates":
         """For the weights that a model has now."""
-        found = cls(buffers, constants, weights_of(model))
+        found = cls(buffers, constants, weights_of(model, buffers))
         found._compared_at = found._changes(model)
         return found
 
@@ -55,7 +60,7 @@ class Estimates:
         if self.weights is None or changes == self._compared_at:
             return True
         self._compared_at = changes
-        if are_those_of(model, self.weights):
+        if self._are_those_of(model):
             return True
         for name in self.buffers:
             norm_of(model, name.rpartition(".")[0])
@@ -63,7 +68,17 @@ class Estimates:
 
     def loaded(self, model: nn.Module) -> bool:
         """Whether they are of use with the weights that were loaded now."""
-        return self.weights is None or are_those_of(model, self.weights)
+        return self._are_those_of(model)
+
+    def _are_those_of(self, model: nn.Module) -> bool:
+        if self.weights is None:
+            return True
+        own = weights_of(model, self.buffers)
+        return len(own) == len(self.weights) and all(
+            _close(a, b, now[0])
+            for now, then in zip(own, self.weights, strict=True)
+            for a, b in zip(now, then, strict=True)
+        )
 
     def _changes(self, model: nn.Module) -> int:
         """How often the parameters of the model were changed in place, but by ``.data``."""
@@ -97,30 +112,38 @@ def norm_of(model: nn.Module, path: str) -> nn.Module:
 
 
 @torch.no_grad()
-def weights_of(model: nn.Module) -> list[float]:
-    """What tells the weights of a model from others: the norm of each parameter, and then a projection of each."""
-    there = [parameter.detach() for parameter in model.parameters() if not is_lazy(parameter)]
+def weights_of(model: nn.Module, buffers: Iterable[str]) -> list[list[float]]:
+    """What tells the weights of a model from others: the norm of each parameter, and a projection of it.
+
+    Args:
+        model: the model.
+        buffers: by name, those of the batch norms that were re-estimated. Parameters that are registered after the last
+            of these, such as those of a classifier, do not count: they may be replaced, and it stays as it is.
+    """
+    there = [
+        parameter.detach() for parameter in _parameters_up_to(model, {name.rpartition(".")[0] for name in buffers})
+    ]
     there = [torch.view_as_real(parameter) if parameter.is_complex() else parameter for parameter in there]
     flat = [parameter.float().flatten() for parameter in there]
-    norms = [values.norm() for values in flat]
-    projections = [(values * _ramp(values)).sum() for values in flat]  # in float32 under autocast, too
-    values = [value.to(norms[0].device) for value in (*norms, *projections)]
-    found: list[float] = torch.stack(values).tolist() if values else []  # a GPU waits once
-    return found
+    pairs = [value for values in flat for value in (values.norm(), (values * _ramp(values)).sum())]  # in float32 always
+    found = torch.stack([value.to(pairs[0].device) for value in pairs]).view(-1, 2).tolist() if pairs else []
+    return cast(list[list[float]], found)  # a GPU waits once
+
+
+def _parameters_up_to(model: nn.Module, norms: set[str]) -> list[nn.Parameter]:
+    """Those up to the last one of these layers; all, where one of them has none that would tell its place."""
+    named = [(name, parameter) for name, parameter in model.named_parameters() if not is_lazy(parameter)]
+    holders = [name.rpartition(".")[0] for name, _ in named]
+    if not norms or not norms <= set(holders):
+        return [parameter for _, parameter in named]
+    last = max(place for place, holder in enumerate(holders) if holder in norms)
+    return [parameter for _, parameter in named[: last + 1]]
 
 
 def _ramp(values: Tensor) -> Tensor:
     return torch.linspace(-1, 1, len(values), dtype=values.dtype, device=values.device)
 
 
-def are_those_of(model: nn.Module, weights: list[float]) -> bool:
-    """Whether a model has the weights of which :func:`weights_of` gave this."""
-    own = weights_of(model)
-    count = len(own) // 2
-    norms = own[:count]
-    if len(weights) not in (count, 2 * count):  # once the norms alone were kept
-        return False
-    if not all(math.isclose(a, b, rel_tol=_SAME, abs_tol=1e-6) for a, b in zip(norms, weights, strict=False)):
-        return False
-    projections = zip(own[count:], weights[count:], norms, strict=False)
-    return all(abs(a - b) <= 4 * _SAME * norm + 1e-6 for a, b, norm in projections)
+def _close(a: float, b: float, norm: float) -> bool:
+    """Whether a norm, or a projection, is another one up to rounding; of weights that are not finite, too."""
+    return abs(a - b) <= 4 * _SAME * norm + 1e-6 or a == b or (math.isnan(a) and math.isnan(b))

@@ -61,7 +61,7 @@ class InputHeight(KeepsPrecision):
         if not torch.compiler.is_compiling() and self._source == _UNKNOWN and int(self.source) == _UNKNOWN:
             raise SiteError(
                 "the height of the model's input is unknown, since its forward was not called with a (B, C, H, W) "
-                "tensor (or (B, C, L), (B, C, D, H, W)); pass input_size="
+                "tensor (or (B, C, L), (B, C, D, H, W)); call the model as a whole, or pass input_size="
             )
         return self.pixels
 

@@ -146,16 +146,20 @@ def refuse_tracing(args: tuple[Any, ...]) -> None:
 
 
 def entry_names(model: nn.Module, plan: SitePlan) -> list[str]:
-    """The model itself ('') and its outermost submodules with a forward of their own that hold the sites."""
-    names = {""}
-    for spec in plan:
-        path = spec.scope.split(".") if spec.scope else []
+    """The model itself ('') and its outermost submodules with a forward of their own that hold the sites.
+
+    A network may be held under several names, as by itself and in an ``nn.Sequential`` with its head; each counts.
+    """
+    scopes = {id(model.get_submodule(spec.scope)) for spec in plan}
+    names = {id(model): ""}
+    for scope, module in model.named_modules(remove_duplicate=False):
+        path = scope.split(".") if scope and id(module) in scopes else []
         for length in range(1, len(path) + 1):
-            name = ".".join(path[:length])
-            if not isinstance(model.get_submodule(name), nn.ModuleList | nn.ModuleDict):
-                names.add(name)
+            outer = model.get_submodule(name := ".".join(path[:length]))
+            if not isinstance(outer, nn.ModuleList | nn.ModuleDict):
+                names.setdefault(id(outer), name)
                 break
-    return sorted(names)
+    return sorted(names.values())
 
 
 def layer_beside(model: nn.Module, network: nn.Module) -> str | None:
@@ -170,12 +174,14 @@ def first_image(values: tuple[Any, ...]) -> Tensor | None:
     """The first image among a forward's arguments: (B, C, H, W), or, where there is none, a clip or a signal.
 
     A tensor (B, C, 1, 1) is none, but the code that a generator makes an image of. Lists and dictionaries are looked
-    into where no argument is an image itself.
+    into where no argument is an image itself; in a list an image may be by itself, (C, H, W), as detectors take them.
     """
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
     signals = [value for value in tensors if value.dim() == 3 and value.is_floating_point()]
     images = [value for dim in (4, 5) for value in tensors if value.dim() == dim and value.shape[2:].numel() > 1]
     if images or signals:
         return (images or signals)[0]
-    inside = (value for value in tree_leaves(values) if isinstance(value, torch.Tensor))
-    return next((value for value in inside if value.dim() in (4, 5) and value.shape[2:].numel() > 1), None)
+    inside = [value for value in tree_leaves(values) if isinstance(value, torch.Tensor)]
+    batches = (value for value in inside if value.dim() in (4, 5) and value.shape[2:].numel() > 1)
+    single = (value[None] for value in inside if value.dim() == 3 and value.is_floating_point() and len(value) <= 4)
+    return next(batches, None) if any(value.dim() in (4, 5) for value in inside) else next(single, None)

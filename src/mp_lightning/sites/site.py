@@ -83,7 +83,8 @@ class Site(KeepsPrecision):
         if channels_of(x, spec.layout) != spec.channels:
             raise SiteError(
                 f"site '{spec.name}' got a tensor of shape {tuple(x.shape)}, expected "
-                f"{shape_words(spec.layout, spec.channels)}; leave it out of the plan"
+                f"{shape_words(spec.layout, spec.channels)}; where a layer was changed, detach and "
+                "attach again, else leave it out of the plan"
             )
         y = self._perturb(as_maps(x, spec.layout), stretch(x, spec.layout), call, training)
         return from_maps(y, x, spec.layout)
@@ -120,7 +121,7 @@ class Site(KeepsPrecision):
                     self._record(done.measured)
                 else:
                     fused.record(self.statistics, done.measured, MOMENTUM)
-            if done.hits is not None and shared.clip is not None:
+            if done.hits is not None and shared.clip is not None and not shared.frozen:
                 shared.bound_hits.add_(done.hits.sum())
         return done.y
 

@@ -58,7 +58,8 @@ def trace_regions(
     """Trace the model, or, where that is impossible, its parts.
 
     Left out are parts without convolutions, parts whose parameters are all frozen (teachers, perceptual losses),
-    averaged weights (EMA teachers) and torchmetrics. The forward of a LightningModule, which may do anything, is traced
+    averaged weights (EMA teachers) and torchmetrics, and what is a part of another region under a second name. The
+    forward of a LightningModule, which may do anything, is traced
     only on demand.
 
     Args:
@@ -77,6 +78,8 @@ def trace_regions(
     regions: list[Region] = []
     failures: list[str] = []
     _trace(model, prefix, through_lightning, regions, failures)
+    inner = [{*region.module.modules()} - {region.module} for region in regions]
+    regions = [region for region in regions if not any(region.module in parts for parts in inner)]
     if memory is not None:
         memory[key] = regions, failures
     return regions, failures
@@ -191,9 +194,9 @@ def _left_as_it_was(module: nn.Module) -> Iterator[nn.Module]:
     misses = {cache: cache.cache_info().misses for cache in _caches(module)}
     try:
         copied = _copy(module)
-        for part in copied.modules():
-            part.__dict__["training"] = False
         with torch.random.fork_rng(devices), nullcontext(copied) if copied is not module else _put_back(module):
+            for part in copied.modules():
+                part.__dict__["training"] = False
             yield copied
     finally:
         random.setstate(numbers)
