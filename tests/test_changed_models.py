@@ -337,6 +337,17 @@ def test_a_changed_layer_before_the_last_batch_norm_is_another_weight():
     assert attachment.estimates is None
 
 
+def test_batch_norm_that_was_merged_into_a_convolution_is_named():
+    model, _ = trained()
+    name = next(name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d))
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Identity())
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.1)
+    with pytest.raises(ConfigurationError, match=f"batch norm self.{name}, which was re-estimated, was replaced"):
+        model.eval()(images())
+
+
 def test_weights_that_are_not_finite_are_no_other_weights():
     model, attachment = trained()
     first = next(part for part in model.modules() if isinstance(part, nn.Conv2d))

@@ -42,6 +42,33 @@ def test_weights_that_are_copied_in_are_noticed_in_the_next_evaluation():
     assert attachment.estimates is None
 
 
+@pytest.mark.parametrize("asked_to_look", [True, False])
+def test_weights_that_differ_by_two_percent_are_others(asked_to_look):
+    """Also those that are changed in place between two evaluations, which nothing announces."""
+    model, attachment = trained()
+    model(images())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.02)
+    if asked_to_look:
+        model.eval()
+    with pytest.warns(UserWarning, match="not re-estimated"):
+        model(images())
+    assert attachment.estimates is None
+
+
+def test_parameters_that_took_the_places_of_others_are_watched():
+    model, attachment = trained()
+    model(images())
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+    model(images())
+    assert attachment.estimates is not None
+    with torch.no_grad():
+        next(model.parameters()).mul_(1.1)
+    with pytest.warns(UserWarning, match="not re-estimated"):
+        model(images())
+
+
 def test_a_convolution_of_the_other_sign_has_other_weights():
     model, attachment = trained()
     next(parameter for parameter in model.parameters() if parameter.dim() == 4).data.neg_()

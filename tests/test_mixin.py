@@ -111,6 +111,18 @@ def test_plain_state_dict_round_trip():
     assert float(attachment_of(other).input_size) == 16
 
 
+@pytest.mark.parametrize("by", ["weights", "state"])
+def test_images_of_an_evaluation_do_not_change_the_height_that_was_loaded(by):
+    model, other = module(Declared), module(Declared)
+    model.train()(digits()[0][:8])
+    if by == "weights":
+        other.load_state_dict(model.state_dict())
+    else:
+        attachment_of(other).load_state(attachment_of(model).state())
+    other.eval()(torch.rand(2, 3, 24, 24))
+    assert float(attachment_of(other).input_size) == 16
+
+
 def test_resume(tmp_path):
     whole, parts = module(Declared), module(Declared)
     trainer(tmp_path, max_epochs=3).fit(whole, loader(3))

@@ -24,6 +24,16 @@ def perturb(x, eps, phi, coeff=1.0, clip=100.0):
     return maths.apply_multiplier(x, net.multiplier(x, eps, used, NORMS), coeff, clip)
 
 
+@pytest.mark.parametrize("trainable", [True, False])
+def test_the_numbers_that_were_given_are_copied(trainable):
+    phi = initial_phi(0)
+    before = [value.clone() for value in phi]
+    with torch.no_grad():
+        for value in MetaPerturb(phi, trainable=trainable).phi:
+            value.add_(1)
+    assert all(torch.equal(a, b) for a, b in zip(phi, before, strict=True))
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     batch=st.integers(2, 4),

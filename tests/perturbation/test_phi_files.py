@@ -31,6 +31,11 @@ def test_round_trip(saved):
     assert len(loaded.card["sha256"]) == 64
 
 
+def test_a_file_in_the_home_folder_is_found(saved, monkeypatch):
+    monkeypatch.setenv("HOME", str(saved.parent))
+    assert load_phi("~/phi.safetensors").card["seed"] == 3
+
+
 def test_card_is_optional(saved):
     saved.with_suffix(".json").unlink()
     assert load_phi(saved).card == {}

@@ -276,10 +276,31 @@ def test_a_batch_of_one_is_finite_and_leaves_the_statistics_alone():
     assert all(torch.equal(value, before[name]) for name, value in buffers_of(attachment).items())
 
 
+@pytest.mark.parametrize("name", ["mean", "var"])
+def test_statistics_of_which_one_is_not_finite_are_all_left_alone(name):
+    attachment = attach(fresh(conv4), path="reference")
+    before, site = buffers_of(attachment), attachment.sites[0]
+    measured = {key: value + 1 for key, value in site.statistics.items()}
+    site._record({**measured, name: torch.full_like(measured[name], float("inf"))})
+    assert all(torch.equal(value, before[key]) for key, value in buffers_of(attachment).items())
+    site._record(measured)
+    assert not torch.equal(site.var, before["sites.0.var"])
+
+
+def test_a_phi_in_double_precision_acts_by_the_reference():
+    phi, outputs = Phi(*(30 * value.double() for value in initial_phi(0))), []
+    for path in ("auto", "reference"):
+        model = fresh(conv4)
+        attach(model, phi, ramp_steps=0, path=path)
+        outputs.append(model(images()))
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("path", ["auto", "reference"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_batch_that_is_not_finite_leaves_the_statistics_alone(bad):
+def test_a_batch_that_is_not_finite_leaves_the_statistics_alone(bad, path):
     model = fresh(resnet20)
-    attachment = attach(model)
+    attachment = attach(model, path=path)
     model(images())
     before, weights = buffers_of(attachment), copy.deepcopy(model.state_dict())
     poisoned = images(seed=1)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,8 +15,9 @@ from torch.utils.checkpoint import checkpoint
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import SiteError
 from mp_lightning.inference import reestimate_batch_norm
-from mp_lightning.perturbation import initial_phi
+from mp_lightning.perturbation import Phi, initial_phi
 from mp_lightning.sites import attach, attachment_of
+from mp_lightning.sites.site import _fingerprint
 
 REENTRANT = pytest.mark.parametrize("reentrant", [True, False])
 
@@ -251,6 +253,7 @@ def test_a_copy_continues_with_the_same_noise():
 # --- two processes -------------------------------------------------------------------------------------------------
 
 SAMPLES = 8
+VIVID = Phi(*(30 * value for value in initial_phi(0)))  # of whose statistics the output depends clearly
 
 
 def _whole_batch():
@@ -278,7 +281,7 @@ def _one_process(rank, world, folder, synchronize):
     attach(recorded, perturbation=recorder, seed=11)
     model = _without_batch_norm()
     # Attached before the processes know of each other, as the mixin does.
-    attach(model, initial_phi(0), seed=11, synchronize=synchronize)
+    attach(model, VIVID, seed=11, synchronize=synchronize)
     if world > 1:
         torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     for _ in range(2):
@@ -325,6 +328,36 @@ def test_with_synchronized_statistics_two_processes_are_one(one_and_two_processe
             assert torch.allclose(part["statistics"][name], value, rtol=1e-5, atol=1e-6), name
 
 
+def _single_samples(rank, world, folder):
+    """Statistics after a batch of two, of which each process has one, by path and whether they are synchronized."""
+    if world > 1:
+        torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    found = {}
+    for path, synchronize in itertools.product(("reference", "auto"), (True, False)):
+        model = _without_batch_norm()
+        attach(model, VIVID, seed=11, synchronize=synchronize, path=path)
+        _replace_norms(model)(_whole_batch()[0][:2][rank::world])
+        found[path, synchronize] = statistics(model)
+    torch.save(found, f"{folder}/single_{world}_{rank}.pt")
+    if world > 1:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_one_sample_on_each_process_has_statistics_where_they_are_synchronized_and_none_elsewhere(tmp_path):
+    _single_samples(0, 1, tmp_path)
+    torch.multiprocessing.spawn(_single_samples, (2, str(tmp_path)), nprocs=2)
+    whole, *parts = (torch.load(tmp_path / f"single_{name}.pt") for name in ("1_0", "2_0", "2_1"))
+    fresh = _without_batch_norm()
+    attach(fresh, VIVID)
+    for part in parts:
+        for (_, synchronize), found in part.items():
+            expected = whole["reference", True] if synchronize else statistics(fresh)
+            for name, value in expected.items():
+                assert torch.allclose(found[name], value, rtol=1e-5, atol=1e-6), name
+    assert not torch.allclose(whole["auto", True][name], statistics(fresh)[name])
+
+
 def _estimate_alone(rank, world, folder):
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
     found = {}
@@ -347,6 +380,17 @@ def test_processes_that_train_a_network_each_estimate_for_themselves(tmp_path):
     assert not torch.allclose(first[False][name], second[False][name])
     assert torch.allclose(first[True][name], second[True][name])
     assert torch.allclose(first[True][name], (first[False][name] + second[False][name]) / 2, atol=1e-5)
+
+
+def test_the_noise_of_another_input_is_not_taken_for_that_of_a_call_that_is_computed_again():
+    model = net()
+    site = attachment_of(model).sites[0]
+    checkpoint(model, images().requires_grad_(), use_reentrant=False)
+    (call, *_) = site._calls
+    seen = torch.rand(call.shape)
+    site._calls.clear()
+    site._calls.append(replace(call, fingerprint=_fingerprint(seen)))
+    assert site.recall(seen * (1 + 1e-4)) is not None and site.recall(torch.rand(call.shape) - 0.5) is None
 
 
 @pytest.mark.parametrize("training", [True, False])
