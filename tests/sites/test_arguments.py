@@ -47,6 +47,11 @@ def test_the_callback_names_an_argument_that_cannot_be_used(name, value):
         MetaPerturbCallback(**{name: value})
 
 
+def test_statistics_over_processes_that_train_a_network_each_are_refused():
+    with pytest.raises(ConfigurationError, match="synchronize=True takes statistics over all processes, and distr"):
+        attach(conv4(), synchronize=True, distributed=False)
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [*SHARED, *((name, value) for name in ("ramp_steps", "total_steps") for value in (math.nan, math.inf, "a", -1))],

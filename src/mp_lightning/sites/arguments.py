@@ -49,6 +49,7 @@ def check_arguments(
     seed: Any = None,
     input_size: Any = None,
     synchronize: Any = False,
+    distributed: bool = True,
     total_steps: Any = None,
     ramp_steps: Any = None,
 ) -> None:
@@ -73,6 +74,11 @@ def check_arguments(
         raise ConfigurationError(
             f"sync_statistics (synchronize in attach) is {synchronize!r}; give True to take statistics over all "
             "processes, or False"
+        )
+    if synchronize and not distributed:
+        raise ConfigurationError(
+            "synchronize=True takes statistics over all processes, and distributed=False says that each trains a "
+            "network of its own; leave one of them out"
         )
     if total_steps is not None:
         whole_number(total_steps, "total_steps", 0, "of training batches")

@@ -112,6 +112,7 @@ def attach(
         seed=seed,
         input_size=input_size,
         synchronize=synchronize,
+        distributed=distributed,
         total_steps=total_steps,
         ramp_steps=ramp_steps,
     )
