@@ -9,11 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from tiny_runs import assert_same
+from torch import nn
 
-from mp_lightning.data import ImageSet, image_set
+from mp_lightning import attachment_of
+from mp_lightning.compare.architecture import Architecture
+from mp_lightning.data import ImageSet, batch_indices, image_set, standard_augment
+from mp_lightning.meta import transfer
 from mp_lightning.meta.transfer import ArmResult, KeptRuns, Target, TransferSettings, compare_transfer, evaluate
 from mp_lightning.perturbation import NamedPhi, initial_phi
+from mp_lightning.randomness import derived_seed
 from mp_lightning.runs import RunFolderError
+from mp_lightning.sites import Attachment
 
 SETTINGS = TransferSettings(
     architecture="conv4-2", steps=2, seeds=2, batch_size=4, lr=1e-2, weight_decay=0.0, samples=1
@@ -156,6 +164,76 @@ def test_arms_of_one_seed_differ_in_the_perturbation_alone(tmp_path: Path) -> No
     assert one.nll == twin.nll and one.accuracy == twin.accuracy
     assert one.nll != without.nll
     assert one.nll[0] != one.nll[1]
+
+
+@pytest.fixture
+def tested(monkeypatch: pytest.MonkeyPatch) -> list[nn.Module]:
+    """The networks that come to the test, which is left out."""
+    found: list[nn.Module] = []
+
+    def note(model: nn.Module, *rest: object) -> tuple[float, float]:
+        found.append(model)
+        return 0.0, 0.0
+
+    monkeypatch.setattr(transfer, "evaluate", note)
+    return found
+
+
+def test_without_phi_a_network_is_trained_by_adam_on_what_the_seed_draws(
+    tmp_path: Path, tested: list[nn.Module]
+) -> None:
+    """With weight decay, and nothing mirrored where the target says so."""
+    target = replace(TARGET, flip=False)
+    settings = replace(SETTINGS, steps=3, seeds=1, weight_decay=0.1)
+    compare(KeptRuns(tmp_path / "kept.json"), target=target, arms={"no phi": None}, settings=settings)
+    seed = derived_seed(0, "transfer", 0)
+    expected = Architecture.parse("conv4-2").build(target.train, derived_seed(seed, "theta"))
+    optimizer = torch.optim.Adam(expected.parameters(), lr=1e-2, weight_decay=0.1)
+    for step in range(3):
+        chosen = batch_indices(6, 4, step, derived_seed(seed, "batches"))
+        generator = torch.Generator().manual_seed(derived_seed(seed, "augmentation", step))
+        optimizer.zero_grad()
+        x = standard_augment(target.train.images[chosen], generator, flip=False)
+        F.cross_entropy(expected(x), target.train.labels[chosen]).backward()
+        optimizer.step()
+    (trained,) = tested
+    assert_same(trained.state_dict(), expected.state_dict())
+
+
+def test_phi_hears_of_every_step_and_its_samples_are_averaged_in_evaluation(
+    tmp_path: Path, tested: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses: list[float] = []
+    monkeypatch.setattr(Attachment, "step", lambda self, loss: losses.append(loss.item()))
+    settings = replace(SETTINGS, steps=3, seeds=1, samples=5)
+    compare(KeptRuns(tmp_path / "kept.json"), settings=settings)
+    assert len(losses) == 3 and all(loss > 0 for loss in losses)
+    assert [model.training for model in tested] == [False, False]
+    assert getattr(attachment_of(tested[0]).inference, "samples", None) == 5
+    assert attachment_of(tested[1]) is None
+
+
+def test_what_a_network_draws_follows_from_the_seed_and_the_step(
+    tmp_path: Path, tested: list[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is drawn between the steps."""
+    build = Architecture.build
+
+    def with_dropout(self: Architecture, images: ImageSet, seed: int) -> nn.Module:
+        model = build(self, images, seed)
+        model.fc = nn.Sequential(nn.Dropout(0.5), model.fc)
+        return model
+
+    monkeypatch.setattr(Architecture, "build", with_dropout)
+    settings = replace(SETTINGS, seeds=1)
+    for draws in (1, 3):
+        kept = KeptRuns(tmp_path / f"{draws}.json")
+        compare_transfer(TARGET, {"no phi": None}, settings, 0, CPU, lambda *_, n=draws: torch.rand(n), kept)
+    assert_same(tested[0].state_dict(), tested[1].state_dict())
+
+
+def test_the_spread_over_seeds_is_that_of_a_sample() -> None:
+    assert "NLL 2.000 +- 1.414 " in str(ArmResult("phi", [1.0, 3.0], [0.5, 0.5]))
 
 
 def test_evaluation_is_the_mean_over_all_images() -> None:
