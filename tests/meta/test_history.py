@@ -101,6 +101,13 @@ def test_a_row_cut_off_by_a_kill_is_dropped(tmp_path: Path) -> None:
     assert history.read()["step"] == [1, 2]
 
 
+def test_a_table_of_which_a_kill_left_a_part_of_the_header_begins_anew(tmp_path: Path) -> None:
+    history = History(tmp_path / "metrics.csv")
+    history.path.write_text("step,los")
+    history.truncate(5)
+    assert not history.path.exists()
+
+
 @pytest.mark.parametrize("left", [b"", b"step,a/tr", b"step,a/train_loss\r\n1,0.5\r\n"])
 def test_from_the_start_nothing_is_left_of_the_run_before(tmp_path: Path, left: bytes) -> None:
     history = History(tmp_path / "metrics.csv")

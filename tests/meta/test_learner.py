@@ -79,6 +79,15 @@ def test_a_learner_goes_on_from_its_state(generation: int, noise_per: NoisePer) 
     assert_same(twin.state(), learner.state())
 
 
+def test_weights_that_a_learner_gave_stay_as_they_were() -> None:
+    learner = new_module().learner("first-a")
+    weights = learner.state()["theta"]
+    before = deepcopy(weights)
+    learner.step(0)
+    assert_same(weights, before)
+    assert not torch.equal(learner.state()["theta"]["fc.weight"], before["fc.weight"])
+
+
 def test_a_learner_perturbs_its_share_of_the_sites() -> None:
     whole, half = (new_module(replace(SETTINGS, share_of_sites=share)).learner("second-b") for share in (1.0, 0.5))
     names = whole.attachment.plan.names

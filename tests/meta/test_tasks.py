@@ -114,6 +114,28 @@ def test_batches_differ_between_seeds_steps_and_splits() -> None:
             assert not torch.equal(x, other)
 
 
+def test_augmentation_differs_from_step_to_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of the same images."""
+    monkeypatch.setattr("mp_lightning.meta.tasks.batch_indices", lambda *_: torch.arange(4))
+    (first, y), (second, same) = (
+        tasks_of(numbered_images())[0].batch("train", step, 4, 0, torch.device("cpu")) for step in range(2)
+    )
+    assert torch.equal(y, same) and not torch.equal(first, second)
+
+
+def test_batches_of_the_splits_are_drawn_apart() -> None:
+    """Also from as many images."""
+    task = tasks_of(numbered_images())[0]
+    task = replace(task, valid=task.train)
+    (x, _), (other, _) = (task.batch(split, 0, 8, 0, torch.device("cpu")) for split in ("train", "valid"))
+    assert not torch.equal(x, other)
+
+
+def test_sources_of_as_many_images_are_halved_differently() -> None:
+    one, _, other, _ = tasks_of(numbered_images(name="one"), numbered_images(name="other"))
+    assert numbers(one.train) != numbers(other.train)
+
+
 def test_split_follows_the_seed() -> None:
     halves = [numbers(tasks_of(numbered_images(), seed=seed)[0].train) for seed in (0, 0, 1)]
     assert halves[0] == halves[1] != halves[2]
@@ -150,6 +172,12 @@ def test_description_tells_other_images_apart() -> None:
     changed = tasks_of(images.subset([*range(23), 0]))[0]
     assert a.description() == tasks_of(images)[0].description()
     assert len({task.description()["digest"] for task in (a, b, changed)}) == 3
+
+
+def test_description_tells_other_images_to_validate_on_and_mirroring_apart() -> None:
+    task, other = tasks_of(numbered_images())
+    changed = [replace(task, valid=other.valid), replace(task, flip=True)]
+    assert all(one.description() != task.description() for one in changed)
 
 
 def test_classes_limits_every_group() -> None:
