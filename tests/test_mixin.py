@@ -1,5 +1,7 @@
 """The perturbation declared as part of a module."""
 
+import warnings
+
 import pytest
 import torch
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
@@ -89,6 +91,16 @@ def test_a_declared_module_averages_samples_before_batch_norm_is_reestimated():
     with torch.no_grad(), pytest.warns(UserWarning, match="20 noisy forwards are averaged"):
         model(digits()[0][:8])
     assert int(attachment_of(model).evaluations) == 20
+
+
+def test_a_declared_module_that_nothing_was_trained_in_is_evaluated_in_one_forward():
+    """Nothing acts in it, so there is nothing to average, and nothing to warn of."""
+    model, calls = module(Declared).eval(), []
+    model.net.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(digits()[0][:8])
+    assert len(calls) == 1
 
 
 def test_a_file_of_a_module_that_did_not_declare_it_is_loaded_like_any_other(tmp_path):

@@ -64,6 +64,25 @@ def test_constants_are_the_expected_multipliers_on_training_batches(norm):
         torch.testing.assert_close(attachment.estimates.constants[site.spec.name], means)
 
 
+def test_constants_are_estimated_where_batch_norm_normalizes_by_the_batch():
+    model, attachment, batches = trained()
+    by_hand = copy.deepcopy(model)
+    twin = attachment_of(by_hand)
+    twin.sampling, twin.path, seen = False, "reference", []
+    multiplier = twin.perturbation.multiplier
+    twin.perturbation.multiplier = lambda *args: (seen.append(multiplier(*args)), seen[-1])[1]
+    by_hand.eval()
+    for layer in by_hand.conv_layers:
+        layer.bn.train()
+    with torch.no_grad():
+        for x in batches:
+            by_hand(x)
+    reestimate_batch_norm(attachment, forwards(model, batches), fold=True)
+    for index, site in enumerate(attachment.sites):
+        means = torch.stack([m.mean(dim=(0, 2, 3)) for m in seen[index::4]]).mean(dim=0)
+        torch.testing.assert_close(attachment.estimates.constants[site.spec.name], means)
+
+
 def test_multiplies_by_the_constants_and_nothing_else():
     model, attachment, batches = trained()
     reestimate_batch_norm(attachment, forwards(model, batches), fold=True)

@@ -129,6 +129,22 @@ def test_a_few_small_logits_are_no_probabilities():
     assert output_kind(torch.zeros(50, 3), "Net") == "logits"  # of a new head that starts at zero, as torchvision's ViT
 
 
+def test_logits_far_apart_stay_finite():
+    """Of which a probability is 0 in float32."""
+    model, _ = attached(lambda logits: torch.tensor([[1000.0, 0.0]]).expand(len(logits), 2))
+    out = model(digits()[0][:4])
+    assert out.isfinite().all() and out.argmax(1).eq(0).all()
+
+
+def test_a_small_batch_is_too_little_to_settle_what_the_output_holds():
+    model, attachment = attached(HEADS["logits"])
+    with torch.no_grad():
+        model(digits()[0][:1])
+        assert attachment.inference.output is None
+        model(digits()[0][:4])
+    assert attachment.inference.output == "logits"
+
+
 @pytest.mark.parametrize("samples", [0, -1])
 def test_needs_a_sample(samples):
     with pytest.raises(ConfigurationError, match="at least one"):

@@ -13,7 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_modules import Classifier, digits, loader, module, trainer
-from mp_lightning import Mean, MetaPerturbCallback, attach, attachment_of, reestimate_batch_norm
+from mp_lightning import Mean, MetaPerturbCallback, MonteCarlo, attach, attachment_of, reestimate_batch_norm
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.reestimation_steps import reestimate
@@ -198,6 +198,71 @@ def test_a_model_that_changes_precision_takes_its_copies_along():
         out = model(batches()[0].double())
     assert out.dtype == torch.float64 and out.isfinite().all()
     assert model.conv_layers[0].bn.running_mean.dtype == torch.float64
+
+
+@pytest.mark.parametrize("raises", [False, True])
+def test_the_momentum_of_batch_norm_comes_back(raises):
+    model, attachment = attached()
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms[1].momentum = 0.25
+    before, seen = [norm.momentum for norm in norms], []
+
+    def step():
+        seen.extend(norm.momentum for norm in norms)
+        if raises:
+            raise ValueError("on purpose")
+        model(batches(1)[0])
+
+    if raises:
+        with pytest.raises(ValueError, match="on purpose"):
+            reestimate_batch_norm(attachment, [step])
+    else:
+        reestimate_batch_norm(attachment, [step])
+    assert seen == [None] * 4
+    assert [norm.momentum for norm in norms] == before
+
+
+def test_what_a_step_freezes_and_thaws_comes_back():
+    model, attachment = attached()
+    model.fc.bias.requires_grad_(False)
+    before = [parameter.requires_grad for parameter in model.parameters()]
+
+    def step():
+        for parameter in model.parameters():
+            parameter.requires_grad_(not parameter.requires_grad)
+        model(batches(1)[0])
+
+    reestimate_batch_norm(attachment, [step])
+    assert [parameter.requires_grad for parameter in model.parameters()] == before
+
+
+def test_what_is_estimated_in_inference_mode_serves_outside_of_it():
+    model, attachment = attached()
+    with torch.inference_mode():
+        reestimate_batch_norm(attachment, forwards(model, batches()))
+    assert not any(value.is_inference() for value in [*attachment.estimates.buffers.values(), *model.buffers()])
+    attachment.inference = Mean()
+    model.eval()(batches()[0]).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_batch_norm_whose_weight_is_frozen_before_any_training_is_not_reestimated():
+    model = build_backbone("conv4", 10, width=8, image_size=16)
+    attachment = attach(model)
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    frozen = next(iter(norms))
+    norms[frozen].weight.requires_grad_(False)
+    reestimate_batch_norm(attachment, forwards(model, batches()))
+    assert {name.rpartition(".")[0] for name in attachment.estimates.buffers} == norms.keys() - {frozen}
+
+
+@pytest.mark.parametrize("inference", [Mean(), MonteCarlo(2)])
+def test_a_forward_leaves_it_as_it_was_whether_noise_is_drawn(inference):
+    model, attachment = attached()
+    reestimate_batch_norm(attachment, forwards(model, batches()))
+    attachment.inference, attachment.sampling = inference, False
+    model.eval()(batches()[0])
+    assert attachment.sampling is False and inference.calls == 1
 
 
 @pytest.mark.parametrize("functions", [[], [lambda: None]])
@@ -397,6 +462,17 @@ def test_every_part_that_a_step_calls_is_reestimated_and_no_other():
     model.decoder[1].train()
     reestimate_batch_norm(attachment, [step])
     assert {name.split(".")[0] for name in attachment.estimates.buffers} == {"encoder", "decoder"}
+
+
+def test_every_part_that_a_step_calls_sees_every_batch():
+    model = EncoderDecoder()
+    attachment = attach(model, input_size=16)
+    counts = {name: [] for name in ("encoder", "decoder")}
+    for name, seen in counts.items():
+        norm = model.get_submodule(name)[1]
+        norm.register_forward_hook(lambda norm, args, y, seen=seen: seen.append(int(norm.num_batches_tracked)))
+    reestimate_batch_norm(attachment, [lambda x=x: model.decoder(model.encoder(x)) for x in batches()])
+    assert counts == {"encoder": [1, 2, 3], "decoder": [1, 2, 3]}
 
 
 def test_training_on_makes_the_reestimated_statistics_void():
