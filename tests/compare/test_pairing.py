@@ -1,6 +1,7 @@
 """Arms of one seed see the same, whatever they draw."""
 
 import random
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch.utilities import CombinedLoader
 from small_runs import PHI, Small, SmallData, experiment
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 
 from mp_lightning.compare import arm_callbacks
 from mp_lightning.compare.arms import parse_arm
@@ -139,8 +140,47 @@ def test_order_of_a_loader_does_not_depend_on_draws_between_batches() -> None:
     assert len(PairedLoader(loader, 3)) == 4 and PairedLoader(loader, 3).dataset is loader.dataset
 
 
+def test_order_of_a_loader_that_draws_it_at_once_follows_from_the_seed() -> None:
+    class Drawn:
+        def __iter__(self) -> Iterator[torch.Tensor]:
+            return iter(torch.randperm(20).split(5))
+
+    orders = []
+    for _ in range(2):
+        torch.rand(3)
+        orders.append(torch.cat(list(PairedLoader(Drawn(), 3))))
+    assert torch.equal(*orders)
+
+
+class OwnGenerator(BatchSampler):
+    """Draws the order of the batches from a generator of its own."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__(range(20), 5, drop_last=False)
+        self.generator = generator
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = list(super().__iter__())
+        return (batches[number] for number in torch.randperm(4, generator=self.generator))
+
+
+@pytest.mark.parametrize(
+    "batches",
+    [lambda g: BatchSampler(RandomSampler(range(20), generator=g), 5, drop_last=False), OwnGenerator],
+    ids=["of its sampler", "its own"],
+)
+def test_the_generator_of_a_batch_sampler_follows_from_the_seed(
+    batches: Callable[[torch.Generator], BatchSampler],
+) -> None:
+    loader = DataLoader(TensorDataset(torch.arange(20)), batch_sampler=batches(torch.Generator()))
+    first, second = (torch.cat([batch for (batch,) in PairedLoader(loader, 3)]) for _ in range(2))
+    assert torch.equal(first, second)
+
+
 def test_collections_of_loaders_keep_their_form() -> None:
     loader = DataLoader(TensorDataset(torch.arange(4)))
     assert isinstance(paired({"a": loader, "b": [loader]}, 0)["b"][0], PairedLoader)
-    combined = paired(CombinedLoader({"a": loader}, "max_size"), 0)
-    assert isinstance(combined, CombinedLoader) and isinstance(combined.iterables["a"], PairedLoader)
+    for mode in ("max_size", "sequential"):
+        combined = paired(CombinedLoader({"a": loader}, mode), 0)
+        assert isinstance(combined, CombinedLoader) and isinstance(combined.iterables["a"], PairedLoader)
+        assert combined._mode == mode

@@ -59,8 +59,8 @@ class PairedLoader:
         self._loader = loader
         self._stream = RandomStream(seed)
         # Generators that the loader has for itself are shared by all runs of a process.
-        sampler = getattr(loader, "sampler", None)
-        for owner in (loader, sampler, getattr(getattr(loader, "batch_sampler", None), "sampler", None)):
+        sampler, batches = getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None)
+        for owner in (loader, sampler, batches, getattr(batches, "sampler", None)):
             generator = getattr(owner, "generator", None)
             if isinstance(generator, torch.Generator):
                 generator.manual_seed(seed)
