@@ -192,6 +192,24 @@ def test_information_dropout_adds_its_cost_to_the_loss(tmp_path, gives):
             assert ("other" in outputs) == (gives == "dict")
 
 
+class PassesBy(Loss):
+    """Its second step leaves the sites out."""
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 0:
+            return super().training_step(batch, batch_idx)
+        loss = self.net.fc.weight.square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+
+def test_a_step_that_reaches_no_site_has_no_cost(tmp_path):
+    net, losses = module(PassesBy), Losses()
+    trainer(tmp_path, [InformationDropoutCallback(), losses], max_epochs=1).fit(net, loader(2))
+    (first, second), (with_cost, without) = net.losses, [outputs["loss"].item() for outputs in losses.seen]
+    assert with_cost > first and without == second
+
+
 def test_a_checkpoint_loads_without_the_layers_and_resumes_with_them(tmp_path):
     net = module()
     first = trainer(

@@ -73,6 +73,11 @@ def test_what_diverged_counts_as_wrong() -> None:
     assert math.isnan(found.nll) and math.isnan(found.brier) and math.isnan(found.ece)
 
 
+def test_confidences_fall_into_15_bins_as_in_the_paper() -> None:
+    p, y = drawn(10, 3, 0)
+    assert len(reliability(p, y)) == BINS == 15
+
+
 def test_reliability_adds_up_to_the_calibration_error() -> None:
     p, y = drawn(400, 5, 1)
     bins = reliability(p, y)

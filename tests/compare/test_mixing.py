@@ -114,9 +114,11 @@ def test_a_batch_of_another_kind_is_described(tmp_path, batch):
     assert "training_step" not in vars(net)
 
 
-def test_labels_that_are_no_classes_are_named(tmp_path):
-    with pytest.raises(ConfigurationError, match=r"label_smoothing: a batch has labels from 0 to 9, .*num_classes=5"):
-        trainer(tmp_path, [LabelSmoothing(5)]).fit(module(), loader(1))
+@pytest.mark.parametrize("classes", [5, 9])
+def test_labels_that_are_no_classes_are_named(tmp_path, classes):
+    message = f"label_smoothing: a batch has labels from 0 to 9, .*num_classes={classes}"
+    with pytest.raises(ConfigurationError, match=message):
+        trainer(tmp_path, [LabelSmoothing(classes)]).fit(module(), loader(1))
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,11 @@ def test_all_colour_layouts_and_types_give_the_same_images() -> None:
         assert torch.equal(images, expected)
 
 
+@pytest.mark.parametrize("value", [127.6, 127.6 / 255])
+def test_floats_are_rounded_to_the_nearest_integer(value: float) -> None:
+    assert image_set("set", np.full(COLOUR.shape, value), LABELS).images.eq(128).all()
+
+
 @pytest.mark.parametrize("value", [0, 1])
 def test_images_of_one_integer_are_taken(value: int) -> None:
     assert image_set("set", np.full_like(COLOUR, value), LABELS).images.eq(value).all()
