@@ -218,10 +218,12 @@ def test_what_a_network_draws_follows_from_the_seed_and_the_step(
 ) -> None:
     """Whatever is drawn between the steps."""
     build = Architecture.build
+    seeds: list[int] = []
 
     def with_dropout(self: Architecture, images: ImageSet, seed: int) -> nn.Module:
         model = build(self, images, seed)
         model.fc = nn.Sequential(nn.Dropout(0.5), model.fc)
+        model.fc.register_forward_pre_hook(lambda *_: seeds.append(torch.initial_seed()))
         return model
 
     monkeypatch.setattr(Architecture, "build", with_dropout)
@@ -230,6 +232,7 @@ def test_what_a_network_draws_follows_from_the_seed_and_the_step(
         kept = KeptRuns(tmp_path / f"{draws}.json")
         compare_transfer(TARGET, {"no phi": None}, settings, 0, CPU, lambda *_, n=draws: torch.rand(n), kept)
     assert_same(tested[0].state_dict(), tested[1].state_dict())
+    assert seeds[:2] == seeds[2:] and seeds[0] != seeds[1]
 
 
 def test_the_spread_over_seeds_is_that_of_a_sample() -> None:
