@@ -135,6 +135,59 @@ def test_folder_with_splits(tmp_path: Path, held_out: str) -> None:
     assert (test.classes, test.labels.tolist()) == (("a", "b", "c"), [0, 2])
 
 
+@pytest.mark.parametrize(
+    ("training", "held_out"), [("training", "validation"), ("Train", "Test"), ("train", "valid"), ("TRAIN", "testing")]
+)
+def test_splits_go_by_several_names(tmp_path: Path, training: str, held_out: str) -> None:
+    write_folder(tmp_path / training, "a", "b", "c")
+    write_folder(tmp_path / held_out, "a", "b", count=1)
+    train, test = load_images(tmp_path)
+    assert train.classes == ("a", "b", "c") and len(train) == 6
+    assert test is not None and test.labels.tolist() == [0, 1] and test.name.endswith(f"({held_out})")
+
+
+def test_an_empty_test_set_leaves_its_place_to_the_validation_set(tmp_path: Path) -> None:
+    write_folder(tmp_path / "train", "a", "b")
+    write_folder(tmp_path / "val", "a", "b", count=1)
+    for _ in range(2):
+        (_, test) = load_images(tmp_path)
+        assert test is not None and test.name.endswith("(val)")
+        (tmp_path / "test" / "a").mkdir(parents=True, exist_ok=True)
+    (tmp_path / "test" / "a").rmdir()
+    write_folder(tmp_path / "test", "a", "b")
+    (_, test) = load_images(tmp_path)
+    assert test is not None and test.name.endswith("(test)")
+
+
+def test_splits_are_not_taken_for_classes(tmp_path: Path) -> None:
+    write_folder(tmp_path / "flat", "train", "Test")
+    assert "(Test, train): put one folder for each class into 'train'" in refused(tmp_path / "flat", "holds splits")
+    for name in ("test", "valid"):
+        write_folder(tmp_path / "untrained" / name, "a", "b")
+    refused(tmp_path / "untrained", r"holds splits .*\(test, valid\)")
+    for name in ("fold1", "fold2"):
+        write_folder(tmp_path / "folds" / name, "a", "b")
+    refused(tmp_path / "folds", r"'fold1' and all other folders of .*/folds' hold the same folders \(a, b\), as splits")
+    for name in ("train", "training"):
+        write_folder(tmp_path / "both" / name, "a", "b")
+    refused(tmp_path / "both", "holds both 'train' and 'training'")
+
+
+def test_classes_may_hold_folders(tmp_path: Path) -> None:
+    """One of the same name in each, as in Tiny ImageNet, or several that differ."""
+    for name in ("owl", "wren"):
+        write_folder(tmp_path / "one" / name, "images")
+    assert load_images(tmp_path / "one")[0].classes == ("owl", "wren")
+    write_folder(tmp_path / "two" / "owl", "day", "night")
+    write_folder(tmp_path / "two" / "wren", "day")
+    assert load_images(tmp_path / "two")[0].classes == ("owl", "wren")
+
+
+def test_what_macos_packs_beside_the_folders_is_no_class(tmp_path: Path) -> None:
+    write_folder(tmp_path, "owl", "wren", "__MACOSX")
+    assert load_images(tmp_path)[0].classes == ("owl", "wren")
+
+
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
     assert load_images(write_folder(tmp_path, "car", "train"))[0].classes == ("car", "train")
 

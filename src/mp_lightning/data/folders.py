@@ -11,35 +11,74 @@ from mp_lightning.data.progress import Progress
 from mp_lightning.errors import ConfigurationError, DataError
 from mp_lightning.walking import walk
 
+_TRAIN, _TEST, _VALID = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
+_NO_CLASSES = ("__MACOSX",)  # what macOS packs beside the folders of a zip
+
 
 def load_folder(root: Path, size: int | None, on_progress: Progress) -> tuple[ImageSet, ImageSet | None]:
     """Load ``root/CLASS/**/image``, or ``root/train/CLASS/...`` with ``root/test`` or ``root/val`` beside it.
 
-    Classes are numbered in the order of their names. See :func:`mp_lightning.data.load_images` for the rest.
+    The splits may also be called training, testing, valid and validation, in letters of either case. Classes are
+    numbered in the order of their names. See :func:`mp_lightning.data.load_images` for the rest.
     """
     if size is not None and size < 1:
         raise ConfigurationError(f"size={size} for '{root}' is out of range: give at least 1 pixel")
     # A folder 'train' without folders inside is a class of that name.
-    if not _subfolders(root / "train"):
+    splits = [folder for folder in _called(root, _TRAIN) if _subfolders(folder)]
+    if not splits:
+        _refuse_splits(root)
         return _load_split(root, root.name, _training_files(root), size, on_progress), None
-    files = _training_files(root / "train")
-    train = _load_split(root / "train", root.name, files, size, on_progress)
-    for held_out in (root / "test", root / "val"):
-        if held_out.is_dir():
-            unknown = sorted(set(_subfolders(held_out)) - set(files))
-            if unknown:
-                raise DataError(
-                    f"class '{unknown[0]}' of '{held_out}' has no folder in '{root / 'train'}': add or remove it"
-                )
-            files = {name: _image_files(held_out / name) for name in files}
-            return train, _load_split(held_out, f"{root.name} ({held_out.name})", files, size, on_progress)
-    return train, None
+    if len(splits) > 1:
+        raise DataError(f"'{root}' holds both '{splits[0].name}' and '{splits[1].name}': merge or remove one of them")
+    (place,) = splits
+    files = _training_files(place)
+    train = _load_split(place, root.name, files, size, on_progress)
+    held_out = _held_out(root)
+    if held_out is None:
+        return train, None
+    unknown = sorted(set(_subfolders(held_out)) - set(files))
+    if unknown:
+        raise DataError(f"class '{unknown[0]}' of '{held_out}' has no folder in '{place}': add or remove it")
+    files = {name: _image_files(held_out / name) for name in files}
+    return train, _load_split(held_out, f"{root.name} ({held_out.name})", files, size, on_progress)
+
+
+def _called(root: Path, names: tuple[str, ...]) -> list[Path]:
+    """The folders in ``root`` of one of these names, in their order."""
+    folders = _subfolders(root)
+    return [root / folder for name in names for folder in folders if folder.lower() == name]
+
+
+def _held_out(root: Path) -> Path | None:
+    """The first split to test on that has images in folders of classes; where none has, the first."""
+    found = [*_called(root, _TEST), *_called(root, _VALID)]
+    full = (folder for folder in found if any(_image_files(folder / name) for name in _subfolders(folder)))
+    return next(full, found[0] if found else None)
+
+
+def _refuse_splits(root: Path) -> None:
+    """Refuse a folder whose folders are splits rather than classes, as far as that shows.
+
+    Raises:
+        DataError: all of them have the names of splits, or hold the same folders, two or more.
+    """
+    folders = _subfolders(root)
+    remedy = "put one folder for each class into 'train', and into 'test' what is to test on"
+    if folders and all(name.lower() in (*_TRAIN, *_TEST, *_VALID) for name in folders):
+        raise DataError(f"'{root}' holds splits without a training set of classes ({', '.join(folders)}): {remedy}")
+    inside = {tuple(_subfolders(root / name)) for name in folders}
+    if len(folders) > 1 and len(inside) == 1 and len(alike := inside.pop()) > 1:
+        raise DataError(
+            f"'{folders[0]}' and all other folders of '{root}' hold the same folders ({', '.join(alike[:3])}"
+            f"{', ...' if len(alike) > 3 else ''}), as splits do and classes do not: {remedy}"
+        )
 
 
 def _subfolders(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
-    return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    names = (entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    return sorted(name for name in names if name not in _NO_CLASSES)
 
 
 def _training_files(folder: Path) -> dict[str, list[Path]]:
