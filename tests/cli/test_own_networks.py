@@ -26,6 +26,10 @@ class Counted(Net):
 def without_classes():
     return Net(2)
 
+class Constant(Net):
+    def forward(self, x):
+        return super().forward(x).detach()
+
 def number(num_classes):
     return num_classes
 
@@ -56,6 +60,7 @@ def test_a_network_of_the_users_own_is_made_for_the_classes_of_its_data(folder: 
         ("own.py:Nett", "there is no 'Nett' in own.py"),
         ("missing.py:Net", "missing.py cannot be imported"),
         ("own.py:without_classes", "failed: TypeError: .* it is called with num_classes=2 alone"),
+        ("own.py:Constant", "its output depends on no weight that has a gradient; let some of its layers learn"),
         ("own.py:number", "gave a int; it must give a torch.nn.Module"),
         ("own.py:plain", "no site for a perturbation in Sequential"),
     ],

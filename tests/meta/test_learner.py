@@ -2,14 +2,18 @@
 
 from copy import deepcopy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import SETTINGS, assert_same, new_module
+from tiny_runs import SETTINGS, assert_same, new_module, tiny_tasks
 from torch import nn
 
+from mp_lightning.compare.architecture import Architecture
+from mp_lightning.errors import ConfigurationError
 from mp_lightning.meta.learner import Learner
 from mp_lightning.perturbation import NoisePer
+from mp_lightning.sites.attachment import NAME
 
 
 def test_phi_is_learned_at_full_strength_and_with_the_clip_of_the_paper() -> None:
@@ -111,3 +115,52 @@ def test_watching_changes_no_number_and_sees_every_site() -> None:
     for s, z, product in zip(*(watched.observed[name] for name in ("scale", "noise", "multiplier")), strict=True):
         assert 0 < s < 1 and z > 0
         assert product == pytest.approx(s * z, rel=0.05)
+
+
+OWN = """
+from torch import nn
+
+class Net(nn.Sequential):
+    def __init__(self, num_classes):
+        first = nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU()
+        second = nn.Conv2d(4, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1)
+        super().__init__(*first, *second, nn.Flatten(), nn.Linear(4, num_classes))
+
+class Partly(Net):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self[0].requires_grad_(False)
+        self[7].unused = nn.Linear(2, 2)
+
+class Detached(Net):
+    def forward(self, x):
+        for layer in list(self)[:-1]:
+            x = layer(x)
+        return self[-1](x.detach())
+"""
+
+
+def own_learner(folder: Path, name: str) -> Learner:
+    """One of a network that the user's own code makes."""
+    (folder / "own.py").write_text(OWN)
+    architecture = f"{folder / 'own.py'}:{name}"
+    Architecture.parse(architecture).check(16)
+    return new_module(tasks=tiny_tasks(architectures=[architecture])).learner("first-a")
+
+
+def test_weights_that_are_frozen_or_not_used_stay_as_they_are(tmp_path: Path) -> None:
+    learner = own_learner(tmp_path, "Partly")
+    before = deepcopy(dict(learner.model.named_parameters()))
+    step = learner.step(0)
+    assert any(gradient.abs().sum() > 0 for gradient in step.gradients)
+    kept = {name for name, value in learner.model.named_parameters() if torch.equal(value, before[name])}
+    theta = {name for name in kept if not name.startswith(NAME)}
+    assert theta == {"0.weight", "0.bias", "7.unused.weight", "7.unused.bias"}
+    twin = own_learner(tmp_path, "Partly")
+    twin.load_state(deepcopy(learner.state()))
+    assert_same(list(twin.step(1)), list(learner.step(1)))
+
+
+def test_a_network_that_phi_does_not_reach_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=r"^architecture '.*own.py:Detached': its output does not depend on"):
+        own_learner(tmp_path, "Detached").step(0)

@@ -61,8 +61,8 @@ class Architecture:
         """Refuse a network that cannot be meta-trained on images of so many pixels; no weight is computed for it.
 
         Raises:
-            ConfigurationError: the network is unknown, has no site, takes no images of this size, or gives no logits;
-                the message names it and what to do.
+            ConfigurationError: the network is unknown, has no site, takes no images of this size, gives no logits, or
+                has nothing to train; the message names it and what to do.
         """
         classes = 2
         try:
@@ -94,6 +94,11 @@ class Architecture:
                 f"architecture '{self}': its output in training ({shape}) is not one row of logits for each image; "
                 "choose another network"
             )
+        if not output.requires_grad:
+            raise ConfigurationError(
+                f"architecture '{self}': its output depends on no weight that has a gradient; let some of its layers "
+                "learn, or choose another network"
+            )
 
     def build(self, images: ImageSet, seed: int) -> nn.Module:
         """A freshly initialised network for ``images``; the global random state is left as it was."""
@@ -114,7 +119,7 @@ class Architecture:
             ConfigurationError: as :func:`~mp_lightning.backbones.build_backbone`.
         """
         net = self._outline(num_classes, image_size).eval()
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
             _forward(net, image_size, batch_size=1)
         return int(counter.get_total_flops())
 
@@ -137,7 +142,7 @@ class Architecture:
 
 
 def _forward(net: nn.Module, image_size: int, batch_size: int = 2) -> object:
-    with torch.device("meta"), torch.no_grad():
+    with torch.device("meta"):
         return net(torch.empty(batch_size, 3, image_size, image_size))
 
 

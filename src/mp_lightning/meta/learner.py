@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from mp_lightning.errors import ConfigurationError
 from mp_lightning.meta.settings import MetaSettings
 from mp_lightning.meta.step import phi_gradient, theta_step
 from mp_lightning.meta.tasks import Task
@@ -66,7 +67,7 @@ class Learner(nn.Module):
             distributed=False,
         )
         self.model = model
-        theta = [p for name, p in model.named_parameters() if not name.startswith(NAME)]
+        theta = [p for name, p in model.named_parameters() if p.requires_grad and not name.startswith(NAME)]
         self.optimizer = torch.optim.Adam(
             theta, lr=self._settings.theta_lr, weight_decay=self._settings.theta_weight_decay
         )
@@ -77,7 +78,16 @@ class Learner(nn.Module):
         Args:
             number: of the meta-step, from 0; it decides the batches and everything random.
             watch: note scale, noise and multiplier of every site in the forward that phi's gradient comes from.
+
+        Raises:
+            ConfigurationError: the network's output depends on no weight that is trained, or not on phi.
         """
+        try:
+            return self._step(number, watch)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"architecture '{self.task.architecture}': {error}") from error
+
+    def _step(self, number: int, watch: bool) -> TaskStep:
         task, size, (perturbation,) = self.task, self._settings.batch_size, self._shared
         self.model.train()
         phi = list(perturbation.parameters())

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from mp_lightning.errors import ConfigurationError
+
 
 def theta_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor) -> Tensor:
     """One optimizer step on theta, all that ``optimizer`` holds; phi gets no gradient.
@@ -19,11 +21,14 @@ def theta_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, y:
 
     Returns:
         The training loss before the step, without dimensions.
+
+    Raises:
+        ConfigurationError: the loss depends on nothing of theta.
     """
     theta = [p for group in optimizer.param_groups for p in group["params"]]
     with gradients_for(model, theta):
         loss = F.cross_entropy(model(x), y)
-    for parameter, gradient in zip(theta, torch.autograd.grad(loss, theta), strict=True):
+    for parameter, gradient in zip(theta, _gradients(loss, theta), strict=True):
         parameter.grad = gradient
     optimizer.step()
     return loss.detach()
@@ -36,11 +41,25 @@ def phi_gradient(model: nn.Module, phi: Sequence[Tensor], x: Tensor, y: Tensor) 
 
     Returns:
         The validation loss without dimensions, and one gradient for each tensor of phi.
+
+    Raises:
+        ConfigurationError: the loss does not depend on phi.
     """
     with batch_norm_in_evaluation(model), gradients_for(model, phi):
         loss = F.cross_entropy(model(x), y)
-    gradients = torch.autograd.grad(loss, list(phi))
-    return loss.detach(), list(gradients)
+    gradients = [torch.zeros_like(p) if g is None else g for p, g in zip(phi, _gradients(loss, phi), strict=True)]
+    return loss.detach(), gradients
+
+
+def _gradients(loss: Tensor, wanted: Sequence[Tensor]) -> Sequence[Tensor | None]:
+    """By tensor; None for what the network has and does not use."""
+    found = torch.autograd.grad(loss, list(wanted), allow_unused=True) if loss.requires_grad else [None] * len(wanted)
+    if all(gradient is None for gradient in found):
+        raise ConfigurationError(
+            "its output does not depend on what is learned, its weights and the perturbation at its sites; look for "
+            "detach, no_grad and frozen layers in it, or choose another network"
+        )
+    return found
 
 
 @contextmanager
