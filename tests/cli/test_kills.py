@@ -102,7 +102,9 @@ def test_killed_twenty_times_ends_as_if_it_had_not_been(
     assert_same_run(succeed(mp, tmp_path, [*pictures, *LONG], ranks), uninterrupted)
 
 
-@pytest.mark.parametrize(("rank", "which"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("rank", "which"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGSTOP)]
+)
 def test_no_one_waits_for_a_process_that_is_gone(
     mp: CommandLine, pictures: list[str], tmp_path: Path, rank: int, which: signal.Signals
 ) -> None:

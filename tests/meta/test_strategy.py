@@ -1,5 +1,9 @@
 """Sharing tasks over processes gives what DistributedDataParallel would give, whose reduction is not ours."""
 
+import os
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.strategies import StrategyRegistry
 from tiny_runs import SETTINGS, fit, new_module, tiny_tasks
 from torch import Tensor, nn
@@ -17,7 +22,7 @@ from mp_lightning.meta import exchange
 from mp_lightning.meta.learner import Learner
 from mp_lightning.meta.module import JointMetaTraining
 from mp_lightning.meta.step import batch_norm_in_evaluation, theta_step
-from mp_lightning.meta.strategy import TaskParallelStrategy
+from mp_lightning.meta.strategy import RANK_LOST, TaskParallelStrategy, _WatchedLauncher
 
 STEPS = 20
 SETTINGS_LONG = replace(SETTINGS, steps=STEPS)
@@ -105,6 +110,18 @@ def test_lightning_knows_the_strategy_by_its_name() -> None:
     assert "task_parallel" in StrategyRegistry.available_strategies()
     trainer = L.Trainer(accelerator="cpu", devices=2, strategy="task_parallel", logger=False)
     assert isinstance(trainer.strategy, TaskParallelStrategy) and trainer.world_size == 2
+
+
+def test_children_that_are_stopped_are_ended_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They do not act on SIGTERM, and would hold the output open."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    os.kill(child.pid, signal.SIGSTOP)
+    strategy, codes = TaskParallelStrategy(), []
+    strategy._launcher = _WatchedLauncher(LightningEnvironment(), 2, 1)
+    strategy._launcher.procs = [child]
+    monkeypatch.setattr(os, "_exit", codes.append)
+    strategy._end_without(1)
+    assert codes == [RANK_LOST] and child.wait(10) == -signal.SIGKILL
 
 
 def test_ddp_leaves_all_of_theta_alone() -> None:

@@ -42,7 +42,7 @@ class TaskParallelStrategy(DDPStrategy):
             if self.world_size > 1:
                 assert self.cluster_environment is not None
                 address = self.cluster_environment.main_address
-                self._watch = RankWatch(address, self.global_rank, self.world_size, self.broadcast, _end_without)
+                self._watch = RankWatch(address, self.global_rank, self.world_size, self.broadcast, self._end_without)
 
     def barrier(self, *args: Any, **kwargs: Any) -> None:
         """Wait for all processes.
@@ -76,6 +76,11 @@ class TaskParallelStrategy(DDPStrategy):
         self._stop_observing()
         super().teardown()
 
+    def _end_without(self, rank: int) -> None:
+        if isinstance(self._launcher, _WatchedLauncher):
+            self._launcher.kill_children()
+        _end_without(rank)
+
     def _stop_observing(self) -> None:
         if isinstance(self._launcher, _WatchedLauncher):
             self._launcher.over.set()
@@ -96,6 +101,11 @@ class _WatchedLauncher(_SubprocessScriptLauncher):
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
 
+    def kill_children(self) -> None:
+        """End the processes that this one started: one that is stopped would stay, and hold the output open."""
+        for process in self.procs:
+            process.kill()
+
     def _observe(self) -> None:
         while not self.over.wait(0.5):
             codes = [process.poll() for process in self.procs]
@@ -104,8 +114,7 @@ class _WatchedLauncher(_SubprocessScriptLauncher):
                     # Time for this process to notice by itself, with a better reason.
                     if self.over.wait(3.0):
                         return
-                    for other in self.procs:
-                        other.terminate()
+                    self.kill_children()
                     _end_without(rank)
             if None not in codes:
                 return

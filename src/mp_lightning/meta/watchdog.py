@@ -37,13 +37,16 @@ class RankWatch:
         else:
             self._store = dist.TCPStore(host, share(0), is_master=False, wait_for_workers=False, timeout=timeout)
         self._over = threading.Event()
+        self._rounds = 0
         self._thread = threading.Thread(target=self._run, name="rank-watch", daemon=True)
         self._thread.start()
+        if rank > 0:
+            threading.Thread(target=self._watch_store, name="store-watch", daemon=True).start()
 
     def stop(self) -> None:
         """Stop listening. Before its process ends or stops as well, every process must have come this far."""
         self._over.set()
-        self._thread.join()
+        self._thread.join(_PATIENCE)  # it may wait for a store that does not answer
 
     @property
     def stopped(self) -> bool:
@@ -61,6 +64,7 @@ class RankWatch:
                 if not self._over.is_set():
                     self._on_lost(0)
                 return
+            self._rounds += 1
             now = time.monotonic()
             for rank, sign in signs.items():
                 if sign != last[rank][0]:
@@ -68,3 +72,16 @@ class RankWatch:
                 elif now - last[rank][1] > _PATIENCE:
                     self._on_lost(rank)
                     return
+
+    def _watch_store(self) -> None:
+        """End where the store no longer answers, as of a first process that is stopped: its requests wait forever.
+
+        Moments in which this process was awake are counted, not seconds, or one that was stopped itself would end.
+        """
+        seen, silent = 0, 0
+        while not self._over.wait(_INTERVAL):
+            silent = silent + 1 if self._rounds == seen else 0
+            seen = self._rounds
+            if silent * _INTERVAL > _PATIENCE:
+                self._on_lost(0)
+                return
