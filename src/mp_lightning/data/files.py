@@ -21,7 +21,8 @@ def load_images(
         path: either an ``.npz`` file with ``x_train``, ``y_train`` and optionally ``x_test``, ``y_test`` and
             ``classes`` (the names), in the forms that :func:`image_set` takes; or a folder with one folder of image
             files for each class (``root/cat/1.png``), or with such folders under ``root/train`` and, optionally,
-            ``root/test`` (else ``root/val``), which may also be called training, testing, valid and validation.
+            ``root/test`` (else ``root/val``), which may also be called training, testing, valid and validation. Image
+            files are turned as their EXIF data say, and what is transparent in them becomes white.
         size: resize the shorter side of every image to so many pixels and crop the centre to a square. Needed where
             images differ in size or are not square.
         on_progress: while image files are read, called with what is read, and how many files are done and how many

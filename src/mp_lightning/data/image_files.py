@@ -1,12 +1,13 @@
 """From image files to pixels in memory."""
 
+import contextlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from mp_lightning.data.progress import Progress
@@ -18,7 +19,7 @@ _FILES_AT_ONCE = 256
 
 
 def read_image_files(paths: Sequence[Path], size: int | None, what: str, on_progress: Progress) -> Tensor:
-    """Decode image files in several threads.
+    """Decode image files in several threads: upright, and what is transparent on white.
 
     Args:
         paths: the files, at least one.
@@ -63,7 +64,7 @@ def _read_image(path: Path) -> Tensor:
         with Image.open(path) as image:
             # Pillow would cut deeper pixels off at 255 instead of scaling them.
             deep = image.mode.startswith(("I", "F"))
-            pixels = np.array(image.convert("RGB"))
+            pixels = np.array(_on_white(_upright(image)))
     except FileNotFoundError as error:
         raise DataError(f"image '{path}' is missing: restore it, or unpack the dataset's archive again") from error
     # Broken files make Pillow's decoders raise almost anything, SyntaxError included.
@@ -72,6 +73,21 @@ def _read_image(path: Path) -> Tensor:
     if deep:
         raise DataError(f"'{path}' has more than 8 bits a channel: convert it to 8 bits")
     return torch.from_numpy(pixels).permute(2, 0, 1)[None]
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Turned as the camera noted (EXIF); a damaged note says nothing."""
+    with contextlib.suppress(Exception):
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """In RGB, what is transparent on white: below it lies any colour, often the black of what is drawn."""
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return image.convert("RGB")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def _shape(image: Tensor) -> str:
