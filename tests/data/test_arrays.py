@@ -34,7 +34,7 @@ def test_floats_are_rounded_to_the_nearest_integer(value: float) -> None:
     assert image_set("set", np.full(COLOUR.shape, value), LABELS).images.eq(128).all()
 
 
-@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.parametrize("value", [0, 1, 15])
 def test_images_of_one_integer_are_taken(value: int) -> None:
     assert image_set("set", np.full_like(COLOUR, value), LABELS).images.eq(value).all()
 
@@ -85,6 +85,9 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         (COLOUR > 9, LABELS, None, "type bool"),
         ((COLOUR > 9).astype(np.uint8), LABELS, None, "integers of 0 and 1 alone.*multiply them by 255"),
         ((COLOUR > 9).astype(np.int64), LABELS, None, "integers of 0 and 1 alone.*multiply them by 255"),
+        (COLOUR // 16, LABELS, None, "integers up to 15, almost black: multiply them by 255 / 15, or"),
+        (COLOUR // 16 + 0.5, LABELS, None, "floats up to 15.5, almost black: multiply them by 255 / 15.5"),
+        (COLOUR / COLOUR.max() * 3, LABELS, None, "floats up to 3, almost black"),
         (COLOUR / 255 / 255, LABELS, None, "floats up to 0.0039.*, almost black: scale them to .*once"),
         (COLOUR, np.array([0, 1, 2**63 + 5, 0], np.uint64), None, "label 9223372036854775813 .* out of range"),
         (COLOUR, LABELS[:3], None, r"4 images but labels of shape \(3,\)"),

@@ -25,11 +25,12 @@ NO_TARGET = Evaluation(dataset=None, train_per_class=3, image_size=16, flip=None
 
 
 def save(path: Path, classes: int = 5, per_class: int = 8, test: bool = False, first: int = 0) -> str:
-    """An npz in which every image is of one shade of its own, counted from ``first``; returns the path."""
+    """An npz in which every image but for a corner is of one shade, counted from ``first``; returns the path."""
     count = classes * per_class
     labels = np.arange(count) % classes
     numbers = np.arange(first, first + count, dtype=np.uint8)
-    shades = np.broadcast_to(numbers[:, None, None, None], (count, 20, 20, 3))
+    shades = np.broadcast_to(numbers[:, None, None, None], (count, 20, 20, 3)).copy()
+    shades[:, -1, -1] = 255  # darker sets are refused
     more = {"x_test": 255 - shades[: 2 * classes], "y_test": labels[: 2 * classes]} if test else {}
     np.savez(path, x_train=shades, y_train=labels, **more)
     return str(path)

@@ -11,6 +11,7 @@ from mp_lightning.data.resize import resize
 from mp_lightning.errors import ConfigurationError, DataError
 
 _BARELY_ABOVE = 2  # up to it, floats above 1 are meant to end at 1, as after a resize that overshoots
+_DARK = 64  # of 255: no set of real images has its brightest pixel below it
 
 
 def image_set(
@@ -25,15 +26,15 @@ def image_set(
     Args:
         name: what messages call the set.
         images: (N, H, W), (N, H, W, C) or (N, C, H, W) with C 1 or 3; integers 0 to 255, or floats in [0, 1] or
-            [0, 255] (in [0, 1] if none is larger than 1; refused if the largest is hardly so). Grey is repeated to
-            three channels.
+            [0, 255] (in [0, 1] if none is larger than 1; refused if the largest is hardly so, or below 64). Grey is
+            repeated to three channels.
         labels: integers (N,) or (N, 1), 0 to K - 1.
         classes: the K names; without them K is the largest label plus one, and the names are the numbers.
         size: resize the shorter side to so many pixels and crop the centre; without it images must be square.
 
     Raises:
         DataError: no images, fewer than two classes, a label out of range, a class without images where no names are
-            given, shapes that do not fit, values that are not finite, out of range, or integers of 0 and 1 alone.
+            given, shapes that do not fit, values that are not finite, out of range, or almost black.
         ConfigurationError: the size is below 1.
     """
     if size is not None and size < 1:
@@ -90,11 +91,13 @@ def _to_uint8(name: str, images: np.ndarray) -> np.ndarray:
     if images.dtype.kind != "f":
         if low < high == 1:
             raise DataError(f"images of '{name}' hold integers of 0 and 1 alone, almost black: multiply them by 255")
+        _refuse_dark(name, "integers", low, high)
         return images.astype(np.uint8, copy=False)
     if 1 < high <= _BARELY_ABOVE:
         raise DataError(
             f"images of '{name}' hold floats up to {high:.6g}: clip them to [0, 1], or scale them to [0, 255]"
         )
+    _refuse_dark(name, "floats", low, high)
     scale = 255.0 if high <= 1 else 1.0
     rounded: np.ndarray = np.rint(images.astype(np.float32) * scale).astype(np.uint8)
     if low < high and rounded.max() <= 1:
@@ -102,6 +105,19 @@ def _to_uint8(name: str, images: np.ndarray) -> np.ndarray:
             f"images of '{name}' hold floats up to {high:.6g}, almost black: scale them to [0, 1], and once only"
         )
     return rounded
+
+
+def _refuse_dark(name: str, what: str, low: float, high: float) -> None:
+    """Refuse values that count to less than 255, such as the 16 of scikit-learn's digits; images of one value are fine.
+
+    Raises:
+        DataError: the brightest of all is dark.
+    """
+    if low < high and 1 < high < _DARK:
+        raise DataError(
+            f"images of '{name}' hold {what} up to {high:.6g}, almost black: multiply them by 255 / {high:.6g}, or by "
+            "what makes the brightest possible value 255"
+        )
 
 
 def _labels(name: str, labels: np.ndarray, count: int) -> np.ndarray:

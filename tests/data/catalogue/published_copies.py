@@ -1,6 +1,6 @@
 """Tiny copies of the published datasets, each in exactly the format of the real one.
 
-Every image has one colour, from which the tests know it again: the first of a part 20, the next 40 and so on, and those
+Every image has one colour, from which the tests know it again: the first of a part 70, the next 90 and so on, and those
 of the test part 10 more.
 """
 
@@ -34,7 +34,7 @@ class Copy:
 
 def greys(labels: Sequence[int], test: bool = False) -> list[int]:
     """The colours of a part with these labels."""
-    return [20 * (place + 1) + 10 * test for place in range(len(labels))]
+    return [70 + 20 * place + 10 * test for place in range(len(labels))]
 
 
 def write_image(path: Path, grey: int, height: int = 30, width: int = 40) -> None:

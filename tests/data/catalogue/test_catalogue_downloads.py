@@ -172,7 +172,7 @@ def test_damaged_files_are_refused_with_the_folder_they_are_in(
 def test_a_list_or_an_image_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "tiny_imagenet" / "tiny-imagenet-200"
     WRITERS["tiny_imagenet"](folder.parent, monkeypatch)
-    image = folder / "train" / "n01443537" / "images" / "n01443537_60.JPEG"
+    image = folder / "train" / "n01443537" / "images" / "n01443537_110.JPEG"
     image.rename(image.with_suffix(".moved"))
     assert refused("tiny_imagenet", tmp_path).startswith(f"image '{image}' is missing: ")
     image.with_suffix(".moved").rename(image)
