@@ -239,6 +239,18 @@ transfer._train_and_test = lambda target, phi, *rest: judge(target, phi, *rest) 
     assert (said in fit(mp, tmp_path).stdout) == (not helps)  # from the report
 
 
+@pytest.mark.parametrize("gain", [-0.1, 0.0, 0.1])
+def test_a_phi_that_is_not_better_than_the_initial_one_is_told_so(mp: CommandLine, tmp_path: Path, gain: float) -> None:
+    better = f"""
+import mp_lightning.meta.transfer as transfer
+scores = iter([(1.0 - {gain}, 0.5), (1.0, 0.5), (2.0, 0.5)])
+transfer._train_and_test = lambda *rest: next(scores)
+"""
+    (done,) = mp.together(tmp_path, "fit", *TINY, first={0: better})
+    assert ("It is not better than the initial phi" in done.stdout) == (gain <= 0)
+    assert ("It is not better than the initial phi" in fit(mp, tmp_path).stdout) == (gain <= 0)  # from the report
+
+
 def test_a_judgement_that_fails_leaves_what_was_learned(mp: CommandLine, tmp_path: Path) -> None:
     """Batch norm of one value, as in the last stage of a ResNet18 with images this small."""
     words = ("evaluation.batch_size=1", "evaluation.architecture=torchvision:resnet18", "image_size=32")

@@ -31,9 +31,8 @@ def make_run(
         {"arm": "final phi", "nll": [nll, nll], "accuracy": [accuracy - 0.01, accuracy + 0.01]},
         {"arm": "no phi", "nll": [9.0, 9.0], "accuracy": [0.1, 0.1]},
     ]
-    save_phi(
-        path / "phi.safetensors", initial_phi(seed), {"seed": seed, "held_out": {"results": results, **(judged or {})}}
-    )
+    held_out = {"results": results, "settings": {}, "images": "abc", "seed": 0, **(judged or {})}
+    save_phi(path / "phi.safetensors", initial_phi(seed), {"seed": seed, "held_out": held_out})
     folder.finish({"nll": nll, "target": target, "results": []})
     return path
 
@@ -123,11 +122,9 @@ def test_runs_of_one_target_are_chosen_by_one_of_them(mp: CommandLine, sweep: Pa
 def test_runs_of_other_images_or_another_seed_are_not_compared(
     mp: CommandLine, tmp_path: Path, other: dict[str, object]
 ) -> None:
-    """Where cards say which; a run whose card does not is compared as ever."""
     sweep = tmp_path / "sweep"
-    make_run(sweep, 0, nll=1.0, accuracy=0.4)
-    make_run(sweep, 1, nll=1.1, accuracy=0.4, judged={"images": "abc", "seed": 0})
-    make_run(sweep, 2, nll=1.2, accuracy=0.4, judged={"images": "abc", "seed": 0})
+    for seed in range(3):
+        make_run(sweep, seed, nll=1.0 + seed / 10, accuracy=0.4)
     assert "The best of 3 by nll is seed0-0.001 " in select(mp, tmp_path, "sweep=sweep").stdout
     make_run(sweep, 3, nll=1.3, accuracy=0.4, judged=other)
     (line,) = select(mp, tmp_path, "sweep=sweep", code=2).stderr.splitlines()
@@ -167,9 +164,9 @@ def test_runs_of_compare_are_told_from_those_of_fit(mp: CommandLine, tmp_path: P
     assert "are not of fit; what compare found is in its summary.md" in done.stderr
 
 
-def test_runs_from_before_a_setting_of_the_judgement_compare_with_later_ones(mp: CommandLine, tmp_path: Path) -> None:
-    make_run(tmp_path / "sweep", 0, 1.5, 0.4, judged={"settings": {"steps": 9}})
-    make_run(tmp_path / "sweep", 1, 1.2, 0.3, judged={"settings": {"steps": 9, "acts_below": 1.0}})
+def test_runs_that_were_judged_with_other_settings_are_not_compared(mp: CommandLine, tmp_path: Path) -> None:
+    for seed in range(2):
+        make_run(tmp_path / "sweep", seed, 1.5, 0.4, judged={"settings": {"steps": 9, "acts_below": 1.0}})
     select(mp, tmp_path, "sweep=sweep")
     make_run(tmp_path / "sweep", 2, 1.2, 0.3, judged={"settings": {"steps": 9, "acts_below": 0.6}})
     assert "judged in 2 ways" in select(mp, tmp_path, "sweep=sweep", code=2).stderr
@@ -191,3 +188,15 @@ def test_comparisons_are_no_runs_of_fit(mp: CommandLine, sweep: Path, tmp_path: 
     (sweep / "compared" / "settings.json").write_text(json.dumps(settings))
     assert [run.name for run in read_runs(sweep) if not run.compares] == before and len(before) == 5
     assert "compared" not in select(mp, tmp_path, f"sweep={sweep}").stdout
+
+
+def test_a_winner_that_does_not_beat_what_it_was_judged_beside_is_told(mp: CommandLine, tmp_path: Path) -> None:
+    sweep = tmp_path / "sweep"
+    make_run(sweep, 0, nll=9.5, accuracy=0.3)
+    make_run(sweep, 1, nll=9.2, accuracy=0.2)
+    done = select(mp, tmp_path, "sweep=sweep")
+    assert "It is not better than no phi on these images: NLL 9.200 beside 9.000." in done.stdout
+    (row,) = [line for line in done.stdout.splitlines() if line.startswith("seed1-0.001")]
+    assert row.split()[-3:] == ["9.200", "20.0", "9.000"]
+    by_accuracy = select(mp, tmp_path, "sweep=sweep", "by=accuracy").stdout
+    assert "is not better" not in by_accuracy and "10.0" in by_accuracy

@@ -142,9 +142,10 @@ def _finish(
 ) -> float:
     """Mark the run as finished and say what it left; returns the score."""
     path = folder.path
-    nll, *_, without = (fmean(result.nll) for result in results)
+    nll, initial, without = (fmean(result.nll) for result in results)
     report |= {
         "nll": nll if math.isfinite(nll) else None,
+        "nll_initial_phi": initial if math.isfinite(initial) else None,
         "nll_without_phi": without if math.isfinite(without) else None,
     }
     folder.finish(report)
@@ -235,6 +236,8 @@ def _print_report(console: Console, report: dict[str, Any], path: Path) -> None:
             "evaluation.lr."
         )
         return
+    if report["nll"] is not None and report["nll"] >= (report.get("nll_initial_phi") or math.inf):
+        console.print("It is not better than the initial phi: what was learned does not help on these images.")
     if report["nll"] is None:
         console.print("Training diverged on these images: there is no score; lower evaluation.lr.")
     elif report["nll"] > (report.get("nll_without_phi") or math.inf):

@@ -28,6 +28,7 @@ class RunsError(UserError):
 class Run:
     """A run folder. ``scores`` (NLL in nats, accuracy from 0 to 1; means over seeds) is empty while it has none.
 
+    ``others`` are those of the arms it was judged beside, by name; NaN for one that diverged.
     ``images`` are the digest of the images it was judged on and the seed.
     """
 
@@ -36,6 +37,7 @@ class Run:
     state: str = "finished"
     reason: str = ""
     scores: dict[str, float] = field(default_factory=dict)
+    others: dict[str, dict[str, float]] = field(default_factory=dict)
     target: str = ""
     evaluation: Any = None
     images: tuple[Any, Any] | None = None
@@ -132,6 +134,11 @@ def _read_run(folder: Path, name: str) -> Run:
         (result,) = [result for result in held_out["results"] if result["arm"] == _ARM]
         nll = math.nan if report["nll"] is None else float(report["nll"])
         scores = {"nll": nll, "accuracy": statistics.fmean(result["accuracy"])}
+        run.others = {
+            other["arm"]: {measure: statistics.fmean(other[measure]) for measure in scores}
+            for other in held_out["results"]
+            if other is not result
+        }
         run.target, run.evaluation = str(report["target"]), held_out["settings"]
         run.images = held_out["images"], held_out["seed"]
     except PhiError as error:

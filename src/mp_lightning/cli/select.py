@@ -18,6 +18,8 @@ from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import NamedPhi, save_phi
 from mp_lightning.runs import SETTINGS
 
+_MEASURES = {"nll": "NLL", "accuracy": "accuracy, %"}
+_OTHERS = ("initial phi", "no phi")  # what fit judges a phi beside
 _NOTE = "The score of the best of several runs flatters it; judge it on images that had no part in the choice."
 
 
@@ -38,7 +40,7 @@ def read(config: DictConfig) -> Selection:
         ConfigurationError: a key is unknown, or a value cannot be used; the message names it.
     """
     check_top_level(config, ("sweep", "by", "like", "to", "command"))
-    if config.by not in ("nll", "accuracy"):
+    if config.by not in _MEASURES:
         raise ConfigurationError(f"by={config.by} cannot be used; give nll or accuracy")
     sweep = Path(check(config.sweep, str, "sweep"))
     to = Path(check(config.to, str | None, "to") or sweep / "best" / PHI)
@@ -76,7 +78,7 @@ def run(config: DictConfig, path: Path) -> None:
     assert best.phi is not None
     _write(given.to, best.phi, selected(runs, finished, words, given.by))
     console = make_console()
-    _show(console, runs, finished, words)
+    _show(console, runs, finished, words, given.by)
     if left_out:
         console.print(f"Left out, as they were judged otherwise: {escape(', '.join(sorted(left_out)))}")
     console.print(
@@ -84,6 +86,9 @@ def run(config: DictConfig, path: Path) -> None:
         f"{escape(_in_brackets(words[best.name]))}. {_NOTE}\n"
         f"Written to [bold]{escape(str(given.to.parent))}[/bold]: {given.to.name}, {given.to.stem}.json"
     )
+    for arm in not_beaten(best, given.by):
+        own, other = (_written(scores[given.by], given.by) for scores in (best.scores, best.others[arm]))
+        console.print(f"It is not better than {arm} on these images: {_MEASURES[given.by]} {own} beside {other}.")
 
 
 def states(runs: list[Run]) -> str:
@@ -94,8 +99,16 @@ def states(runs: list[Run]) -> str:
 
 def ranked(runs: list[Run], by: str) -> list[Run]:
     """The finished runs, the best first."""
-    sign = -1 if by == "accuracy" else 1
-    return sorted((run for run in runs if run.scores), key=lambda run: sign * run.scores[by])
+    return sorted((run for run in runs if run.scores), key=lambda run: _loss(run.scores, by))
+
+
+def not_beaten(run: Run, by: str) -> list[str]:
+    """The arms beside a finished run that did as well as its phi, or better."""
+    return [arm for arm in _OTHERS if arm in run.others and _loss(run.scores, by) >= _loss(run.others[arm], by)]
+
+
+def _loss(scores: dict[str, float], by: str) -> float:
+    return -scores[by] if by == "accuracy" else scores[by]
 
 
 def selected(runs: list[Run], finished: list[Run], words: dict[str, list[str]], by: str) -> dict[str, Any]:
@@ -126,12 +139,14 @@ def _write(to: Path, phi: NamedPhi, entry: dict[str, Any]) -> None:
         ) from error
 
 
-def _show(console: Console, runs: list[Run], finished: list[Run], words: dict[str, list[str]]) -> None:
+def _show(console: Console, runs: list[Run], finished: list[Run], words: dict[str, list[str]], by: str) -> None:
     table = Table("run", "settings that differ", box=None, pad_edge=False, header_style="bold")
-    for column in ("NLL", "accuracy, %"):
-        table.add_column(column, justify="right")
+    others = [arm for arm in _OTHERS if any(arm in run.others for run in finished)]
+    for column in (*_MEASURES.values(), *(f"{_MEASURES[by]}\n{arm}" for arm in others)):
+        table.add_column(column, justify="right", no_wrap=True)
     for run in finished:
-        scores = f"{run.scores['nll']:.3f}", f"{100 * run.scores['accuracy']:.1f}"
+        scores = [_written(run.scores[measure], measure) for measure in _MEASURES]
+        scores += [_written(run.others[arm][by], by) if arm in run.others else "-" for arm in others]
         table.add_row(escape(run.name), escape(" ".join(words[run.name])), *scores)
     console.print(f"Held-out images: {escape(finished[0].target)}\n")
     console.print(table, soft_wrap=False)
@@ -139,6 +154,10 @@ def _show(console: Console, runs: list[Run], finished: list[Run], words: dict[st
         if not run.scores:
             reason = f": {run.reason}" if run.reason else ""
             console.print(escape(f"{run.name}{_in_brackets(words[run.name])} {run.state}{reason}"))
+
+
+def _written(score: float, measure: str) -> str:
+    return f"{score:.3f}" if measure == "nll" else f"{100 * score:.1f}"
 
 
 def _in_brackets(words: list[str]) -> str:
