@@ -251,6 +251,20 @@ transfer._train_and_test = lambda *rest: next(scores)
     assert ("It is not better than the initial phi" in fit(mp, tmp_path).stdout) == (gain <= 0)  # from the report
 
 
+def test_a_task_that_never_counted_is_told(mp: CommandLine, tmp_path: Path) -> None:
+    code = """
+from mp_lightning.meta import learner
+step = learner.Learner.step
+def spoilt(self, number, watch=False):
+    result = step(self, number, watch)
+    return result._replace(valid_loss=result.valid_loss * float("nan")) if self.task.name == "textures-a" else result
+learner.Learner.step = spoilt
+"""
+    (done,) = mp.together(tmp_path, "fit", *TINY, "meta.on_divergence=leave_out", first={0: code})
+    assert done.code == 0 and "in so many of 2 steps: 'textures-a' 2." in done.stdout
+    assert "Task 'textures-a' never counted, so phi learned nothing from it; lower meta.theta_lr" in done.stdout
+
+
 def test_a_judgement_that_fails_leaves_what_was_learned(mp: CommandLine, tmp_path: Path) -> None:
     """Batch norm of one value, as in the last stage of a ResNet18 with images this small."""
     words = ("evaluation.batch_size=1", "evaluation.architecture=torchvision:resnet18", "image_size=32")

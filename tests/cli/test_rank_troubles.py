@@ -7,6 +7,7 @@ from command_line import CommandLine
 from several_processes import TWENTY, assert_phi_close, assert_same_run, run, succeed
 
 from mp_lightning.meta.checkpoint import checkpoints
+from mp_lightning.perturbation import load_phi
 
 pytestmark = pytest.mark.slow
 
@@ -42,6 +43,10 @@ def test_a_task_that_is_left_out_is_so_on_any_number_of_processes(
         first, *others = run(mp, tmp_path / str(ranks), words, ranks, first=dict.fromkeys(range(ranks), code))
         assert first.code == 0, first
         assert "tasks 'many-a', 'few-b' diverged at meta-step 4 and left this step's mean" in first.stdout
+        assert "in so many of 20 steps: 'many-a' 2, 'few-b' 2." in first.stdout and "never counted" not in first.stdout
+        card = load_phi(tmp_path / str(ranks) / "run" / "phi.safetensors").card
+        left_out = {task["name"]: task["steps_left_out"] for task in card["tasks"]}
+        assert left_out == {"many-a": 2, "many-b": 0, "few-a": 0, "few-b": 2}
         assert all((other.code, other.stdout) == (0, "") for other in others)
         runs.append(tmp_path / str(ranks) / "run")
     assert_same_run(runs[1], runs[0])

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mp_lightning.meta.history import History
 from mp_lightning.meta.module import DivergedError, JointMetaTraining
+from mp_lightning.runs import RunFolderError
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*before the epoch ended.*", "ignore:.*LeafSpec.*")
 
@@ -133,6 +134,23 @@ def test_where_every_task_diverges_nothing_is_left_to_learn_from(tmp_path: Path,
     with pytest.raises(DivergedError, match=f"^tasks {everyone} diverged at meta-step 1.* or look at the images$"):
         fit(module, tmp_path, BeforeStep(0, lambda m: WAYS[way](m, *NAMES)))
     assert_same(module.state_dict(), before)
+
+
+def test_left_out_steps_are_counted_on_after_a_checkpoint_and_told_a_few_times(tmp_path: Path) -> None:
+    settings, told = replace(LEAVE_OUT, steps=16), []
+
+    def spoil(module: JointMetaTraining) -> None:
+        lose_the_loss(module, "second-b")
+
+    first = new_module(replace(settings, steps=16), tasks=TASKS, tell=told.append)
+    stop = BeforeStep(4, lambda module: setattr(module.trainer, "should_stop", True))
+    with pytest.raises(RunFolderError, match="stopped after 5 of 16"):
+        fit(first, tmp_path, stop, *(BeforeStep(step, spoil) for step in range(5)))
+    assert first.left_out == {"first-a": 0, "first-b": 0, "second-a": 0, "second-b": 5} and len(told) == 5
+    second = new_module(settings, tasks=TASKS, tell=told.append)
+    fit(second, tmp_path, *(BeforeStep(step, spoil) for step in range(16)))
+    assert second.left_out["second-b"] == 16 and len(told) == 10
+    assert ["only counted" in line for line in told] == [False] * 9 + [True]
 
 
 def test_phi_stays_finite_however_often_tasks_diverge(tmp_path: Path) -> None:

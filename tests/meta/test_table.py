@@ -36,6 +36,13 @@ def test_a_row_says_what_the_task_is_and_where_it_began_and_ended(tmp_path: Path
     ]
 
 
+def test_steps_that_were_left_out_have_a_column_where_there_are_any(tmp_path: Path) -> None:
+    history, tasks = history_of({"step": [1.0]}, tmp_path), {"a": description(), "b": description()}
+    assert len(training_table(history, tasks, {"a": 0, "b": 0}).columns) == 8
+    (*_, last) = training_table(history, tasks, {"a": 0, "b": 12}).columns
+    assert list(last.cells) == ["0", "12"]
+
+
 def test_rows_follow_the_order_of_the_tasks(tmp_path: Path) -> None:
     columns = {"step": [1.0], "b/train_loss": [1.0], "a/train_loss": [2.0]}
     *_, first, second = lines_of(columns, {"a": description(), "b": description()}, tmp_path)

@@ -50,7 +50,7 @@ def make_card(
         "kind": "MetaPerturb phi, 82 numbers, a strength and a share of the sites (arXiv 2006.07540)",
         "sources": sorted({f"{task['name'].rpartition('-')[0]} ({task['classes']} classes)" for task in tasks}),
         "architectures": sorted({task["architecture"] for task in tasks}),
-        "tasks": tasks,
+        "tasks": [{**task, "steps_left_out": module.left_out[task["name"]]} for task in tasks],
         "seed": module.seed,
         "steps": module.settings.steps,
         "processes": processes,

@@ -88,6 +88,7 @@ def run(config: DictConfig, path: Path) -> float:
     meta_train(trainer, module, folder, given.fresh and not first, console)
     if history is None:
         return math.nan
+    _tell_left_out(console, module)
     interruption.listen_to_sigterm("run")  # from now on there is nothing to agree on with other processes
     final = NamedPhi(
         module.perturbation.phi,
@@ -112,7 +113,7 @@ def run(config: DictConfig, path: Path) -> float:
         keep(results)
     except OSError as error:
         raise unusable(path, error) from error
-    table = training_table(history, descriptions)
+    table = training_table(history, descriptions, module.left_out)
     reached = share_reached(given.transfer.steps) if given.transfer.full_strength_at < 1 else 1.0
     report = {
         "target": str(target),
@@ -198,6 +199,20 @@ def _announce(console: Console, tasks: list[Task], placed: list[int], steps: int
             f"{len(task.train)} + {len(task.valid)} images of {task.train.image_size} pixels"
             + (f", process {rank}" if ranks > 1 else "")
         )
+
+
+def _tell_left_out(console: Console, module: JointMetaTraining) -> None:
+    """Of tasks that diverged: how often, and whether phi learned nothing from them."""
+    steps, counts = module.settings.steps, {name: count for name, count in module.left_out.items() if count}
+    if counts:
+        told = ", ".join(f"'{name}' {count}" for name, count in counts.items())
+        console.print(f"Left out of the mean as they diverged, in so many of {steps} steps: {told}.", markup=False)
+    for name, count in counts.items():
+        if count == steps:
+            console.print(
+                f"Task '{name}' never counted, so phi learned nothing from it; lower meta.theta_lr or leave it out.",
+                markup=False,
+            )
 
 
 def _judge(

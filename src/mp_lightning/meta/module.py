@@ -23,6 +23,7 @@ from mp_lightning.perturbation import initial_phi
 from mp_lightning.runs import differences, relevant_settings
 
 _LEARNERS = "learners."
+_TOLD = 10  # times that a task is said to be left out, of all tasks; then they are counted alone
 
 
 class DivergedError(UserError):
@@ -52,6 +53,7 @@ class JointMetaTraining(L.LightningModule):
 
     Attributes:
         meta_step: joint steps done.
+        left_out: by task, the steps whose mean it left, as its loss or gradient was not finite.
         terminated: whether a process was asked to end (SIGTERM); all do so after the step, with a checkpoint.
     """
 
@@ -72,6 +74,7 @@ class JointMetaTraining(L.LightningModule):
         self.meta_step = 0
         self.terminated = False
         self.names = [task.name for task in tasks]
+        self.left_out = dict.fromkeys(self.names, 0)
         self.perturbation = WatchedMetaPerturb(initial_phi(seed), settings.noise_per)
         self.mine = list(range(len(tasks)) if mine is None else mine)
         self.learners = nn.ModuleDict(
@@ -172,9 +175,15 @@ class JointMetaTraining(L.LightningModule):
                 "meta.theta_lr or meta.lr, or look at the images"
                 + ("" if given else ", or leave such tasks out of a new run by meta.on_divergence=leave_out")
             )
-        self._tell(
-            f"{what} diverged at meta-step {self.meta_step + 1} and left this step's mean; the network starts afresh"
-        )
+        before = sum(self.left_out.values())
+        for number in invalid:
+            self.left_out[self.names[number]] += 1
+        if before < _TOLD:
+            last = "; more of it is only counted" if sum(self.left_out.values()) >= _TOLD else ""
+            self._tell(
+                f"{what} diverged at meta-step {self.meta_step + 1} and left this step's mean; the network starts "
+                f"afresh{last}"
+            )
         for number in set(invalid) & set(self.mine):
             self.learner(self.names[number]).restart()
 
@@ -232,6 +241,7 @@ class JointMetaTraining(L.LightningModule):
         checkpoint.get("callbacks", {}).pop("Timer", None)  # of max_time, which each command has anew
         checkpoint["description"] = self.description
         checkpoint["meta_step"] = self.meta_step
+        checkpoint["left_out"] = self.left_out
         if self.history is not None:
             checkpoint["history"] = self.history.pending()
         states = {self.names[number]: self.learner(self.names[number]).state() for number in self.mine}
@@ -245,6 +255,7 @@ class JointMetaTraining(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.check_checkpoint(checkpoint)
         self.meta_step = checkpoint["meta_step"]
+        self.left_out = dict(checkpoint["left_out"])
         if self.history is not None:
             self.history.resume(self.meta_step, checkpoint["history"])
         for number in self.mine:

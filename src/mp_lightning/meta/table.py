@@ -14,7 +14,9 @@ from mp_lightning.meta.history import History
 _ABSENT = "-"
 
 
-def training_table(history: History, tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+def training_table(
+    history: History, tasks: Mapping[str, Mapping[str, Any]], left_out: Mapping[str, int] | None = None
+) -> Table:
     """One row a task, for a terminal of 100 columns.
 
     Losses (nats) are means over the first and the last tenth of the history's rows; the multiplier is the mean of all
@@ -23,13 +25,17 @@ def training_table(history: History, tasks: Mapping[str, Mapping[str, Any]]) -> 
     Args:
         history: the run's table.
         tasks: by name, what :meth:`Task.description` says of it.
+        left_out: by name, the steps whose mean a task left; a column of its own where there are any.
     """
+    counts = left_out if left_out and any(left_out.values()) else {}
     columns = history.read()
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     table.add_column("task", overflow="fold")
     table.add_column("network", overflow="fold")
     for heading in ("pixels", "classes", "images", "train loss", "valid loss", "multi-\nplier"):
         table.add_column(heading, justify="right", no_wrap=True)
+    if counts:
+        table.add_column("left\nout", justify="right", no_wrap=True)
     for name, task in tasks.items():
         images, _, size = str(task["images"]).partition(" of ")
         sites = site_multipliers(columns, name)
@@ -41,6 +47,7 @@ def training_table(history: History, tasks: Mapping[str, Mapping[str, Any]]) -> 
             images.replace(" ", ""),
             *(_course(columns.get(f"{name}/{half}_loss")) for half in ("train", "valid")),
             f"{fmean(_mean_of_last(site) for site in sites):.3f}" if sites else _ABSENT,
+            *([str(counts[name])] if counts else []),
         )
     return table
 
