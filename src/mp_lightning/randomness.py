@@ -1,9 +1,11 @@
 """Randomness that follows from what it is for, so that a continued run, and one on other devices, draws the same."""
 
 import hashlib
+import random
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
@@ -15,7 +17,17 @@ def derived_seed(*parts: object) -> int:
 
 @contextmanager
 def random_state(seed: int, device: torch.device) -> Iterator[None]:
-    """Inside, torch's generators start from ``seed``, for networks that draw (dropout); then they are put back."""
+    """Inside, all global generators start from ``seed``, for networks that draw (dropout); then they are put back.
+
+    They are those of torch, and for networks of the user's own those of Python and numpy.
+    """
+    of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        yield
+        random.seed(seed)
+        np.random.seed(seed % 2**32)
+        try:
+            yield
+        finally:
+            random.setstate(of_python)
+            np.random.set_state(of_numpy)

@@ -1,9 +1,11 @@
 """theta of one task: how it is learned, and how it is thrown away."""
 
+import random
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny_runs import SETTINGS, assert_same, new_module, tiny_tasks
@@ -118,6 +120,8 @@ def test_watching_changes_no_number_and_sees_every_site() -> None:
 
 
 OWN = """
+import random
+import numpy as np
 from torch import nn
 
 class Net(nn.Sequential):
@@ -131,6 +135,14 @@ class Partly(Net):
         super().__init__(num_classes)
         self[0].requires_grad_(False)
         self[7].unused = nn.Linear(2, 2)
+
+class Drawing(Net):
+    def __init__(self, num_classes):
+        super().__init__(num_classes)
+        self.factor = 1 + random.random()
+
+    def forward(self, x):
+        return super().forward(x) * self.factor * np.random.rand()
 
 class Detached(Net):
     def forward(self, x):
@@ -159,6 +171,16 @@ def test_weights_that_are_frozen_or_not_used_stay_as_they_are(tmp_path: Path) ->
     twin = own_learner(tmp_path, "Partly")
     twin.load_state(deepcopy(learner.state()))
     assert_same(list(twin.step(1)), list(learner.step(1)))
+
+
+def test_a_network_may_draw_from_the_generators_of_python_and_numpy(tmp_path: Path) -> None:
+    """In its constructor and in its forward; a continued run draws the same."""
+    steps = []
+    for seed in range(2):
+        random.seed(seed)
+        np.random.seed(seed)
+        steps.append(list(own_learner(tmp_path, "Drawing").step(0)))
+    assert_same(*steps)
 
 
 def test_a_network_that_phi_does_not_reach_is_named(tmp_path: Path) -> None:

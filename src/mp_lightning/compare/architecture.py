@@ -12,6 +12,7 @@ from mp_lightning.backbones.anyone import find_object, make, source_digest
 from mp_lightning.backbones.libraries import LIBRARIES
 from mp_lightning.data import ImageSet
 from mp_lightning.errors import ConfigurationError, SiteError
+from mp_lightning.randomness import random_state
 from mp_lightning.sites import find_sites
 
 # Sides of images, in pixels, that published networks are made for.
@@ -102,8 +103,7 @@ class Architecture:
 
     def build(self, images: ImageSet, seed: int) -> nn.Module:
         """A freshly initialised network for ``images``; the global random state is left as it was."""
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with random_state(seed, torch.device("cpu")):
             return self.construct(images.num_classes, images.image_size)
 
     def forward_flops(self, num_classes: int, image_size: int) -> int:
@@ -125,7 +125,7 @@ class Architecture:
 
     def _outline(self, num_classes: int, image_size: int) -> nn.Module:
         """The network with shapes but no values, on torch's meta device; the global random state is left as it was."""
-        with torch.random.fork_rng(devices=[]):
+        with random_state(0, torch.device("cpu")):
             try:
                 with torch.device("meta"):
                     return self.construct(num_classes, image_size)
