@@ -244,6 +244,15 @@ def test_what_is_twice_in_a_data_set_is_not_learned_from_and_judged_on(
     assert len(sources[0].images) == len(sources[1].images) > 100
 
 
+def test_copies_among_the_images_to_train_and_to_test_on_are_told_of(tmp_path: Path, images: ImageSource) -> None:
+    pixels = np.random.default_rng(0).integers(0, 255, (40, 16, 16, 3), dtype=np.uint8)
+    labels = np.arange(40) % 4
+    np.savez(tmp_path / "t.npz", x_train=pixels, y_train=labels, x_test=pixels[:9], y_test=labels[:9])
+    target = replace(NO_TARGET, dataset=str(tmp_path / "t.npz"), train_per_class=10)
+    with pytest.warns(UserWarning, match="9 of the 9 test images of 't', which phi is judged on, are copies of"):
+        from_settings([source(save(tmp_path / "a.npz"))], target, images)
+
+
 def test_test_images_without_the_classes_that_are_held_out_are_not_tested_on(
     tmp_path: Path, images: ImageSource
 ) -> None:

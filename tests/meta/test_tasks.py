@@ -80,6 +80,13 @@ def test_one_architecture_serves_all() -> None:
     assert {str(task.architecture) for task in tasks_of(numbered_images(), architectures=["conv4"])} == {"conv4"}
 
 
+def test_copies_within_a_source_are_told_of_once() -> None:
+    images = numbered_images()
+    with pytest.warns(UserWarning, match="2 of the 26 images of 'set' are copies of others there") as told:
+        tasks_of(images.subset([*range(24), 0, 5]), groups=2)
+    assert len(told) == 1
+
+
 def test_batches_depend_on_the_step_alone() -> None:
     task, twin = (tasks_of(numbered_images(), flip=True)[0] for _ in range(2))
     device = torch.device("cpu")

@@ -89,6 +89,10 @@ class ImageSet:
         """What tells each image from others of its size."""
         return [hashlib.blake2b(image.data, digest_size=16).digest() for image in self.images.contiguous().numpy()]
 
+    def doubles(self) -> int:
+        """How many of the images are copies of others, whatever their labels."""
+        return len(self) - len(set(self.digests()))
+
     def on(self, device: torch.device) -> "ImageSet":
         """The same images on a device."""
         return replace(self, images=self.images.to(device), labels=self.labels.to(device))

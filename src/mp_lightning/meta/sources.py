@@ -230,7 +230,20 @@ def _target(train: ImageSet, test: ImageSet | None, train_per_class: int, seed: 
                 "evaluation.data="
             )
         few, rest = train.few_per_class(min(train_per_class, fewest // 2), seed)
-        return Target(few, rest, flip)
+        return _checked(Target(few, rest, flip))
     if fewest < 1:
         raise DataError(f"'{train.name}' has a class without training images; add some, or give other evaluation.data=")
-    return Target(train.few_per_class(min(train_per_class, fewest), seed)[0], test, flip)
+    return _checked(Target(train.few_per_class(min(train_per_class, fewest), seed)[0], test, flip))
+
+
+def _checked(target: Target) -> Target:
+    """The same, and a warning where images to train on are among those to test on."""
+    seen = set(target.train.digests())
+    common = sum(digest in seen for digest in target.test.digests())
+    if common:
+        warnings.warn(
+            f"{common} of the {len(target.test)} test images of '{target.train.name}', which phi is judged on, are "
+            "copies of training images there, which flatters all scores; remove them",
+            stacklevel=3,
+        )
+    return target

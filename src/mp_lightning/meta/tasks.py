@@ -1,6 +1,7 @@
 """Tasks of meta-training: data, an architecture, and the split of the images into a training and a validation half."""
 
 import hashlib
+import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -101,6 +102,8 @@ def make_tasks(sources: Sequence[Source], seed: int) -> list[Task]:
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"two sources are called '{name}'; give the files or folders different names")
+    for source in sources:
+        _tell_doubles(source.images)
     tasks: list[Task] = []
     for source in sources:
         split = source.split
@@ -128,6 +131,16 @@ def make_tasks(sources: Sequence[Source], seed: int) -> list[Task]:
                 "names of which none is another's with a number"
             )
     return tasks
+
+
+def _tell_doubles(images: ImageSet) -> None:
+    doubles = images.doubles()
+    if doubles:
+        warnings.warn(
+            f"{doubles} of the {len(images)} images of '{images.name}' are copies of others there, so that a network "
+            "may be validated on images that it learns from; remove them",
+            stacklevel=3,
+        )
 
 
 def _groups(source: Source) -> Iterator[tuple[str, ImageSet]]:
