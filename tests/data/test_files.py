@@ -198,6 +198,16 @@ def test_a_test_class_unknown_to_train_is_named(tmp_path: Path) -> None:
     refused(tmp_path, "class 'z'")
 
 
+def test_images_of_other_formats_are_told_of(tmp_path: Path) -> None:
+    root = write_folder(tmp_path / "birds", "a", "b")
+    for path in ("a/2.gif", "a/3.GIF", "b/2.jfif", "b/.2.gif"):
+        Image.fromarray(pixels(1)[0]).save(root / path, "GIF")
+    (root / "a" / "notes.txt").touch()
+    with pytest.warns(UserWarning, match=r"3 files of '.*/birds' were passed over.* \(\.gif, \.jfif\)") as told:
+        train, _ = load_images(root)
+    assert len(train) == 4 and len(told) == 1
+
+
 def test_folders_without_two_classes_of_images_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     refused(tmp_path / "empty", "holds no folders")

@@ -1,7 +1,11 @@
 """Image files in one folder for each class."""
 
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from PIL import Image
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from mp_lightning.data.arrays import labelled
@@ -96,13 +100,32 @@ def _training_files(folder: Path) -> dict[str, list[Path]]:
 
 def _image_files(folder: Path) -> list[Path]:
     """All image files at any depth, in the order of their paths, without hidden ones."""
+    return sorted(path for path in _files(folder) if path.suffix.lower() in IMG_EXTENSIONS)
+
+
+def _files(folder: Path) -> Iterator[Path]:
     paths = (Path(place, name) for place, _, names in walk(folder) for name in names)
-    return sorted(path for path in paths if path.suffix.lower() in IMG_EXTENSIONS and not path.name.startswith("."))
+    return (path for path in paths if not path.name.startswith("."))
+
+
+def _tell_passed_over(folder: Path, classes: Iterable[str]) -> None:
+    """Warn of files in the folders of these classes that Pillow would read, and that are not."""
+    Image.init()  # all of Pillow's formats
+    known = {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    suffixes = Counter(path.suffix.lower() for name in classes for path in _files(folder / name))
+    over = {suffix: count for suffix, count in sorted(suffixes.items()) if suffix in known.difference(IMG_EXTENSIONS)}
+    if over:
+        warnings.warn(
+            f"{sum(over.values())} files of '{folder}' were passed over, as files of their kind are not read "
+            f"({', '.join(over)}); save them as PNG if they are images",
+            stacklevel=2,
+        )
 
 
 def _load_split(
     folder: Path, name: str, files: dict[str, list[Path]], size: int | None, on_progress: Progress
 ) -> ImageSet:
+    _tell_passed_over(folder, files)
     labelled_files = [(path, label) for label, paths in enumerate(files.values()) for path in paths]
     if not labelled_files:
         raise DataError(f"'{folder}' holds no image files: add images of each class")
