@@ -184,7 +184,9 @@ def test_an_unknown_dataset_lists_the_known_ones(tmp_path: Path, images: ImageSo
     path = save(tmp_path / "a.npz")
     settings = [source("cifar11" if place == "source" else path)]
     target = replace(NO_TARGET, dataset=path if place == "source" else "cifar11")
-    with pytest.raises(DataError, match="no images at 'cifar11': give one of the datasets") as caught:
+    with pytest.raises(
+        DataError, match="no images at 'cifar11', did you mean 'cifar10': give one of the datasets"
+    ) as caught:
         from_settings(settings, target, images)
     assert all(name in str(caught.value) for name in list_datasets())
 

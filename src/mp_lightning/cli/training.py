@@ -28,6 +28,8 @@ CHECKPOINTS = 20  # a run
 _OWN = {
     "max_steps": "meta.steps sets the number of joint steps",
     "max_epochs": "meta.steps sets the number of joint steps",
+    "fast_dev_run": "a run keeps checkpoints and is judged; for a trial give meta.steps=2 evaluation.steps=2",
+    "overfit_batches": "each task draws its own batches; tasks.train_per_class limits its images",
     "callbacks": "fit adds its own",
     "barebones": "fit needs callbacks",
     "logger": "choose one with logger=",

@@ -26,6 +26,12 @@ _LEARNERS = "learners."
 _TOLD = 10  # times that a task is said to be left out, of all tasks; then they are counted alone
 
 
+def _told(difference: str) -> str:
+    """A difference of descriptions, of images without the digests, which say nothing to anyone."""
+    key, digest, _ = difference.partition(".digest=")
+    return f"other images of '{key.removeprefix('tasks.')}'" if digest else difference
+
+
 class DivergedError(UserError):
     """The loss or gradient of a task is not finite."""
 
@@ -100,7 +106,7 @@ class JointMetaTraining(L.LightningModule):
         Raises:
             RunCheckpointError: it was made with another seed, other settings or other tasks; the message says which.
         """
-        different = differences(checkpoint["description"], self.description)
+        different = [_told(one) for one in differences(checkpoint["description"], self.description)]
         if different:
             more = f" and {len(different) - 3} more" if len(different) > 3 else ""
             raise RunCheckpointError(

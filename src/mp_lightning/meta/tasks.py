@@ -102,8 +102,6 @@ def make_tasks(sources: Sequence[Source], seed: int) -> list[Task]:
     for name in names:
         if names.count(name) > 1:
             raise DataError(f"two sources are called '{name}'; give the files or folders different names")
-    for source in sources:
-        _tell_doubles(source.images)
     tasks: list[Task] = []
     for source in sources:
         split = source.split
@@ -119,8 +117,8 @@ def make_tasks(sources: Sequence[Source], seed: int) -> list[Task]:
                     Task(
                         name=f"{name}-{letter}",
                         architecture=parsed[_deal(len(tasks), len(parsed))],
-                        train=_limit(train, split.train_per_class, seed),
-                        valid=_limit(valid, split.valid_per_class, seed),
+                        train=_limit(train, split.train_per_class, seed, "train_per_class"),
+                        valid=_limit(valid, split.valid_per_class, seed, "valid_per_class"),
                         flip=source.flip,
                     )
                 )
@@ -130,6 +128,8 @@ def make_tasks(sources: Sequence[Source], seed: int) -> list[Task]:
                 f"{count} tasks are called '{name}', as the groups of a source are called after it; give the sources "
                 "names of which none is another's with a number"
             )
+    for source in sources:
+        _tell_doubles(source.images)
     return tasks
 
 
@@ -158,8 +158,8 @@ def _groups(source: Source) -> Iterator[tuple[str, ImageSet]]:
         )
     if images.num_classes < 2 * split.groups:
         raise DataError(
-            f"'{images.name}' has {images.num_classes} classes, too few for tasks.groups={split.groups} groups of two "
-            "or more; lower tasks.groups"
+            f"'{images.name}' has {images.num_classes} classes to learn from, without any that are held out, too few "
+            f"for tasks.groups={split.groups} groups of two or more; lower tasks.groups, or give evaluation.data="
         )
     for group, members in enumerate(torch.arange(images.num_classes).tensor_split(split.groups)):
         name = images.name if split.groups == 1 else f"{images.name}-{group}"
@@ -171,5 +171,14 @@ def _deal(task: int, architectures: int) -> int:
     return (task + (0 if architectures % 2 else task // architectures)) % architectures
 
 
-def _limit(images: ImageSet, per_class: int | None, seed: int) -> ImageSet:
-    return images if per_class is None else images.few_per_class(per_class, seed)[0]
+def _limit(half: ImageSet, per_class: int | None, seed: int, key: str) -> ImageSet:
+    if per_class is None:
+        return half
+    counts = torch.bincount(half.labels, minlength=half.num_classes)
+    short = int(counts.argmin())
+    if counts[short] < per_class:
+        raise DataError(
+            f"class '{half.classes[short]}' of '{half.name}' has {int(counts[short])} images in one of its two halves, "
+            f"not tasks.{key}={per_class}; lower tasks.{key}"
+        )
+    return half.few_per_class(per_class, seed)[0]

@@ -113,7 +113,10 @@ def test_a_source_is_a_name_or_else_a_path(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_a_source_that_is_neither_lists_the_names(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no images at 'cifar1000': give one of the datasets cifar10, .*, digits, an"):
+    with pytest.raises(
+        DataError,
+        match=r"no images at 'cifar1000', did you mean 'cifar100': give one of the datasets cifar10, .*, digits, an",
+    ):
         load_source("cifar1000", tmp_path, 32)
     with pytest.raises(ConfigurationError, match="dataset 'digits' needs a size: set image_size=32"):
         load_source("digits", tmp_path, None)

@@ -1,5 +1,6 @@
 """From the name of a dataset to its images."""
 
+import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -100,8 +101,11 @@ def load_source(
     path = os.path.expanduser(source)
     if not os.path.exists(path):  # of a Path it raises for names that are too long
         names = ", ".join(DATASETS)
+        near = difflib.get_close_matches(source.lower(), DATASETS, n=1, cutoff=0.7)
+        meant = f", did you mean '{near[0]}'" if near else ""
         raise DataError(
-            f"no images at '{source}': give one of the datasets {names}, an .npz file or a folder of image folders"
+            f"no images at '{source}'{meant}: give one of the datasets {names}, an .npz file or a folder of image "
+            "folders"
         )
     return load_images(path, size, on_progress)
 
