@@ -81,7 +81,8 @@ def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str,
     declared = attachment is not None and attachment.persistent and trainer.state.fn != "fit"
     if attachment is None or (declared and attachment.never_acted()):
         rank_zero_warn(
-            f"{type(module).__name__} was never trained with MetaPerturb; it is evaluated without perturbation"
+            f"{type(module).__name__} was never trained with MetaPerturb in this process; it is evaluated without "
+            "perturbation. One that was trained elsewhere comes back by MetaPerturbCallback.restore(module, checkpoint)"
         )
     if attachment is None:
         return
