@@ -48,7 +48,7 @@ def test_each_size_is_kept_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     for size in (16, 20, 16, 20):
         assert_is_copy(load_dataset("dtd", tmp_path, size), copy, "dtd", size)
     assert len(opened) == 12
-    assert sorted(path.name for path in (tmp_path / "dtd" / "cache").iterdir()) == ["16-v1.npz", "20-v1.npz"]
+    assert sorted(path.name for path in (tmp_path / "dtd" / "cache").iterdir()) == ["16-v2.npz", "20-v2.npz"]
 
 
 @pytest.mark.parametrize("name", ["cifar10", "svhn", "fashion_mnist"])
@@ -93,7 +93,7 @@ def test_a_damaged_file_is_made_anew(
 ) -> None:
     copy = WRITERS["dtd"](tmp_path / "dtd", monkeypatch)
     load_dataset("dtd", tmp_path, 16)
-    kept = tmp_path / "dtd" / "cache" / "16-v1.npz"
+    kept = tmp_path / "dtd" / "cache" / "16-v2.npz"
     whole = kept.read_bytes()
     DAMAGES[damage](kept)
     opened.clear()

@@ -14,7 +14,7 @@ from mp_lightning.errors import DataError
 from mp_lightning.whole import write_whole
 
 # Counts what changes the pixels: another number makes all kept images anew.
-_VERSION = 1
+_VERSION = 2
 
 
 def cache_file(folder: Path, size: int) -> Path:
