@@ -291,9 +291,8 @@ def test_rows_survive_a_comparison_that_is_interrupted(tmp_path, monkeypatch):
 def images(path, train, test):
     """A file of images, each of one value, so that it is known which is which."""
     labels, test_labels = np.repeat([0, 1], train), np.repeat([0, 1], test)
-    x = np.arange(len(labels) + len(test_labels), dtype=np.uint8)[:, None, None, None] * np.ones(
-        (1, 32, 32, 3), np.uint8
-    )
+    values = 100 + np.arange(len(labels) + len(test_labels))
+    x = values.astype(np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
     np.savez(path, x_train=x[: len(labels)], y_train=labels, x_test=x[len(labels) :], y_test=test_labels)
 
 
@@ -304,7 +303,7 @@ def test_no_training_image_of_the_validation_target_is_a_test_image(tmp_path):
         parts = {key: content[key] for key in content.files}
     assert np.bincount(parts["y_train"]).tolist() == [3, 45] and np.bincount(parts["y_test"]).tolist() == [5, 47]
     seen = [parts[f"x_{part}"][:, 0, 0, 0].tolist() for part in ("train", "test")]
-    assert sorted(seen[0] + seen[1]) == list(range(100)) and seen[1][:3] == [97, 98, 99]
+    assert sorted(seen[0] + seen[1]) == list(range(100, 200)) and seen[1][:3] == [197, 198, 199]
 
 
 def test_the_ten_classes_of_tiny_imagenet_are_none_of_a_source(tmp_path):

@@ -244,7 +244,9 @@ def test_a_declared_module_is_evaluated_plain_until_it_is_trained(tmp_path):
     trainer(tmp_path).fit(pretrained, loader(4))
     model.load_state_dict(pretrained.state_dict(), strict=False)
     run = trainer(tmp_path)
-    with pytest.warns(UserWarning, match="Declared was never trained with MetaPerturb in this process; it is evaluated without"):
+    with pytest.warns(
+        UserWarning, match="Declared was never trained with MetaPerturb in this process; it is evaluated without"
+    ):
         found = run.test(model, loader(2), verbose=False)
     assert found == trainer(tmp_path).test(pretrained, loader(2), verbose=False)
     images = digits()[0][:8]
