@@ -337,6 +337,31 @@ def test_a_changed_layer_before_the_last_batch_norm_is_another_weight():
     assert attachment.estimates is None
 
 
+class NormsFirst(nn.Module):
+    """Registers its batch norm before the convolution that it follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.conv, self.relu, self.head = nn.BatchNorm2d(4), nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.relu(self.norm(self.conv(x))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("part", "kept"), [("conv", False), ("head", True)])
+def test_a_convolution_counts_wherever_it_is_registered(part, kept):
+    model = NormsFirst()
+    attachment = attach(model, **ACTING)
+    model(images())
+    attachment.step(1.0)
+    reestimate_batch_norm(attachment, [lambda: model(images())])
+    attachment.forget_other_weights()
+    assert attachment.estimates is not None
+    model.get_submodule(part).weight.data.mul_(2)
+    model.eval()
+    assert (attachment.estimates is not None) == kept
+
+
 def test_batch_norm_that_was_merged_into_a_convolution_is_named():
     model, _ = trained()
     name = next(name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d))

@@ -85,7 +85,9 @@ def leave_averages_plain(trainer: pl.Trainer) -> None:
     """
     for other in trainer.callbacks:  # type: ignore[attr-defined]
         average = getattr(other, "_average_model", None)
-        if isinstance(average, nn.Module) and average is not trainer.lightning_module and attachment_of(average):
+        if not isinstance(average, nn.Module) or average is trainer.lightning_module:
+            continue
+        if attachment_of(average) is not None:
             detach(average)
             average.register_load_state_dict_pre_hook(_without_perturbation)
 

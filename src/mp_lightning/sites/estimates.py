@@ -60,17 +60,14 @@ class Estimates:
         if self.weights is None or changes == self._compared_at:
             return True
         self._compared_at = changes
-        if self._are_those_of(model):
+        if self.loaded(model):
             return True
         for name in self.buffers:
             norm_of(model, name.rpartition(".")[0])
         return False
 
     def loaded(self, model: nn.Module) -> bool:
-        """Whether they are of use with the weights that were loaded now."""
-        return self._are_those_of(model)
-
-    def _are_those_of(self, model: nn.Module) -> bool:
+        """Whether they are of use with the weights that the model has, as those that were loaded now."""
         if self.weights is None:
             return True
         own = weights_of(model, self.buffers)
@@ -117,12 +114,10 @@ def weights_of(model: nn.Module, buffers: Iterable[str]) -> list[list[float]]:
 
     Args:
         model: the model.
-        buffers: by name, those of the batch norms that were re-estimated. Parameters that are registered after the last
-            of these, such as those of a classifier, do not count: they may be replaced, and it stays as it is.
+        buffers: by name, those of the batch norms that were re-estimated. Layers that come after the last of these and
+            the last convolution, as registered, such as a classifier, do not count: they may be replaced.
     """
-    there = [
-        parameter.detach() for parameter in _parameters_up_to(model, {name.rpartition(".")[0] for name in buffers})
-    ]
+    there = [parameter.detach() for parameter in _up_to_the_head(model, {name.rpartition(".")[0] for name in buffers})]
     there = [torch.view_as_real(parameter) if parameter.is_complex() else parameter for parameter in there]
     flat = [parameter.float().flatten() for parameter in there]
     pairs = [value for values in flat for value in (values.norm(), (values * _ramp(values)).sum())]  # in float32 always
@@ -130,13 +125,14 @@ def weights_of(model: nn.Module, buffers: Iterable[str]) -> list[list[float]]:
     return cast(list[list[float]], found)  # a GPU waits once
 
 
-def _parameters_up_to(model: nn.Module, norms: set[str]) -> list[nn.Parameter]:
-    """Those up to the last one of these layers; all, where one of them has none that would tell its place."""
+def _up_to_the_head(model: nn.Module, norms: set[str]) -> list[nn.Parameter]:
+    """Parameters up to the last of these layers and of the convolutions; all, where the place of a norm is not known."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if not is_lazy(parameter)]
     holders = [name.rpartition(".")[0] for name, _ in named]
     if not norms or not norms <= set(holders):
         return [parameter for _, parameter in named]
-    last = max(place for place, holder in enumerate(holders) if holder in norms)
+    ends = norms | {holder for holder, (_, parameter) in zip(holders, named, strict=True) if parameter.dim() > 2}
+    last = max(place for place, holder in enumerate(holders) if holder in ends)
     return [parameter for _, parameter in named[: last + 1]]
 
 
