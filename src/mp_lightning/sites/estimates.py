@@ -126,7 +126,7 @@ def weights_of(model: nn.Module, buffers: Iterable[str]) -> list[list[float]]:
 
 
 def _up_to_the_head(model: nn.Module, norms: set[str]) -> list[nn.Parameter]:
-    """Parameters up to the last of these layers and of the convolutions; all, where the place of a norm is not known."""
+    """Parameters up to the last of these layers and of the convolutions; all, where the place of a norm is unknown."""
     named = [(name, parameter) for name, parameter in model.named_parameters() if not is_lazy(parameter)]
     holders = [name.rpartition(".")[0] for name, _ in named]
     if not norms or not norms <= set(holders):
