@@ -194,6 +194,16 @@ def test_phi_is_frozen(tmp_path):
     assert not torch.equal(model.net.fc.weight, module().net.fc.weight)
 
 
+@pytest.mark.parametrize(("everything", "given", "used"), [("7", None, 7), ("7", 3, 3), (None, None, 0)])
+def test_the_noise_has_the_seed_of_everything_unless_it_is_given_one(tmp_path, monkeypatch, everything, given, used):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    if everything is not None:
+        monkeypatch.setenv("PL_GLOBAL_SEED", everything)  # where seed_everything leaves it
+    model = module()
+    trainer(tmp_path, [MetaPerturbCallback(seed=given)], max_epochs=1).fit(model, loader(1))
+    assert attachment_of(model).seed == used
+
+
 def test_a_run_follows_from_its_seed(tmp_path):
     weights = []
     for seed in (0, 0, 1):

@@ -112,6 +112,25 @@ def test_without_constants_controls_are_like_a_phi_at_its_initialization():
             assert ours.mean == pytest.approx(theirs.mean, rel=0.05)
 
 
+def test_without_constants_fixed_noise_evaluates_by_the_mean_of_what_it_draws():
+    statistics, x = FixedNoise().initial_statistics(8), torch.zeros(4, 8, 256, 256)
+    drawn = FixedNoise().multiplier(
+        x, torch.randn(x.shape, generator=torch.Generator().manual_seed(0)), statistics, NORMS
+    )
+    assert FixedNoise().multiplier(x, None, statistics, NORMS).item() == pytest.approx(drawn.mean().item(), rel=0.01)
+
+
+@pytest.mark.parametrize("noise_per", ["element", "channel"])
+def test_fixed_noise_draws_for_elements_or_for_whole_channels(noise_per):
+    net, attachment = attached(FixedNoise(noise_per))
+    seen = []
+    attachment.all_sites()[0].register_forward_hook(lambda _, inputs, output: seen.append(output / inputs[0]))
+    with torch.no_grad():
+        net(digits()[0][:2])
+    of_maps = seen[0].flatten(2).std(dim=2)
+    assert (of_maps < 1e-4).all() if noise_per == "channel" else (of_maps > 0.1).all()
+
+
 @pytest.mark.parametrize("sampled", [True, False])
 def test_noise_only_times_scale_only_is_phi(sampled):
     torch.manual_seed(0)

@@ -44,8 +44,9 @@ def test_the_best_mean_wins_and_ties_go_to_the_likelihood() -> None:
     tied = [row("dropout:0.3", 0.5, nll=1.2), row("dropout:0.1", 0.5, nll=1.1)]
     assert choose("dropout", tied, "accuracy").chosen == 0.1
     assert choose("dropout", [row("dropout:0.3", 0.9, nll=2.0), row("dropout:0.1", 0.2, nll=1.0)], "nll").chosen == 0.1
-    diverged = [row("dropout:0.3", 0.5, nll=float("nan")), row("dropout:0.1", 0.4)]
-    assert choose("dropout", diverged, "nll").chosen == 0.1
+    for bad, good in ((0.1, 0.3), (0.3, 0.1)):  # before and after it in the order in which values are tried
+        diverged = [row(f"dropout:{bad}", 0.5, nll=float("nan")), row(f"dropout:{good}", 0.4)]
+        assert choose("dropout", diverged, "nll").chosen == good
     assert choose("dropout", [], "accuracy").chosen == KINDS["dropout"].values[0]
 
 

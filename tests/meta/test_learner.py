@@ -23,6 +23,25 @@ def test_phi_is_learned_at_full_strength_and_with_the_clip_of_the_paper() -> Non
     assert (float(attachment.coeff), attachment.clip, attachment.ramp_steps) == (1.0, 100.0, None)
 
 
+def test_phi_is_learned_at_the_strength_that_is_set() -> None:
+    assert float(new_module(replace(SETTINGS, strength=0.75)).learner("first-a").attachment.coeff) == 0.75
+
+
+def test_theta_learns_from_training_images_and_phi_from_the_others() -> None:
+    learner, other = (new_module().learner("first-a") for _ in range(2))
+    held_out = other.task.valid
+    other.task = replace(other.task, valid=replace(held_out, labels=held_out.labels.flip(0)))
+    one, two = learner.step(0), other.step(0)
+    assert torch.equal(one.train_loss, two.train_loss)
+    assert not torch.equal(one.valid_loss, two.valid_loss)
+
+
+def test_a_network_that_was_left_in_evaluation_mode_learns_all_the_same() -> None:
+    learner, other = (new_module().learner("first-a") for _ in range(2))
+    other.model.eval()
+    assert_same(list(learner.step(0)), list(other.step(0)))
+
+
 def test_theta_is_optimized_by_adam_with_its_own_settings() -> None:
     learner = new_module(replace(SETTINGS, theta_lr=0.25, theta_weight_decay=0.125)).learner("second-b")
     (group,) = learner.optimizer.param_groups
