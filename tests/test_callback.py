@@ -361,6 +361,29 @@ def test_an_interrupted_training_leaves_a_model_that_can_be_evaluated(tmp_path):
     assert int(attachment_of(model).evaluations) == 20
 
 
+@pytest.mark.parametrize("inference", ["mean", "mc"])
+def test_an_interrupted_evaluation_leaves_a_model_that_can_be_trained(tmp_path, inference):
+    model = module()
+    run = trainer(tmp_path, [MetaPerturbCallback(strength=1, full_strength_at=1, inference=inference)])
+    run.fit(model, loader(4))
+    own = {name: value.clone() for name, value in model.net.named_buffers() if "running" in name}
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    handle = model.net.conv_layers[1].register_forward_pre_hook(stop)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        run.test(model, loader(1), verbose=False)
+    handle.remove()
+    assert all(torch.equal(value, own[name]) for name, value in model.net.named_buffers() if "running" in name)
+    attachment, x = attachment_of(model), digits()[0][:8]
+    attachment.inference = None
+    assert attachment.depth == 0
+    for training in (True, False):
+        model.train(training)
+        assert not torch.equal(model(x), model(x)), "noise is drawn"
+
+
 def test_many_statistics_survive_a_second_fit(tmp_path):
     """A second fit goes on where the first ended: the noise does not start anew, the strength neither."""
     model = module()

@@ -150,6 +150,18 @@ def test_restore_brings_the_loss_that_the_strength_follows_back(tmp_path):
     assert torch.equal(logits(restored), logits(model))
 
 
+def test_a_short_run_that_is_resumed_reaches_as_much_as_one_at_a_stretch(tmp_path):
+    trainer(tmp_path, [MetaPerturbCallback(), saver := ModelCheckpoint(tmp_path)], enable_checkpointing=True).fit(
+        module(), loader(4)
+    )
+    resumed, whole = module(), module()
+    trainer(tmp_path, [MetaPerturbCallback()], max_epochs=4).fit(
+        resumed, loader(4), ckpt_path=saver.best_model_path, weights_only=True
+    )
+    trainer(tmp_path, [MetaPerturbCallback()], max_epochs=4).fit(whole, loader(4))
+    assert attachment_of(resumed).reached == attachment_of(whole).reached == pytest.approx(16 / 1200)
+
+
 def test_resuming_keeps_what_the_strength_follows_and_says_so(tmp_path, recwarn):
     _, _, path = trained(tmp_path)
     run = trainer(tmp_path, [MetaPerturbCallback(initial_phi(0), full_strength_at=0.5)], max_epochs=3)
