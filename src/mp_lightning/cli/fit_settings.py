@@ -8,7 +8,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from mp_lightning.cli.options import (
     check,
-    check_choice,
     check_image_size,
     check_keys,
     check_top_level,
@@ -19,7 +18,7 @@ from mp_lightning.cli.options import (
 from mp_lightning.cli.training import device_options
 from mp_lightning.compare.architecture import Architecture
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.meta.settings import POLICIES, MetaSettings
+from mp_lightning.meta.settings import MetaSettings
 from mp_lightning.meta.sources import Evaluation, SourceSettings, plain_name, same_data
 from mp_lightning.meta.tasks import Split
 from mp_lightning.meta.transfer import TransferSettings
@@ -78,7 +77,6 @@ def read(config: DictConfig) -> FitSettings:
     per_class = check(evaluation.pop("train_per_class", None), int, "evaluation.train_per_class")
     transfer = settings(TransferSettings, evaluation, "evaluation")
     meta = settings(MetaSettings, plain_section(config, "meta"), "meta")
-    check_choice(meta.on_divergence, POLICIES, "meta.on_divergence")
     check_fraction(meta.strength, "meta.strength")
     check_fraction(meta.share_of_sites, "meta.share_of_sites")
     check_fraction(transfer.full_strength_at, "evaluation.full_strength_at")

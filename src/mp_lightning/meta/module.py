@@ -16,7 +16,7 @@ from mp_lightning.meta.checkpoint import RunCheckpointError
 from mp_lightning.meta.history import History
 from mp_lightning.meta.joint import JointGradient
 from mp_lightning.meta.learner import Learner
-from mp_lightning.meta.settings import LEAVE_OUT, MetaSettings
+from mp_lightning.meta.settings import MetaSettings
 from mp_lightning.meta.tasks import Task
 from mp_lightning.meta.watched import WatchedMetaPerturb
 from mp_lightning.perturbation import initial_phi
@@ -174,8 +174,8 @@ class JointMetaTraining(L.LightningModule):
     def _leave_out(self, invalid: list[int]) -> None:
         names = ", ".join(f"'{self.names[number]}'" for number in invalid)
         what = f"task {names}" if len(invalid) == 1 else f"tasks {names}"
-        if self.settings.on_divergence != LEAVE_OUT or len(invalid) == len(self.names):
-            given = self.settings.on_divergence == LEAVE_OUT
+        given = self.settings.on_divergence == "leave_out"
+        if not given or len(invalid) == len(self.names):
             raise DivergedError(
                 f"{what} diverged at meta-step {self.meta_step + 1}: loss or gradient is not finite; lower "
                 "meta.theta_lr or meta.lr, or look at the images"

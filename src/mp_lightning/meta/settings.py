@@ -1,11 +1,9 @@
 """Settings of meta-training."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from mp_lightning.perturbation import NoisePer
-
-STOP, LEAVE_OUT = "stop", "leave_out"
-POLICIES = (STOP, LEAVE_OUT)
 
 
 @dataclass(frozen=True)
@@ -33,7 +31,7 @@ class MetaSettings:
     theta_weight_decay: float
     batch_size: int
     restart_after: int | None
-    on_divergence: str = STOP
+    on_divergence: Literal["stop", "leave_out"] = "stop"
     strength: float = 1.0
     noise_per: NoisePer = "element"
     share_of_sites: float = 1.0
