@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -161,18 +161,9 @@ def _optimization(whole: dict[Any, Any]) -> Optimization:
         raise ConfigurationError(
             f"milestones={milestones} is not a list of fractions of the steps; write for example [0.4,0.7,0.9]"
         )
-    section = {key: whole.get(key) for key in _OPTIMIZATION if key != "milestones"}
-    values = settings(_Numbers, section, "")
-    return Optimization(milestones=[float(at) for at in milestones], **vars(values))
-
-
-@dataclass
-class _Numbers:
-    steps: int
-    batch_size: int
-    lr: float
-    weight_decay: float
-    lr_factor: float
+    kinds = get_type_hints(Optimization)
+    numbers = {key: check(whole.get(key), kinds[key], key) for key in _OPTIMIZATION if key != "milestones"}
+    return Optimization(milestones=[float(at) for at in milestones], **numbers)
 
 
 def _budget(config: DictConfig) -> Budget:

@@ -18,8 +18,6 @@ _SMALLEST_IMAGES = 8
 def settings(cls: type[T], section: dict[str, Any], name: str) -> T:
     """An instance of the dataclass ``cls`` from the section called ``name``, which holds its fields and nothing else.
 
-    The keys at the top are a section without a name.
-
     Integers must be positive, other numbers finite and not negative; None only where the field allows it.
 
     Raises:
@@ -27,9 +25,8 @@ def settings(cls: type[T], section: dict[str, Any], name: str) -> T:
     """
     hints = get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    prefix = f"{name}." if name else ""
-    check_keys(section, names, prefix)
-    return cls(**{key: check(section.get(key), hints[key], f"{prefix}{key}") for key in names})
+    check_keys(section, names, f"{name}.")
+    return cls(**{key: check(section.get(key), hints[key], f"{name}.{key}") for key in names})
 
 
 def check_top_level(config: DictConfig, known: Sequence[str]) -> None:
