@@ -152,10 +152,10 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
         phi = NamedPhi(
             Phi(**state["phi"]),
             state["phi_name"],
-            strength=state.get("strength", 1.0),
-            noise_per=state.get("noise_per", "element"),
-            full_strength_at=state.get("fitting", {}).get("full_strength_at", 1.0),
-            acts_below=state.get("fitting", {}).get("acts_below", 1.0),
+            strength=state["strength"],
+            noise_per=state["noise_per"],
+            full_strength_at=state["fitting"]["full_strength_at"],
+            acts_below=state["fitting"]["acts_below"],
         )
         part = model.get_submodule(state.get("part", ""))  # that was attached by hand
         attachment = attach(part, phi, sites=SitePlan.from_dict(state["plan"]))
