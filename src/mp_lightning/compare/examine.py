@@ -19,7 +19,7 @@ from mp_lightning.compare.moments import SiteMoments, site_moments
 from mp_lightning.compare.pairing import seed_all
 from mp_lightning.errors import ConfigurationError, DataError, UserError, one_line
 from mp_lightning.inference import Output
-from mp_lightning.inference.mc import OUTPUTS, output_kind, tolerance_of
+from mp_lightning.inference.mc import OUTPUTS, output_kind, probabilities_of, tolerance_of
 from mp_lightning.inference.reestimation import BATCHES, plain_averages
 from mp_lightning.neighbours import act_last
 from mp_lightning.reestimation_steps import moved
@@ -247,9 +247,7 @@ def predictions(
         values, y = forward(trainer, predict, module, batch)
         output = output or output_kind(values, type(module).__name__)
         tolerance = tolerance_of(values.dtype)
-        values = values.float()
-        if output != "probabilities":
-            values = values.softmax(dim=1) if output == "logits" else values.exp()
+        values = probabilities_of(values, output)
         if (values.sum(dim=1) - 1).abs().max() > tolerance:  # of what is not a number nothing is said here
             raise ConfigurationError(
                 f"the scores of {type(module).__name__} are no {output}, as those of an image do not add up to 1; set "

@@ -1,7 +1,7 @@
 """Monte Carlo inference: several forwards with noise, their probabilities averaged (Section 4 of the paper)."""
 
 import warnings
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from mp_lightning.sites import Attachment
 
 Output = Literal["logits", "probabilities", "log_probabilities"]
-OUTPUTS: tuple[Output, ...] = ("logits", "probabilities", "log_probabilities")
+OUTPUTS: tuple[Output, ...] = get_args(Output)
 _TOLERANCE = 1e-3
 _EVIDENCE = 32  # numbers that a judgement on all outputs needs
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]  # of a forward
@@ -33,6 +33,7 @@ class MonteCarlo:
 
     Attributes:
         calls: how many forwards of the model were averaged since this object was made.
+        busy: whether one of the forwards that are averaged is in progress.
     """
 
     expects = False
@@ -45,14 +46,9 @@ class MonteCarlo:
         self.output: Output | None = output
         self.calls = 0
         self._warned = False
-        self._busy = False
+        self.busy = False
         self._sampling = True
         self._inputs: Arguments = ((), {})
-
-    @property
-    def busy(self) -> bool:
-        """Whether one of the forwards that are averaged is in progress."""
-        return self._busy
 
     def lacks(self, attachment: "Attachment") -> str | None:
         """Nothing: this inference can always be made."""
@@ -60,7 +56,7 @@ class MonteCarlo:
 
     def begin(self, attachment: "Attachment", args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Noise is drawn, not averaged, in each forward, where there is an average."""
-        if not self._busy:
+        if not self.busy:
             self._sampling = attachment.sampling
             self._inputs = _copied((args, kwargs))  # a model may change them in place
         attachment.sampling = self._averages
@@ -71,7 +67,7 @@ class MonteCarlo:
         return module(*args, **kwargs)
 
     def _end(self, attachment: "Attachment") -> None:
-        self._busy = False
+        self.busy = False
         self._inputs = ((), {})
         attachment.sampling = self._sampling
 
@@ -81,22 +77,22 @@ class MonteCarlo:
         Raises:
             ConfigurationError: the output is not a (B, K) tensor of class scores.
         """
-        if self._busy:
+        if self.busy:
             return output
         if output is None:
             self._end(attachment)
             return output
         self.calls += 1
-        self._busy = True
+        self.busy = True
         try:
             trained = int(attachment.steps) > 0
             kind = output_kind(output, type(module).__name__, self.output, trained)
             if trained and output.numel() >= _EVIDENCE:
                 self.output = kind
             self._warn_of_features(attachment, module)
-            mean = _probabilities(output, kind).clone()  # a model may use its outputs again
+            mean = probabilities_of(output, kind).clone()  # a model may use its outputs again
             for _ in range(1, self.samples):
-                mean = mean + _probabilities(self._again(module), kind)
+                mean = mean + probabilities_of(self._again(module), kind)
         finally:
             self._end(attachment)
         mean = mean / self.samples
@@ -128,13 +124,13 @@ class OutputAverage(MonteCarlo):
     """
 
     def finish(self, attachment: "Attachment", module: nn.Module, output: Any) -> Any:
-        if self._busy:
+        if self.busy:
             return output
         if output is None or not self._averages:
             self._end(attachment)
             return output
         self.calls += 1
-        self._busy = True
+        self.busy = True
         try:
             average = self._average(module, output)
             if average is not None:
@@ -224,7 +220,8 @@ def tolerance_of(dtype: torch.dtype) -> float:
     return max(_TOLERANCE, 4 * torch.finfo(dtype).eps)
 
 
-def _probabilities(output: Tensor, kind: Output) -> Tensor:
+def probabilities_of(output: Tensor, kind: Output) -> Tensor:
+    """Class probabilities float32 (B, K) from an output (B, K) of this kind."""
     values = output.float()
     if kind == "logits":
         return values.softmax(dim=1)
