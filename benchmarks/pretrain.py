@@ -13,8 +13,8 @@ from mp_lightning.compare.architecture import Architecture
 from mp_lightning.compare.classifier import ClassifierFactory, Optimization
 from mp_lightning.compare.examine import predict_pair, predictions
 from mp_lightning.compare.metrics import scores
-from mp_lightning.compare.pairing import seed_all
 from mp_lightning.compare.target import TargetFactory, read_target
+from mp_lightning.randomness import seed_all
 
 
 class Tested(L.Callback):

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from mp_lightning.randomness import derived_seed, random_state
+from mp_lightning.randomness import derived_seed, random_state, seed_all
 
 
 def test_derived_seed_is_the_same_in_every_process() -> None:
@@ -18,12 +18,6 @@ def test_derived_seed_is_the_same_in_every_process() -> None:
 def draw() -> list[float]:
     """One number of each global generator that a network may draw from."""
     return [float(torch.rand(1)), random.random(), float(np.random.rand())]
-
-
-def seed_all(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    np.random.seed(seed)
 
 
 def test_inside_the_state_draws_follow_from_the_seed_and_outside_nothing_is_seen_of_them() -> None:

@@ -15,6 +15,13 @@ def derived_seed(*parts: object) -> int:
     return int.from_bytes(digest[:7], "little")
 
 
+def seed_all(seed: int) -> None:
+    """Start the global generators of Python, NumPy and torch, all devices, from ``seed``."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 @contextmanager
 def random_state(seed: int, device: torch.device) -> Iterator[None]:
     """Inside, all global generators start from ``seed``, for networks that draw (dropout); then they are put back.
@@ -23,9 +30,7 @@ def random_state(seed: int, device: torch.device) -> Iterator[None]:
     """
     of_python, of_numpy = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        random.seed(seed)
-        np.random.seed(seed % 2**32)
+        seed_all(seed)
         try:
             yield
         finally:

@@ -20,11 +20,11 @@ from mp_lightning.compare.arms import parse_arm
 from mp_lightning.compare.cost import Cost
 from mp_lightning.compare.examine import Predict, batches, forward
 from mp_lightning.compare.moments import SiteMoments, site_moments
-from mp_lightning.compare.pairing import PairedSteps, seed_all
+from mp_lightning.compare.pairing import PairedSteps
 from mp_lightning.compare.run import Experiment, Job, OnStep, RunError, fresh_module, train
 from mp_lightning.compare.store import RunKey
 from mp_lightning.perturbation import NamedPhi, phi_digest
-from mp_lightning.randomness import derived_seed
+from mp_lightning.randomness import derived_seed, seed_all
 from mp_lightning.runs import unusable
 from mp_lightning.sites import attachment_of
 from mp_lightning.whole import write_json

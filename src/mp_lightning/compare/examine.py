@@ -16,12 +16,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from mp_lightning.callback import MetaPerturbCallback
 from mp_lightning.compare.metrics import Scores, reliability, scores
 from mp_lightning.compare.moments import SiteMoments, site_moments
-from mp_lightning.compare.pairing import seed_all
 from mp_lightning.errors import ConfigurationError, DataError, UserError, one_line
 from mp_lightning.inference import Output
 from mp_lightning.inference.mc import OUTPUTS, output_kind, probabilities_of, tolerance_of
 from mp_lightning.inference.reestimation import BATCHES, plain_averages
 from mp_lightning.neighbours import act_last
+from mp_lightning.randomness import seed_all
 from mp_lightning.reestimation_steps import moved
 from mp_lightning.sites import Attachment, attachment_of
 

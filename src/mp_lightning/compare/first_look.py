@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from mp_lightning.compare.examine import batches, check_labels, check_scores, predict_pair
-from mp_lightning.compare.pairing import seed_all
 from mp_lightning.compare.run import Experiment, setup_seed
 from mp_lightning.errors import ConfigurationError, UserError
+from mp_lightning.randomness import seed_all
 
 _FEW = 2
 _TRANSFER = ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer")

@@ -11,14 +11,7 @@ import torch
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils._pytree import tree_map
 
-from mp_lightning.randomness import derived_seed
-
-
-def seed_all(seed: int) -> None:
-    """Start the generators of Python, NumPy and torch, all devices, from ``seed``."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+from mp_lightning.randomness import derived_seed, seed_all
 
 
 class RandomStream:

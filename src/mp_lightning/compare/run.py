@@ -18,13 +18,13 @@ from mp_lightning.compare.arm_callbacks import Context, Inference, callbacks_of,
 from mp_lightning.compare.arms import AnyArm, NamedArm
 from mp_lightning.compare.cost import Cost
 from mp_lightning.compare.examine import Examination, Examined, Predict, predict_pair
-from mp_lightning.compare.pairing import PairedSteps, seed_all
+from mp_lightning.compare.pairing import PairedSteps
 from mp_lightning.compare.results import Details, Row, SiteMultiplier
 from mp_lightning.compare.store import RunKey
 from mp_lightning.errors import ConfigurationError, DataError, UserError, one_line
 from mp_lightning.inference import Output
 from mp_lightning.mixin import MetaPerturbMixin
-from mp_lightning.randomness import derived_seed
+from mp_lightning.randomness import derived_seed, seed_all
 from mp_lightning.sites import attachment_of
 
 OnStep = Callable[[int], None]
