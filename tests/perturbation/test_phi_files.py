@@ -250,14 +250,15 @@ def test_a_place_that_cannot_be_written_to_is_named_and_nothing_is_left(tmp_path
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_phi_and_its_card_are_replaced_together_or_not_at_all(tmp_path, monkeypatch):
+@pytest.mark.parametrize("refused", [".json", ".safetensors"])
+def test_phi_and_its_card_are_replaced_together_or_not_at_all(tmp_path, monkeypatch, refused):
     path = tmp_path / "phi.safetensors"
     save_phi(path, initial_phi(0), {"seed": 0})
     before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
     write = Path.write_bytes
 
     def full(self, content):
-        if ".json" in self.name:
+        if refused in self.name:
             raise OSError(28, "No space left on device")
         return write(self, content)
 

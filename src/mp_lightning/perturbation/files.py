@@ -3,8 +3,6 @@
 Nothing is ever unpickled. The card carries the SHA-256 of the file, which is verified when the file is loaded.
 """
 
-import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -20,6 +18,7 @@ from safetensors.torch import load, save
 from mp_lightning.errors import ConfigurationError, PhiError
 from mp_lightning.perturbation.noise import NoisePer, check_noise_per
 from mp_lightning.perturbation.phi import SHAPES, Phi
+from mp_lightning.whole import write_whole
 
 DEFAULT_PHI = "tiny-imagenet-7"
 BUNDLED = Path(__file__).parent / "bundled"
@@ -119,7 +118,19 @@ def save_phi(path: str | Path, phi: Phi | NamedPhi, card: dict[str, Any]) -> dic
         text = json.dumps(card, indent=2) + "\n"
     except (TypeError, ValueError) as error:
         raise ConfigurationError(f"the card of phi file '{path}' cannot be written as JSON: {error}") from error
-    _write_both({path: content, _place_of_card(path): text.encode()})
+    place = _place_of_card(path)
+
+    def write(partial: Path) -> None:  # both are whole before either takes its place
+        partial.write_bytes(text.encode())
+        write_whole(path, lambda own: own.write_bytes(content))
+
+    try:
+        write_whole(place, write)
+    except OSError as error:
+        raise ConfigurationError(
+            f"phi file '{path}' cannot be written ({error.strerror}); give a place in a folder that exists, can be "
+            "written to, and has room"
+        ) from error
     return card
 
 
@@ -275,23 +286,3 @@ def _place_of_card(path: Path) -> Path:
             "remove that, or give another name"
         )
     return place
-
-
-def _write_both(contents: dict[Path, bytes]) -> None:
-    """Replace files when all that is new has been written, one at once after the other."""
-    partials = {path: path.with_name(f"{path.name}.partial") for path in contents}
-    try:
-        for path, content in contents.items():
-            if path.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-            partials[path].write_bytes(content)
-        for path, partial in partials.items():
-            os.replace(partial, path)
-    except OSError as error:
-        for partial in partials.values():
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-        raise ConfigurationError(
-            f"phi file '{next(iter(contents))}' cannot be written ({error.strerror}); give a place in a folder that "
-            "exists, can be written to, and has room"
-        ) from error
