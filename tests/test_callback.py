@@ -225,7 +225,8 @@ def test_training_draws_nothing_from_the_global_generator(tmp_path):
     assert torch.allclose(*weights, atol=1e-5)
 
 
-def test_pytorch_lightning_trainer(tmp_path):
+def under_the_other_name():
+    """Lightning as ``pytorch_lightning``, and a module of it."""
     pytorch_lightning = pytest.importorskip("pytorch_lightning")
 
     class Other(pytorch_lightning.LightningModule):
@@ -240,6 +241,11 @@ def test_pytorch_lightning_trainer(tmp_path):
         validation_step, test_step = Classifier.validation_step, Classifier.test_step
         configure_optimizers = Classifier.configure_optimizers
 
+    return pytorch_lightning, Other
+
+
+def test_pytorch_lightning_trainer(tmp_path):
+    pytorch_lightning, Other = under_the_other_name()
     model = module(Other)
     watch = Watch()
     run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1), watch], cls=pytorch_lightning.Trainer)
@@ -251,6 +257,34 @@ def test_pytorch_lightning_trainer(tmp_path):
     restored = MetaPerturbCallback.restore(module(Other, seed=1), tmp_path / "other.ckpt")
     x = digits()[0][:8]
     assert torch.equal(restored(x), model.eval()(x))
+
+
+@pytest.mark.parametrize("owner", ["module", "datamodule", "datasets"])
+def test_training_data_of_pytorch_lightning_are_found_without_a_fit(tmp_path, owner):
+    pytorch_lightning, Other = under_the_other_name()
+
+    class Data(pytorch_lightning.LightningDataModule):
+        def train_dataloader(self):
+            return loader(4)
+
+        def test_dataloader(self):
+            return loader(2)
+
+    class WithData(Other):
+        train_dataloader, test_dataloader = Data.train_dataloader, Data.test_dataloader
+
+    kind, data = (WithData, None) if owner == "module" else (Other, Data())
+    if owner == "datasets":
+        data = pytorch_lightning.LightningDataModule.from_datasets(loader(4).dataset, test_dataset=loader(2).dataset)
+    model = module(kind)
+    options = {"cls": pytorch_lightning.Trainer, "max_epochs": 1}
+    run = trainer(tmp_path, [MetaPerturbCallback(full_strength_at=1)], **options)
+    run.fit(model, loader(4))
+    attachment_of(model).estimates = None  # as of a checkpoint from within the training
+    run.save_checkpoint(tmp_path / "within.ckpt")
+    restored = MetaPerturbCallback.restore(module(kind), tmp_path / "within.ckpt")
+    trainer(tmp_path, [MetaPerturbCallback()], **options).test(restored, datamodule=data, verbose=False)
+    assert attachment_of(restored).estimates.buffers
 
 
 def test_evaluation_without_training_is_plain(tmp_path, recwarn):

@@ -14,9 +14,9 @@ def late_hook(module: pl.LightningModule) -> str | None:
     return next((name for name in _HOOKS if overrides(module, name)), None)
 
 
-def overrides(module: pl.LightningModule, hook: str) -> bool:
-    """Whether the module has a hook that is not Lightning's own (under either of its names)."""
-    return getattr(type(module), hook).__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
+def overrides(owner: pl.LightningModule | pl.LightningDataModule, hook: str) -> bool:
+    """Whether the class of a module or datamodule has a hook that is not Lightning's (under either of its names)."""
+    return getattr(type(owner), hook).__module__.split(".")[0] not in ("lightning", "pytorch_lightning")
 
 
 class AttachesLater:

@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities import CombinedLoader
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning.pytorch.utilities.seed import isolate_rng
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
@@ -17,6 +16,7 @@ from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signatu
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import reestimate_batch_norm
 from mp_lightning.inference.undisturbed import undisturbed
+from mp_lightning.late_layers import overrides
 from mp_lightning.sites import Attachment
 
 
@@ -88,7 +88,8 @@ def training_data(trainer: pl.Trainer) -> _TrainingData | None:
 def _own_training_data(trainer: pl.Trainer) -> _TrainingData | None:
     """That of the datamodule or the module, where it can be had without ``fit``."""
     for owner in (trainer.datamodule, trainer.lightning_module):  # type: ignore[attr-defined]
-        if is_overridden("train_dataloader", owner):
+        # from_datasets gives a datamodule of Lightning's own class such a hook.
+        if owner is not None and ("train_dataloader" in vars(owner) or overrides(owner, "train_dataloader")):
             try:
                 return _data_of(trainer, owner.train_dataloader())
             except Exception:  # it was set up for a test alone
