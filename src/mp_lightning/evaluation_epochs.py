@@ -50,16 +50,13 @@ class EvaluationEpochs(Callback):
         self._begin_evaluation(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        end_evaluation(pl_module, self.inference)
+        self._end_evaluation(pl_module)
 
     def on_test_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        end_evaluation(pl_module, self.inference)
+        self._end_evaluation(pl_module)
 
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        end_evaluation(pl_module, self.inference)
-
-    def _begin_evaluation(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        begin_evaluation(trainer, module, self.inference, self._inference_of_epoch(trainer))
+        self._end_evaluation(pl_module)
 
     def _inference_of_epoch(self, trainer: pl.Trainer) -> Mean | MonteCarlo:
         if trainer.state.fn != "fit":
@@ -67,65 +64,59 @@ class EvaluationEpochs(Callback):
         kind = OutputAverage if self.inference != "mc" and self.output is None else MonteCarlo
         return kind(self.fit_samples, self.output)
 
+    def _begin_evaluation(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Prepare an attached module for an epoch of evaluation; warn where it was never attached.
 
-def begin_evaluation(trainer: pl.Trainer, module: pl.LightningModule, mode: str, inference: Mean | MonteCarlo) -> None:
-    """Prepare an attached module for an epoch of evaluation; warn where it was never attached.
+        Outside of ``fit`` batch norm is re-estimated where the inference needs it.
+        """
+        attachment, inference = attachment_of(module), self._inference_of_epoch(trainer)
+        declared = attachment is not None and attachment.persistent and trainer.state.fn != "fit"
+        if attachment is None or (declared and attachment.never_acted()):
+            rank_zero_warn(
+                f"{type(module).__name__} was never trained with MetaPerturb in this process; it is evaluated without "
+                "perturbation. One that was trained elsewhere comes back by MetaPerturbCallback.restore(module, "
+                "checkpoint)"
+            )
+        if attachment is None:
+            return
+        attachment.settle()
+        attachment.look_again()  # callbacks before this one may have put averages in their place
+        attachment.forget_other_weights()
+        attachment.evaluations.zero_()
+        attachment.bound_hits.zero_()
+        if trainer.state.fn != "fit" and inference.lacks(attachment) is not None:
+            try_to_reestimate(trainer, module, attachment, self.inference)
+        attachment.inference = inference
+        attachment.strays = 0
+        attachment.look_again()  # and those after it may
+        attachment.sampling = self.inference == "mc"  # where the module calls blocks one by one, see _end_evaluation
 
-    Args:
-        trainer: that evaluates; outside of ``fit`` it re-estimates batch norm where ``mode`` needs it.
-        module: that is evaluated.
-        mode: one of :data:`~mp_lightning.inference.INFERENCE_MODES`.
-        inference: of this epoch.
-    """
-    attachment = attachment_of(module)
-    declared = attachment is not None and attachment.persistent and trainer.state.fn != "fit"
-    if attachment is None or (declared and attachment.never_acted()):
-        rank_zero_warn(
-            f"{type(module).__name__} was never trained with MetaPerturb in this process; it is evaluated without "
-            "perturbation. One that was trained elsewhere comes back by MetaPerturbCallback.restore(module, checkpoint)"
-        )
-    if attachment is None:
-        return
-    attachment.settle()
-    attachment.look_again()  # callbacks before this one may have put averages in their place
-    attachment.forget_other_weights()
-    attachment.evaluations.zero_()
-    attachment.bound_hits.zero_()
-    if trainer.state.fn != "fit" and inference.lacks(attachment) is not None:
-        try_to_reestimate(trainer, module, attachment, mode)
-    attachment.inference = inference
-    attachment.strays = 0
-    attachment.look_again()  # and those after it may
-    attachment.sampling = mode == "mc"  # where the module calls blocks one by one, see end_evaluation
+    def _end_evaluation(self, module: pl.LightningModule) -> None:
+        """Check after an epoch of evaluation that its inference acted, and warn of feature values that were clipped.
 
-
-def end_evaluation(module: pl.LightningModule, mode: str) -> None:
-    """Check after an epoch of evaluation that its mode acted, and warn of feature values that were clipped.
-
-    Args:
-        module: that was evaluated.
-        mode: as for :func:`begin_evaluation`.
-
-    Raises:
-        ConfigurationError: no step of the epoch called the model as a whole, so that ``mode`` did not act.
-    """
-    attachment = attachment_of(module)
-    if attachment is None:
-        return
-    attachment.sampling = True
-    inference = attachment.inference
-    if (
-        (isinstance(inference, Mean) or type(inference) is MonteCarlo)
-        and inference.calls == 0
-        and attachment.strays > 0
-    ):
-        names = " or ".join(
-            f"{type(module).__name__}.forward" if name == "" else f"self.{name}" for name in attachment.entry_modules()
-        )
-        what = "did not act" if isinstance(inference, Mean) else "averaged nothing"
-        raise ConfigurationError(f"inference='{mode}' {what}: no step of this epoch called {names} as a whole; do so")
-    if int(attachment.bound_hits) > 0:
-        rank_zero_warn(
-            f"MetaPerturb: {int(attachment.bound_hits)} feature values reached the bound clip={attachment.clip} in "
-            "evaluation; the network's activations are unusually large"
-        )
+        Raises:
+            ConfigurationError: no step of the epoch called the model as a whole, so that it did not act.
+        """
+        attachment = attachment_of(module)
+        if attachment is None:
+            return
+        attachment.sampling = True
+        inference = attachment.inference
+        if (
+            (isinstance(inference, Mean) or type(inference) is MonteCarlo)
+            and inference.calls == 0
+            and attachment.strays > 0
+        ):
+            names = " or ".join(
+                f"{type(module).__name__}.forward" if name == "" else f"self.{name}"
+                for name in attachment.entry_modules()
+            )
+            what = "did not act" if isinstance(inference, Mean) else "averaged nothing"
+            raise ConfigurationError(
+                f"inference='{self.inference}' {what}: no step of this epoch called {names} as a whole; do so"
+            )
+        if int(attachment.bound_hits) > 0:
+            rank_zero_warn(
+                f"MetaPerturb: {int(attachment.bound_hits)} feature values reached the bound clip={attachment.clip} in "
+                "evaluation; the network's activations are unusually large"
+            )
