@@ -22,9 +22,11 @@ class JointGradient:
 
     Attributes:
         stop: whether any process asked to stop, once reduced.
+        losses: training and validation loss (nats) of each task, once reduced; NaN for those that were not valid.
     """
 
     stop = False
+    losses: Sequence[tuple[float, float]] = ()
 
     def __init__(self, phi: Sequence[Tensor], tasks: int) -> None:
         self._phi = phi
@@ -55,17 +57,12 @@ class JointGradient:
         self._count = round(values[self._numbers])
         self.stop = values[self._numbers + 1] > 0
         losses = values[self._numbers + 2 :]
-        self._losses = list(zip(losses[: self._tasks], losses[self._tasks :], strict=True))
-
-    @property
-    def losses(self) -> list[tuple[float, float]]:
-        """Training and validation loss (nats) of each task; NaN for those that were not valid."""
-        return self._losses
+        self.losses = list(zip(losses[: self._tasks], losses[self._tasks :], strict=True))
 
     @property
     def invalid(self) -> list[int]:
         """The numbers of the tasks that are left out."""
-        return [task for task, (train, _) in enumerate(self._losses) if train != train]
+        return [task for task, (train, _) in enumerate(self.losses) if train != train]
 
     def mean(self) -> list[Tensor]:
         """The gradient of each tensor of phi, averaged over the valid tasks, of which there must be one."""

@@ -28,21 +28,20 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def philox4x32(
-    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int], rounds: int = ROUNDS
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Philox4x32 of four counter words and two key words.
+    """Philox4x32 with 7 rounds, of four counter words and two key words.
 
     Args:
         counter: four int64 tensors that broadcast together, each holding values below 2**32.
         key: two integers below 2**32.
-        rounds: number of rounds.
 
     Returns:
         Four int64 tensors of uniformly distributed 32-bit words.
     """
     c0, c1, c2, c3 = counter
     k0, k1 = key
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         # int64 products wrap modulo 2**64, which keeps the bit pattern of the unsigned product.
         p0, p1 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0, c2 = (p1 >> 32) & _MASK ^ c1 ^ k0, (p0 >> 32) & _MASK ^ c3 ^ k1

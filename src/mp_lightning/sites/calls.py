@@ -44,7 +44,7 @@ class Block:
         self.training = False
         self.active = 0
         self._module_sites = module_sites
-        self._functional_sites = functional_sites
+        self.functional_sites = functional_sites
         self._modes: list[_ActivationMode] = []
         self._activations: dict[bool, tuple[int, ...]] = {}  # called in a forward of the block, in training and not
         self._told = False
@@ -66,7 +66,7 @@ class Block:
         self.active += 1
         for activation in self._module_sites:
             activation.seen = 0
-        if self._functional_sites:
+        if self.functional_sites:
             mode = _ActivationMode(self)
             self._modes.append(mode)
             mode.__enter__()
@@ -77,7 +77,7 @@ class Block:
         self.active -= 1
         self.calls += 1
         functional = 0
-        if self._functional_sites:
+        if self.functional_sites:
             mode = self._modes.pop()
             mode.__exit__(None, None, None)
             functional = mode.seen
@@ -90,7 +90,7 @@ class Block:
         if len({*self._activations.values()}) < 2 or self._told:
             return
         self._told = True
-        sites = [self._functional_sites, *(activation.sites for activation in self._module_sites)]
+        sites = [self.functional_sites, *(activation.sites for activation in self._module_sites)]
         names = ", ".join(site.spec.name for by_call in sites for site in by_call.values())
         warnings.warn(
             f"MetaPerturb: {type(module).__name__} calls another number of activations in training than in evaluation, "
@@ -126,13 +126,6 @@ class Block:
             return site(x, self.calls if call is None else call, self.training if training is None else training)
         finally:
             self.attachment.perturbing = False
-
-    def functional_site(self, index: int) -> Site | None:
-        return self._functional_sites.get(index)
-
-    @property
-    def perturbing(self) -> bool:
-        return self.attachment.perturbing
 
 
 class ActivationModule:
@@ -203,8 +196,8 @@ class _ActivationMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in ACTIVATION_FUNCTIONS and not self._block.perturbing:
-            site = self._block.functional_site(self.seen)
+        if func in ACTIVATION_FUNCTIONS and not self._block.attachment.perturbing:
+            site = self._block.functional_sites.get(self.seen)
             self.seen += 1
             compiling = torch.compiler.is_compiling()
             if site is not None and not compiling and self._surroundings != _surroundings():
