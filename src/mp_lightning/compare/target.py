@@ -159,7 +159,7 @@ def _split(images: ImageSet, fraction: float, seed: int) -> tuple[ImageSet, Imag
         first.append(members[: min(max(1, round(fraction * len(members))), len(members) - 1)])
     chosen = torch.zeros(len(images), dtype=torch.bool)
     chosen[torch.cat(first)] = True
-    return images.subset(chosen.nonzero().flatten()), images.subset((~chosen).nonzero().flatten())
+    return images.subset(chosen), images.subset(~chosen)
 
 
 class _Batches(Dataset[tuple[Tensor, Tensor]]):

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from mp_lightning.errors import ConfigurationError, one_line
 from mp_lightning.inference.mean import Mean
@@ -149,15 +150,8 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tenso
 
 
 def _difference(outputs: object, expected: object) -> float:
-    pairs = zip(_tensors(outputs), _tensors(expected), strict=True)
-    return max(float((a - b).detach().abs().max()) for a, b in pairs)
-
-
-def _tensors(value: object) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    parts = list(value.values()) if isinstance(value, dict) else value
-    return [tensor for part in parts for tensor in _tensors(part)] if isinstance(parts, list | tuple) else []
+    found, wanted = ([leaf for leaf in tree_leaves(of) if isinstance(leaf, Tensor)] for of in (outputs, expected))
+    return max(float((a - b).detach().abs().max()) for a, b in zip(found, wanted, strict=True))
 
 
 def _check_ready(attachment: Attachment, mode: str) -> None:
