@@ -47,11 +47,10 @@ def stays_in_force(
     if input_size not in (None, int(attachment.input_size)):
         kept.append((f"with input_size={int(attachment.input_size)}", f"{input_size}"))
     if phi is not None:
-        drawn = getattr(attachment.perturbation, "noise_per", "element")
         if attachment.phi_name != phi.name:
             kept.append((f"with phi '{attachment.phi_name}'", f"'{phi.name}'"))
-        if drawn != phi.noise_per:
-            kept.append((f"with noise per {drawn}", f"noise per {phi.noise_per}"))
+        if attachment.noise_per != phi.noise_per:
+            kept.append((f"with noise per {attachment.noise_per}", f"noise per {phi.noise_per}"))
     for was, asked in kept:
         yield f"the model was trained {was}, which stays in force instead of {asked}"
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.perturbation import FusedPerturbation, Perturbation, check_noise_per
+from mp_lightning.perturbation import FusedPerturbation, NoisePer, Perturbation, check_noise_per
 from mp_lightning.perturbation.mathematics import bound
 from mp_lightning.sites.blocks import BY_PARTS, make_blocks, scopes_of, why_unreached
 from mp_lightning.sites.copies import Origin
@@ -77,9 +77,9 @@ class Attachment(GrowingStrength):
     ) -> None:
         super().__init__(strength, persistent, full_strength_at, acts_below)
         check_path(path)
-        check_noise_per(getattr(perturbation, "noise_per", "element"))
         self.plan = plan
         self.perturbation = perturbation
+        check_noise_per(self.noise_per)
         self.phi_name = phi_name
         self.channel_norm = channel_norm
         self.seed = int(seed)
@@ -291,6 +291,12 @@ class Attachment(GrowingStrength):
             return None
         fused = cast(FusedPerturbation, self.perturbation)
         return fused if fused.fuses(x) else None
+
+    @property
+    def noise_per(self) -> NoisePer:
+        """What each number of the noise is drawn for: 'element', unless the perturbation says 'channel'."""
+        noise_per: NoisePer = getattr(self.perturbation, "noise_per", "element")
+        return noise_per
 
     @property
     def input_size(self) -> Tensor:

@@ -175,7 +175,7 @@ class Site(KeepsPrecision):
         statistics, measured = self.statistics, None
         if training:
             statistics, measured = shared.perturbation.measure(x, statistics, shared.synchronize)
-        eps = None if key is None else key.draw(x, getattr(shared.perturbation, "noise_per", "element"))
+        eps = None if key is None else key.draw(x, shared.noise_per)
         assert isinstance(norms.size, Tensor)
         norms = replace(norms, size=norms.size.to(x.dtype))
         multiplier = shared.perturbation.multiplier(x, eps, statistics, norms)
@@ -206,7 +206,7 @@ class Site(KeepsPrecision):
         """The noise of this site's first call in the latest training forward, for the first images (B, C, H, W)."""
         shared = self.attachment
         key = NoiseKey(shared.seed, self.index * _CALLS, shared.forwards, *shared.shard)
-        return key.draw(maps, getattr(shared.perturbation, "noise_per", "element"))
+        return key.draw(maps, shared.noise_per)
 
     def _noise_key(self, x: Tensor, call: int, training: bool, replay: bool) -> NoiseKey:
         shared = self.attachment
