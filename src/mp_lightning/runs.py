@@ -15,6 +15,8 @@ except ImportError:  # not on Windows, where two processes in one folder are not
 
 REPORT = "report.json"
 SETTINGS = "settings.json"
+OUTPUT = "output.log"  # what a job of a sweep prints
+ASKED = ".hydra"  # what was asked for
 _LOCK = ".lock"
 _ANEW = ".anew"
 ASIDE = "previous-"
@@ -205,7 +207,7 @@ def times_anew(path: Path, fresh: bool) -> int:
 
 def _left(path: Path) -> list[Path]:
     """What a run left in its folder."""
-    kept = (".hydra", _LOCK, _ANEW, "output.log")  # the log is being written
+    kept = (ASKED, _LOCK, _ANEW, OUTPUT)  # the last is being written
     return [entry for entry in path.iterdir() if entry.name not in kept and not entry.name.startswith(ASIDE)]
 
 

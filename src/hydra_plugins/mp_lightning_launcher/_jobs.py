@@ -27,11 +27,11 @@ from hydra_plugins.mp_lightning_launcher._processes import (
     environment_without_ranks,
     stop,
 )
-from mp_lightning.cli.output import OUTPUT, error_line, last_error
+from mp_lightning.cli.interruption import TERMINATED
+from mp_lightning.cli.output import error_line, last_error
 from mp_lightning.errors import UserError
-from mp_lightning.runs import REPORT, relevant_settings
+from mp_lightning.runs import OUTPUT, REPORT, relevant_settings
 
-TERMINATED = 143  # 128 + SIGTERM
 # What a job must not inherit from the sweep: how there are several of it, and where they lie.
 _OF_THE_SWEEP = ("hydra.mode", "hydra.run", "hydra.sweep", "hydra/sweep", "hydra.launcher", "hydra/launcher")
 

@@ -1,9 +1,8 @@
-"""The one line in which a command that fails says why, and the file in which a sweep keeps what its jobs print."""
+"""The one line in which a command that fails says why, and how it is found in what the jobs of a sweep print."""
 
 import re
 from collections.abc import Iterable
 
-OUTPUT = "output.log"
 _PREFIX = "mp_lightning: "
 _START = "$ "
 # What a run says that only has to be continued.

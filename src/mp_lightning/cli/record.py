@@ -5,10 +5,8 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from mp_lightning.runs import unusable
+from mp_lightning.runs import ASKED, unusable
 from mp_lightning.whole import write_text
-
-FOLDER = ".hydra"
 
 
 def record(config: DictConfig, path: Path) -> None:
@@ -17,7 +15,7 @@ def record(config: DictConfig, path: Path) -> None:
     Raises:
         RunFolderError: it cannot be written.
     """
-    folder = path / FOLDER
+    folder = path / ASKED
     try:
         folder.mkdir(exist_ok=True)
         write_text(folder / "config.yaml", OmegaConf.to_yaml(config))

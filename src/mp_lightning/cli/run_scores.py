@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from mp_lightning.cli.card import without_folders
-from mp_lightning.cli.output import OUTPUT, last_error, only_stopped
+from mp_lightning.cli.output import last_error, only_stopped
 from mp_lightning.errors import PhiError, UserError
 from mp_lightning.nested import flat
 from mp_lightning.perturbation import NamedPhi, load_phi
-from mp_lightning.runs import ASIDE, REPORT, SETTINGS
+from mp_lightning.runs import ASIDE, OUTPUT, REPORT, SETTINGS
 from mp_lightning.walking import walk
 
 PHI = "phi.safetensors"
