@@ -120,19 +120,21 @@ class MatchedPerturbation(MetaPerturbCallback):
 
 
 def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
+    like = part.like
+    assert like is not None
     options: dict[str, Any] = {
         "inference": context.inference,
         "samples": context.samples,
         "seed": context.seed,
         "marker": False,
         "ramp_steps": None if context.ramp else 0,
-        "strength": part.strength,
-        "sites": part.sites,
-        "full_strength_at": part.full_strength_at,
-        "acts_below": part.acts_below,
+        "strength": like.strength,
+        "sites": like.share_of_sites,
+        "full_strength_at": like.full_strength_at,
+        "acts_below": like.acts_below,
     }
     if part.name == "random_phi":
-        random = NamedPhi(initial_phi(SEED_OF_RANDOM_PHI), part.name, noise_per=part.noise_per)
+        random = NamedPhi(initial_phi(SEED_OF_RANDOM_PHI), part.name, noise_per=like.noise_per)
         return MetaPerturbCallback(random, **options)
     assert part.phi is not None
     match part.name:
@@ -141,16 +143,16 @@ def _perturbation(part: Part, context: Context) -> MetaPerturbCallback:
         case "first_sites":
             return FirstSites(part.phi, **options)
         case "last_sites":
-            return MetaPerturbCallback(part.phi, **{**options, "sites": _HALF * part.sites})
+            return MetaPerturbCallback(part.phi, **{**options, "sites": _HALF * like.share_of_sites})
         case "noise_only":
-            return MetaPerturbCallback(perturbation=NoiseOnly(part.phi.phi, noise_per=part.noise_per), **options)
+            return MetaPerturbCallback(perturbation=NoiseOnly(part.phi.phi, noise_per=like.noise_per), **options)
         case "scale_only":
-            return MetaPerturbCallback(perturbation=ScaleOnly(part.phi.phi, noise_per=part.noise_per), **options)
+            return MetaPerturbCallback(perturbation=ScaleOnly(part.phi.phi, noise_per=like.noise_per), **options)
     assert part.moments is not None
     controls: dict[str, Callable[[], Perturbation]] = {
-        "fixed_noise": lambda: FixedNoise(part.noise_per),
+        "fixed_noise": lambda: FixedNoise(like.noise_per),
         "shrink_only": ShrinkOnly,
-        "mean_one": lambda: MeanOne(part.phi.phi, noise_per=part.noise_per),  # type: ignore[union-attr]
+        "mean_one": lambda: MeanOne(part.phi.phi, noise_per=like.noise_per),  # type: ignore[union-attr]
     }
     return MatchedPerturbation(controls[part.name](), part.moments, **options)
 

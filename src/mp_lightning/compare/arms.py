@@ -12,13 +12,13 @@ Controls are matched to phi by itself, in combinations, too.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from lightning.pytorch.callbacks import Callback
 
 from mp_lightning.compare.moments import SiteMoments
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.perturbation import NamedPhi, NoisePer, load_phi
+from mp_lightning.perturbation import NamedPhi, load_phi
 
 BASELINE = "none"
 Role = Literal["baseline", "regularizer", "learned", "control", "ablation"]
@@ -94,20 +94,15 @@ class Arm:
 class Part:
     """One part of a combination: its kind, the value of its hyperparameter where it is fixed, and its phi.
 
-    ``strength``, ``noise_per``, ``sites``, the share of them, ``full_strength_at`` and ``acts_below`` are those of
-    what stands at the sites in place of phi: of the part's phi, or, for a random phi, of the phi for the arms that
-    name none.
+    What stands at the sites in place of phi is used as ``like`` is meant to be, at its strength and share of the sites
+    and so on: the part's phi, or, for a random phi, the phi for the arms that name none. None for all else.
     """
 
     name: str
     value: float | None = None
     phi: NamedPhi | None = None
+    like: NamedPhi | None = None
     moments: list[SiteMoments] | None = None
-    strength: float = 1.0
-    noise_per: NoisePer = "element"
-    sites: float = 1.0
-    full_strength_at: float = 1.0
-    acts_below: float = 1.0
 
     @property
     def kind(self) -> Kind:
@@ -142,7 +137,8 @@ AnyArm = Arm | NamedArm
 
 def follows_the_loss(arm: AnyArm) -> bool:
     """Whether the strength of something in this arm follows the training loss, by the phi that it stands for."""
-    return isinstance(arm, NamedArm) and any(part.full_strength_at < 1 for part in arm.parts)
+    parts = arm.parts if isinstance(arm, NamedArm) else ()
+    return any(part.like is not None and part.like.full_strength_at < 1 for part in parts)
 
 
 def parse_arm(text: str, phi: NamedPhi) -> NamedArm:
@@ -179,9 +175,9 @@ def _part(arm: str, word: str, phi: NamedPhi) -> Part:
     kind = KINDS[name]
     if kind.takes_phi:
         own = load_phi(value) if colon else phi
-        return Part(name, phi=own, **_use(own))
+        return Part(name, phi=own, like=own)
     if not colon:
-        return Part(name, **_use(phi)) if kind.multiplies else Part(name)
+        return Part(name, like=phi if kind.multiplies else None)
     if kind.parameter is None:
         raise ConfigurationError(f"arm '{arm}': '{name}' takes no value; leave ':{value}' out")
     try:
@@ -193,14 +189,3 @@ def _part(arm: str, word: str, phi: NamedPhi) -> Part:
             f"arm '{arm}': {kind.parameter}={value} is not a number from 0; write for example {name}:{kind.values[0]}"
         )
     return Part(name, number)
-
-
-def _use(phi: NamedPhi) -> dict[str, Any]:
-    """What a phi is meant for, as fields of a part."""
-    return {
-        "strength": phi.strength,
-        "noise_per": phi.noise_per,
-        "sites": phi.share_of_sites,
-        "full_strength_at": phi.full_strength_at,
-        "acts_below": phi.acts_below,
-    }

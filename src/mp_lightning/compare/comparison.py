@@ -213,7 +213,7 @@ def settings_digest(settings: dict[str, Any], arm: AnyArm, *, steps: int | None,
     if ramp and follows_the_loss(arm) and (steps is None or steps < SHORTEST_RUN):
         parts.append(["all of the strength from", SHORTEST_RUN])  # steps on; before, short runs had other ramps
     parts += [["moments", moments_digest(part.moments)] for part in named if part.moments is not None]
-    if any(part.sites != 1 for part in named):
+    if any(part.like is not None and part.like.share_of_sites != 1 for part in named):
         if any(part.name in ("first_sites", "last_sites") for part in named):
             parts.append(["halves of phi's sites"])  # before, of all sites
         if any(part.name in _AT_SITES for part in named):
@@ -229,11 +229,14 @@ def settings_digest(settings: dict[str, Any], arm: AnyArm, *, steps: int | None,
 def _identity(part: Part) -> list[Any]:
     if part.phi is not None:
         return [part.name, part.value, phi_digest(part.phi)]
-    unusual: list[Any] = [part.strength] if part.strength != 1 else []
-    unusual += [part.noise_per] if part.noise_per != "element" else []
-    unusual += ["sites", part.sites] if part.sites != 1 else []
-    unusual += ["full strength at", part.full_strength_at] if part.full_strength_at != 1 else []
-    unusual += ["acts below", part.acts_below] if part.acts_below != 1 else []
+    like = part.like
+    if like is None:
+        return [part.name, part.value, None]
+    unusual: list[Any] = [like.strength] if like.strength != 1 else []
+    unusual += [like.noise_per] if like.noise_per != "element" else []
+    unusual += ["sites", like.share_of_sites] if like.share_of_sites != 1 else []
+    unusual += ["full strength at", like.full_strength_at] if like.full_strength_at != 1 else []
+    unusual += ["acts below", like.acts_below] if like.acts_below != 1 else []
     return [part.name, part.value, None, *unusual]
 
 
