@@ -198,11 +198,11 @@ class Attachment(GrowingStrength):
         """Drop what was estimated for weights that the model does not have any more.
 
         Raises:
-            ConfigurationError: see :meth:`~mp_lightning.sites.estimates.Estimates.fit`.
+            ConfigurationError: see :meth:`~mp_lightning.sites.estimates.Estimates.still_hold`.
         """
         if self.estimates is None or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return
-        if not self.estimates.fit(self.model):
+        if not self.estimates.still_hold(self.model):
             self.estimates = None
 
     def look_again(self) -> None:
@@ -409,5 +409,5 @@ def _weights_loaded(module: nn.Module, incompatible: Any) -> None:
     attachment = module._modules.get(NAME)
     if not isinstance(attachment, Attachment) or attachment.estimates is None:
         return
-    if not attachment.estimates.loaded(module):
+    if not attachment.estimates.are_for(module):
         attachment.estimates = None

@@ -50,7 +50,7 @@ class Estimates:
         """The model's parameters may be others, or have been changed where nothing counts it."""
         self._compared_at = self._watched = None
 
-    def fit(self, model: nn.Module) -> bool:
+    def still_hold(self, model: nn.Module) -> bool:
         """Whether the model still has these weights.
 
         Raises:
@@ -60,14 +60,14 @@ class Estimates:
         if self.weights is None or changes == self._compared_at:
             return True
         self._compared_at = changes
-        if self.loaded(model):
+        if self.are_for(model):
             return True
         for name in self.buffers:
             norm_of(model, name.rpartition(".")[0])
         return False
 
-    def loaded(self, model: nn.Module) -> bool:
-        """Whether they are of use with the weights that the model has, as those that were loaded now."""
+    def are_for(self, model: nn.Module) -> bool:
+        """Whether the weights of the model, each of which is looked at, are those that they belong to."""
         if self.weights is None:
             return True
         own = weights_of(model, self.buffers)
