@@ -10,7 +10,8 @@ LOGGERS = ("lightning.pytorch", "lightning.fabric")
 ADVICE = (r".*does not have many workers.*", r".*isinstance\(treespec, LeafSpec\).*", r".*log_every_n_steps.*")
 # What the trainings of a comparison do on purpose.
 _ON_PURPOSE = (
-    *(r"You passed in a `val_dataloader` but have no `validation_step`.*", r"MetaPerturb: .* of the strength acts.*"),
+    r"You passed in a `val_dataloader` but have no `validation_step`.*",
+    r"MetaPerturb: .* of the strength acts.*",
 )
 
 

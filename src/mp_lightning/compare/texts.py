@@ -1,6 +1,7 @@
 """Numbers of a comparison as text."""
 
 from collections.abc import Mapping
+from statistics import fmean
 
 from mp_lightning.compare.results import METRICS, Details
 from mp_lightning.compare.statistics import is_finite
@@ -37,7 +38,7 @@ def acted_texts(details: Mapping[tuple[str, int], Details]) -> list[str]:
     for (arm, _), one in details.items():
         if one.acted is not None:
             shares.setdefault(arm, []).append(one.acted)
-    means = {arm: sum(own) / len(own) for arm, own in shares.items()}
+    means = {arm: fmean(own) for arm, own in shares.items()}
     return [
         f"{arm} acted at {mean:.0%} of its strength when training ended"
         f"{f' (mean of {len(shares[arm])} seeds)' if len(shares[arm]) > 1 else ''}; longer runs, and a training loss "

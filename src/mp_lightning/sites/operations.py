@@ -75,10 +75,8 @@ class OperationGraph:
 
     def name(self, node: fx.Node) -> str:
         """A readable name in the model."""
-        return (
-            self.region.qualified(self._scope(node)[1] + f":{node.name}")
-            if node.op != "call_module"
-            else (self.region.qualified(str(node.target)))
+        return self.region.qualified(
+            str(node.target) if node.op == "call_module" else f"{self._scope(node)[1]}:{node.name}"
         )
 
     def _pools(self, node: fx.Node) -> bool:

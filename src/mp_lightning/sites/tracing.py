@@ -59,8 +59,7 @@ def trace_regions(
 
     Left out are parts without convolutions, parts whose parameters are all frozen (teachers, perceptual losses),
     averaged weights (EMA teachers) and torchmetrics, and what is a part of another region under a second name. The
-    forward of a LightningModule, which may do anything, is traced
-    only on demand.
+    forward of a LightningModule, which may do anything, is traced only on demand.
 
     Args:
         model: the model.
@@ -203,10 +202,8 @@ def _left_as_it_was(module: nn.Module) -> Iterator[nn.Module]:
         if numpy:
             numpy.random.set_state(arrays)
         for cache, before in misses.items():
-            if (
-                cache.cache_info().misses != before
-            ):  # it remembers what tracing gave it: symbols, tensors without content
-                cache.cache_clear()
+            if cache.cache_info().misses != before:
+                cache.cache_clear()  # of what tracing gave it: symbols, tensors without content
 
 
 def _copy(module: nn.Module) -> nn.Module:
