@@ -89,7 +89,6 @@ def summarize(
     *,
     metric: str = "accuracy",
     focus: Sequence[str] = (),
-    baseline: str = BASELINE,
     controls: Collection[str] = CONTROLS,
 ) -> Summary:
     """What the rows show.
@@ -101,7 +100,6 @@ def summarize(
         rows: of one target and one model; arms may have different seeds.
         metric: what the headline is about, 'accuracy' or 'nll'.
         focus: arms of the headline; all that are neither the baseline nor a control if empty.
-        baseline: the arm that all others are compared with.
         controls: arms that show whether learning is the reason of a gain, combinations included.
 
     Raises:
@@ -110,27 +108,27 @@ def summarize(
     if metric not in VERDICT_METRICS:
         raise ConfigurationError(f"metric '{metric}' leads to no verdict; use one of {', '.join(VERDICT_METRICS)}")
     runs = _by_arm_and_seed(rows)
-    others = [arm for arm in runs if arm != baseline]
+    others = [arm for arm in runs if arm != BASELINE]
     judged = [arm for arm in others if arm not in controls]
     from_baseline: dict[tuple[str, str], str] = {}
     from_control: dict[tuple[str, str], str] = {}
     for name in METRICS:
-        if baseline in runs:
-            from_baseline |= {(arm, name): baseline for arm in others}
+        if BASELINE in runs:
+            from_baseline |= {(arm, name): BASELINE for arm in others}
         for arm in judged:
             best = _best(arm, _controls_of(arm, [other for other in others if other in controls]), runs, name)
             if best is not None:
                 from_control[arm, name] = best
     against_baseline, against_control = _compared(runs, from_baseline), _compared(runs, from_control)
-    reached = fmean(row.train_accuracy for row in runs[baseline].values()) if baseline in runs else math.nan
+    reached = fmean(row.train_accuracy for row in runs[BASELINE].values()) if BASELINE in runs else math.nan
 
     def judge(arm: str, name: str) -> Verdict:
-        if baseline not in runs:
-            return nothing_to_compare(f"no run of {baseline} is finished, which it is compared with", arm)
+        if BASELINE not in runs:
+            return nothing_to_compare(f"no run of {BASELINE} is finished, which it is compared with", arm)
         comparison = against_baseline[arm, name]
         if not reached >= OVERFITTED and is_finite(comparison.difference.mean):
-            return underfitted(baseline, reached)
-        for whose in (arm, baseline):
+            return underfitted(BASELINE, reached)
+        for whose in (arm, BASELINE):
             bad = sum(not is_finite(value) for value in _values(runs[whose], name))
             if bad and (whose == arm or not is_finite(comparison.difference.mean)):
                 return diverged(arm, name, whose, bad, len(runs[whose]))
@@ -143,17 +141,17 @@ def summarize(
             estimates={name: estimate(_values(runs[arm], name)) for name in METRICS},
             against_baseline={name: found for (of, name), found in against_baseline.items() if of == arm},
             against_control={name: found for (of, name), found in against_control.items() if of == arm},
-            verdicts={name: judge(arm, name) for name in VERDICT_METRICS} if arm != baseline else {},
+            verdicts={name: judge(arm, name) for name in VERDICT_METRICS} if arm != BASELINE else {},
         )
 
     arms = {arm: summary_of(arm) for arm in runs}
-    wanted = [arm for arm in focus if arm != baseline] or judged or others
-    headline = _headline(arms, wanted, metric, baseline)
-    also = _headline(arms, wanted, next(name for name in VERDICT_METRICS if name != metric), baseline)
+    wanted = [arm for arm in focus if arm != BASELINE] or judged or others
+    headline = _headline(arms, wanted, metric)
+    also = _headline(arms, wanted, next(name for name in VERDICT_METRICS if name != metric))
     return Summary(
         metric=metric,
-        baseline=baseline,
-        underfitted=baseline in runs and not reached >= OVERFITTED,
+        baseline=BASELINE,
+        underfitted=BASELINE in runs and not reached >= OVERFITTED,
         headline=headline,
         also=[] if also == headline else also,
         arms=arms,
@@ -235,11 +233,11 @@ def _corrected(runs: _Runs, pairs: dict[tuple[str, str], str]) -> _Comparisons:
     }
 
 
-def _headline(arms: dict[str, ArmSummary], wanted: Sequence[str], metric: str, baseline: str) -> list[str]:
+def _headline(arms: dict[str, ArmSummary], wanted: Sequence[str], metric: str) -> list[str]:
     if not arms:
         return [nothing_to_compare("no run is finished").sentence]
     if not wanted:
-        return [nothing_to_compare(f"only {baseline} has finished runs, and there is no arm to compare").sentence]
+        return [nothing_to_compare(f"only {BASELINE} has finished runs, and there is no arm to compare").sentence]
     sentences = [
         arms[arm].verdicts[metric].sentence
         if arm in arms
