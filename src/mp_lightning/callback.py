@@ -28,8 +28,8 @@ from mp_lightning.restoring import load_trained, set_back, set_to_evaluation
 from mp_lightning.schedule import batches_per_step, total_training_batches, training_loss
 from mp_lightning.site_metrics import SiteLog, batches_between_looks
 from mp_lightning.sites import Attachment, SitePlan, Sites, attach, attachment_of
-from mp_lightning.sites.arguments import check_arguments, whole_number
-from mp_lightning.sites.attachment import CLIP, PathName, check_path
+from mp_lightning.sites.arguments import check_arguments, check_one_of, whole_number
+from mp_lightning.sites.attachment import CLIP, PATHS, PathName
 from mp_lightning.sites.choice import is_file, is_share
 from mp_lightning.sites.hooked import check_there
 from mp_lightning.sites.surgery import attachment_to_train, detach_changed, following
@@ -115,8 +115,7 @@ class MetaPerturbCallback(EvaluationEpochs):
         path: PathName = "auto",
         log_every: int | None = None,
     ) -> None:
-        if inference not in INFERENCE_MODES:
-            raise ConfigurationError(f"inference={inference!r} is unknown; use one of {', '.join(INFERENCE_MODES)}")
+        check_one_of(inference, "inference", INFERENCE_MODES)
         MonteCarlo(samples, output)  # the same checks, early
         fit_samples = whole_number(fit_samples, "fit_samples", 1, "of noisy forwards, at least one")
         super().__init__(inference, samples, fit_samples, output)
@@ -144,7 +143,7 @@ class MetaPerturbCallback(EvaluationEpochs):
         self.clip = clip
         self.sync_statistics = sync_statistics
         self.marker = marker
-        check_path(path)
+        check_one_of(path, "path", PATHS)
         self.path: PathName = path
         self.persistent = False
         self._attached_here = False  # by setup, and not before by the user or a checkpoint

@@ -9,7 +9,7 @@ from mp_lightning.compare.summary import VERDICT_METRICS
 from mp_lightning.compare.tuning import MOST_VALUES
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference.mc import OUTPUTS
-from mp_lightning.sites.arguments import whole_number
+from mp_lightning.sites.arguments import check_one_of, whole_number
 
 _ENDS = ("max_epochs", "max_steps")
 # What the settings of a comparison are called that are not the user's own.
@@ -99,15 +99,10 @@ def check_choices(metric: Any, inference: Any, output: Any) -> None:
     Raises:
         ConfigurationError: lists them.
     """
-    for name, value, known in (
-        ("metric", metric, VERDICT_METRICS),
-        ("inference", inference, ("mc", "mean")),
-        ("output", output, (None, *OUTPUTS)),
-    ):
-        if value not in known:
-            raise ConfigurationError(
-                f"{name}={value!r} is unknown; use one of {', '.join(one for one in known if one)}"
-            )
+    check_one_of(metric, "metric", VERDICT_METRICS)
+    check_one_of(inference, "inference", ("mc", "mean"))
+    if output is not None:
+        check_one_of(output, "output", OUTPUTS)
 
 
 def check_numbers(tuning_values: Any, num_classes: Any, **positive: Any) -> list[int]:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from mp_lightning.errors import ConfigurationError
-from mp_lightning.sites.arguments import whole_number
+from mp_lightning.sites.arguments import check_one_of, whole_number
 from mp_lightning.sites.root import layer_beside
 
 if TYPE_CHECKING:
@@ -40,8 +40,8 @@ class MonteCarlo:
     _averages = True
 
     def __init__(self, samples: int, output: Output | None = None) -> None:
-        if output is not None and output not in OUTPUTS:
-            raise ConfigurationError(f"output={output!r} is unknown; use one of {', '.join(OUTPUTS)}")
+        if output is not None:
+            check_one_of(output, "output", OUTPUTS)
         self.samples = whole_number(samples, "samples", 1, "of noisy forwards, at least one")
         self.output: Output | None = output
         self.calls = 0

@@ -1,5 +1,6 @@
 """What is given to attach a perturbation, checked before anything is computed with it."""
 
+from collections.abc import Collection
 from numbers import Real
 from typing import Any
 
@@ -25,6 +26,16 @@ def whole_number(value: Any, name: str, least: int, what: str) -> int:
     if not whole or value < least:
         raise ConfigurationError(f"{name}={value!r}: give a whole number {what}")
     return int(value)
+
+
+def check_one_of(value: Any, name: str, choices: Collection[str]) -> None:
+    """Refuse what is none of the choices.
+
+    Raises:
+        ConfigurationError: names the argument, and lists them.
+    """
+    if value not in choices:
+        raise ConfigurationError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}")
 
 
 def check_model(model: Any, what: str) -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import FusedPerturbation, NoisePer, Perturbation, check_noise_per
 from mp_lightning.perturbation.mathematics import bound
+from mp_lightning.sites.arguments import check_one_of
 from mp_lightning.sites.blocks import BY_PARTS, make_blocks, scopes_of, why_unreached
 from mp_lightning.sites.copies import Origin
 from mp_lightning.sites.estimates import Estimates, batch_norms
@@ -30,6 +30,7 @@ NAME = "_metaperturb"  # the submodule that attach() adds
 CLIP = 100.0
 _CALL = nn.Module._call_impl.__code__  # of every forward that has hooks
 PathName = Literal["auto", "reference"]  # how the perturbation is computed; the same function either way
+PATHS: tuple[PathName, ...] = get_args(PathName)
 
 
 class Attachment(GrowingStrength):
@@ -76,7 +77,7 @@ class Attachment(GrowingStrength):
         distributed: bool = True,
     ) -> None:
         super().__init__(strength, persistent, full_strength_at, acts_below)
-        check_path(path)
+        check_one_of(path, "path", PATHS)
         self.plan = plan
         self.perturbation = perturbation
         check_noise_per(self.noise_per)
@@ -392,16 +393,6 @@ class Attachment(GrowingStrength):
 
     def extra_repr(self) -> str:
         return f"{self.plan.size}, phi={self.phi_name!r}"
-
-
-def check_path(path: str) -> None:
-    """Refuse an unknown path.
-
-    Raises:
-        ConfigurationError: lists the known ones.
-    """
-    if path not in get_args(PathName):
-        raise ConfigurationError(f"path={path!r} is unknown; use one of {', '.join(get_args(PathName))}")
 
 
 def _weights_loaded(module: nn.Module, incompatible: Any) -> None:
