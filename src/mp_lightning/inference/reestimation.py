@@ -254,6 +254,6 @@ def _average_over_processes(values: dict[str, Tensor], attachment: Attachment) -
     _, world = attachment.rank_and_world()
     if world == 1:
         return
-    for value in values.values():
-        torch.distributed.all_reduce(value)
-        value /= world
+    for name in sorted(values):  # constants are by the order in which the sites were reached, here
+        torch.distributed.all_reduce(values[name])
+        values[name] /= world
