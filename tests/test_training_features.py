@@ -503,20 +503,22 @@ def test_what_the_sites_do_goes_to_the_logger_and_the_training_is_the_same(tmp_p
 
 
 def test_the_logged_numbers_are_those_of_the_multiplier():
-    from mp_lightning.site_metrics import SiteMetrics
+    from mp_lightning.site_metrics import SiteLog
 
     torch.manual_seed(0)
     model = build_backbone("conv4", 3, width=4, image_size=16)
     attachment = attach(model, sites=1, ramp_steps=0)
     images = torch.rand(4, 3, 16, 16)
-    metrics = SiteMetrics(attachment)
-    assert metrics.measure() == {}
-    metrics.watch()
+    log = SiteLog(attachment, every=2)
+    log.begin_batch()
+    assert log.end_batch() == {}
+    log.begin_batch()
     seen = {}
     for site in attachment.sites:
         site.register_forward_pre_hook(lambda site, args: seen.__setitem__(site, args[0].clone()))
     model(images)
-    found = metrics.measure()
+    found = log.end_batch()
+    assert found.pop("metaperturb/strength") == float(attachment.coeff)
     for site, x in seen.items():
         maps, norms = site.maps_and_norms(x)
         key = NoiseKey(attachment.seed, site.index * 4096, attachment.forwards)

@@ -21,90 +21,55 @@ def batches_between_looks(trainer: Any, total: int | None) -> int:
 
 
 class SiteLog:
-    """The strength that acts, and what happens at the sites, every so many training batches.
+    """The strength that acts, and the multiplier at each site, with noise, on a few images, every so many batches.
 
     Args:
-        attachment: of the model; its batches so far count.
-        every: number of batches between two looks; 0 for none.
+        attachment: of the model; its batches so far count. The sites of compiled models are not watched, since a hook
+            would compile them again.
+        every: number of training batches between two looks; 0 for none.
     """
 
     def __init__(self, attachment: Attachment, every: int) -> None:
         self._attachment = attachment
-        self._metrics = SiteMetrics(attachment)
         self._every = every
         self._batches = int(attachment.steps)
-
-    def begin_batch(self) -> None:
-        """Count a batch, and watch its forward when its turn has come."""
-        self._batches += 1
-        if self._is_due() and self._metrics.can_watch:
-            self._metrics.watch()
-
-    def end_batch(self) -> dict[str, float]:
-        """``metaperturb/strength`` and what :meth:`SiteMetrics.measure` gives; empty when it is not its turn.
-
-        Before the attachment counts the batch.
-        """
-        metrics = self._metrics.measure()
-        if self._is_due():
-            metrics[f"{PREFIX}/strength"] = float(self._attachment.coeff)
-        return metrics
-
-    def stop(self) -> None:
-        """End a watch that an exception left."""
-        self._metrics.stop()
-
-    def _is_due(self) -> bool:
-        return self._every > 0 and self._batches % self._every == 0
-
-
-class SiteMetrics:
-    """The multiplier at each site, with noise, on a few images of one training batch.
-
-    Args:
-        attachment: of the model; compiled models are not watched, since a hook would compile them again.
-    """
-
-    def __init__(self, attachment: Attachment) -> None:
-        self._attachment = attachment
         self._seen: dict[Site, Tensor] = {}
         self._handles: list[RemovableHandle] = []
 
-    @property
-    def can_watch(self) -> bool:
-        """Whether the model runs uncompiled."""
-        parts = self._attachment.model.modules()
-        return not any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in parts)
-
-    def watch(self) -> None:
-        """Keep what the sites get in the next forward; its last call counts."""
+    def begin_batch(self) -> None:
+        """Count a batch, and keep what the sites get in its forward when its turn has come; their last call counts."""
+        self._batches += 1
         self.stop()
-        self._handles = [site.register_forward_pre_hook(self._keep) for site in self._attachment.sites]
+        if self._is_due() and not _is_compiled(self._attachment.model):
+            self._handles = [site.register_forward_pre_hook(self._keep) for site in self._attachment.sites]
 
-    def stop(self) -> dict[Site, Tensor]:
-        """End a watch; returns what was seen."""
+    def end_batch(self) -> dict[str, float]:
+        """What the batch showed, before the attachment counts it; empty when it is not its turn.
+
+        Returns:
+            ``metaperturb/strength``, and for each site that was reached the mean and standard deviation of the
+            multiplier over elements, ``metaperturb/SITE/multiplier_mean`` and ``.../multiplier_std``, and, of
+            MetaPerturb, the mean scale s of the channels, ``.../scale``.
+        """
+        found: dict[str, Tensor] = {}
+        seen = dict(self._seen)
+        self.stop()
+        with torch.no_grad():
+            for site, x in seen.items():
+                found |= {f"{PREFIX}/{site.spec.name}/{name}": value for name, value in self._of(site, x).items()}
+        if self._is_due():
+            found[f"{PREFIX}/strength"] = self._attachment.coeff
+        return dict(zip(found, torch.stack(list(found.values())).tolist(), strict=True)) if found else {}
+
+    def stop(self) -> None:
+        """End a watch, as one that an exception left."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
-        seen, self._seen = self._seen, {}
-        return seen
+        self._seen.clear()
 
-    def measure(self) -> dict[str, float]:
-        """Mean and standard deviation of the multiplier, over elements, and the mean scale s of the channels, by site.
-
-        Returns:
-            ``metaperturb/SITE/multiplier_mean``, ``.../multiplier_std``, and, of MetaPerturb, ``.../scale``; empty
-            without a forward since :meth:`watch`.
-        """
-        seen = self.stop()
-        names: list[str] = []
-        values: list[Tensor] = []
-        with torch.no_grad():
-            for site, x in seen.items():
-                for name, value in self._of(site, x).items():
-                    names.append(f"{PREFIX}/{site.spec.name}/{name}")
-                    values.append(value)
-        return dict(zip(names, torch.stack(values).tolist(), strict=True)) if values else {}
+    def _is_due(self) -> bool:
+        return self._every > 0 and self._batches % self._every == 0
 
     def _keep(self, site: nn.Module, args: tuple[Tensor, ...]) -> None:
         assert isinstance(site, Site)
@@ -120,3 +85,7 @@ class SiteMetrics:
             if isinstance(perturbation, MetaPerturb):
                 found["scale"] = perturbation.scale(maps, perturbation.phi, site.statistics, norms).mean()
         return found
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(hasattr(part, "_orig_mod") or part._compiled_call_impl is not None for part in model.modules())
