@@ -20,7 +20,6 @@ from mp_lightning import (
 )
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import ConfigurationError, SiteError
-from mp_lightning.inference.reestimation import _average_over_processes
 from mp_lightning.perturbation import initial_phi
 
 
@@ -152,16 +151,6 @@ def test_batch_norm_estimated_under_constants_serves_no_inference_by_expectation
     reestimate_batch_norm(attachment, forwards(model, batches))
     assert attachment.estimates.constants is None
     assert torch.equal(model(batches[0]), model(batches[0]))
-
-
-def test_constants_of_processes_that_reach_the_sites_in_other_orders_are_averaged_by_name(monkeypatch):
-    sent = []
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda value: sent.append(value.clone()))
-    _, attachment, _ = trained()
-    monkeypatch.setattr(attachment, "rank_and_world", lambda: (0, 2))
-    for names in (("b", "a"), ("a", "b")):
-        _average_over_processes({name: torch.full((2,), float(ord(name))) for name in names}, attachment)
-    assert torch.equal(torch.stack(sent[:2]), torch.stack(sent[2:]))
 
 
 def test_without_a_batch_nothing_is_left_behind():

@@ -382,6 +382,52 @@ def test_processes_that_train_a_network_each_estimate_for_themselves(tmp_path):
     assert torch.allclose(first[True][name], (first[False][name] + second[False][name]) / 2, atol=1e-5)
 
 
+class Branches(nn.Module):
+    """Two branches, called in an order, or one of them alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.BatchNorm2d(4), nn.ReLU()) for _ in range(2)
+        )
+        self.order = (0, 1)
+
+    def forward(self, x):
+        return torch.cat([self.branches[number](x) for number in self.order], 1)
+
+
+def _estimate_other_branches(rank, world, folder):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=world)
+    found = {}
+    for orders, distributed in itertools.product([((0, 1), (1, 0)), ((0, 1), (1,))], (False, True)):
+        torch.manual_seed(0)
+        model = Branches()
+        attachment = attach(model, VIVID, sites=1, distributed=distributed, ramp_steps=0)
+        model.order = orders[rank]
+        x = _whole_batch()[0] * (1 + rank)
+        reestimate_batch_norm(attachment, [lambda model=model, x=x: model(x)], fold=True)
+        found[orders, distributed] = attachment.estimates.buffers | attachment.estimates.constants
+    torch.save(found, f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_what_some_processes_reach_in_another_order_or_not_at_all_is_the_mean_over_those_that_reach_it(tmp_path):
+    torch.multiprocessing.spawn(_estimate_other_branches, (2, str(tmp_path)), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for (orders, distributed), alone in first.items():
+        if distributed:
+            continue
+        both = first[orders, True]
+        assert both.keys() == second[orders, True].keys() == alone.keys() and len(alone) == 6
+        for name, value in both.items():
+            own = [of[orders, False][name] for of in (first, second) if name in of[orders, False]]
+            assert torch.equal(value, second[orders, True][name])
+            # Batch norm after the first is estimated under constants, of which there is one for both.
+            assert torch.allclose(value, torch.stack(own).mean(0), rtol=1e-4, atol=1e-5), name
+    assert len(second[((0, 1), (1,)), False]) == 3
+
+
 def test_the_noise_of_another_input_is_not_taken_for_that_of_a_call_that_is_computed_again():
     model = net()
     site = attachment_of(model).sites[0]

@@ -95,26 +95,29 @@ def _estimate(
     attachment: Attachment, forwards: Iterable[Callable[[], Any]], norms: dict[str, _BatchNorm], fold: bool
 ) -> None:
     constants = _estimate_constants(attachment, forwards, norms) if fold else None
-    unseen: set[str] = set()
     copies: dict[str, Tensor] = {}
     if norms:
         attachment.estimates = Estimates({}, constants)  # under which batch norm is estimated
         try:
             with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment, fold)) as stop:
                 _run(attachment, forwards, stop)
-                unseen = {name for name, norm in norms.items() if norm.num_batches_tracked == 0}
-                copies = {
-                    f"{name}.{leaf}": getattr(module, leaf).detach().clone()
-                    for name, module in norms.items()
-                    for leaf in ("running_mean", "running_var")
-                    if name not in unseen
-                }
+                every = _statistics(norms)
+                copies = _statistics({name: norm for name, norm in norms.items() if norm.num_batches_tracked})
         finally:
             attachment.estimates = None
-        _average_over_processes(copies, attachment)
+        _average_over_processes(copies, every, attachment)
     attachment.estimates = Estimates.for_weights_of(attachment.model, copies, constants)
+    unseen = {name for name in norms if f"{name}.running_mean" not in copies}
     if unseen and attachment.trained_norms is not None:
         _warn_of_norms_outside(attachment, unseen)
+
+
+def _statistics(norms: dict[str, _BatchNorm]) -> dict[str, Tensor]:
+    return {
+        f"{name}.{leaf}": getattr(norm, leaf).detach().clone()
+        for name, norm in norms.items()
+        for leaf in ("running_mean", "running_var")
+    }
 
 
 def _estimate_constants(
@@ -127,7 +130,9 @@ def _estimate_constants(
             constants = {name: total / count for name, (total, count) in attachment.observed.items()}
         finally:
             attachment.observed = None
-    _average_over_processes(constants, attachment)
+    device = attachment.coeff.device
+    every = {site.spec.name: torch.zeros(site.spec.channels, device=device) for site in attachment.all_sites()}
+    _average_over_processes(constants, every, attachment)
     return constants
 
 
@@ -249,11 +254,22 @@ def _estimating(
             module_.training = training
 
 
-def _average_over_processes(values: dict[str, Tensor], attachment: Attachment) -> None:
-    """Over those that train this model; see ``distributed`` of :func:`attach`."""
+def _average_over_processes(values: dict[str, Tensor], every: dict[str, Tensor], attachment: Attachment) -> None:
+    """Over those that train this model (see ``distributed`` of :func:`attach`), and have reached what a value is of.
+
+    Args:
+        values: by name, of this process; those that others alone have are added.
+        every: one of the same shape, dtype and device for each name that any process can have.
+        attachment: of the model.
+    """
     _, world = attachment.rank_and_world()
-    if world == 1:
+    if world == 1 or not every:
         return
-    for name in sorted(values):  # constants are by the order in which the sites were reached, here
-        torch.distributed.all_reduce(values[name])
-        values[name] /= world
+    names = sorted(every)  # constants are by the order in which the sites were reached, here
+    reached = torch.tensor([float(name in values) for name in names], device=every[names[0]].device)
+    torch.distributed.all_reduce(reached)
+    for name, count in zip(names, reached.tolist(), strict=True):
+        if count:
+            value = values.setdefault(name, torch.zeros_like(every[name]))
+            torch.distributed.all_reduce(value)
+            value /= count
