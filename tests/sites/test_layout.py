@@ -7,7 +7,7 @@ from torch import nn
 from capture import Unchanged
 from mp_lightning.errors import SiteError
 from mp_lightning.sites import SitePlan, SiteSpec, attach, find_sites
-from mp_lightning.sites.layout import FIRST, LAST, as_maps, from_maps, stretch
+from mp_lightning.sites.layout import FIRST, LAST, SEQUENCE, as_maps, from_maps, stretch
 
 SHAPES = [
     ((2, 3, 4, 5), FIRST, (2, 3, 4, 5), 1.0),
@@ -16,6 +16,7 @@ SHAPES = [
     ((2, 4, 5, 3), LAST, (2, 3, 4, 5), 1.0),
     ((2, 9, 3), LAST, (2, 3, 9, 1), 3.0),
     ((2, 6, 4, 5, 3), LAST, (2, 3, 24, 5), 6.0),
+    ((9, 2, 3), SEQUENCE, (2, 3, 9, 1), 3.0),
 ]
 
 
@@ -26,8 +27,8 @@ def test_maps_and_back(shape, layout, maps, times):
     assert as_they_are.shape == maps and stretch(x, layout) == times
     back = from_maps(as_they_are.contiguous(), x, layout)
     assert torch.equal(back, x) and back.is_contiguous()
-    channel = as_they_are[1, 2].flatten()
-    assert torch.equal(channel, (x[1, ..., 2] if layout == LAST else x[1, 2]).flatten())
+    image = x[:, 1] if layout == SEQUENCE else x[1]
+    assert torch.equal(as_they_are[1, 2].flatten(), (image[2] if layout == FIRST else image[..., 2]).flatten())
 
 
 class Mixed(nn.Module):
@@ -166,3 +167,84 @@ def test_a_net_that_makes_position_biases_is_no_part_of_the_branch():
             return x + rest.down(rest.act(rest.up(rest.norm(x))))
 
     assert [site.activation for site in find_sites(Net())] == ["rest.act"]
+
+
+class Attends(nn.Module):
+    """A transformer block, whose attention takes the batch first or, as torch's own does by default, the sequence."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        self.before, self.attention = nn.LayerNorm(8), nn.MultiheadAttention(8, 2, batch_first=batch_first)
+        self.norm, self.up, self.act, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+
+    def forward(self, x):
+        y = self.before(x)
+        x = x + self.attention(y, y, y, need_weights=False)[0]
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+class AsInClip(nn.Module):
+    def __init__(self, batch_first):
+        super().__init__()
+        self.batch_first = batch_first
+        self.patches, self.token = nn.Conv2d(3, 8, 4, 4), nn.Parameter(torch.ones(1, 1, 8))
+        self.blocks, self.head = nn.Sequential(Attends(batch_first), Attends(batch_first)), nn.Linear(8, 5)
+
+    def tokens(self, image):
+        return self.patches(image).flatten(2)
+
+    def forward(self, image):
+        x = self.tokens(image).permute(0, 2, 1)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], dim=1)
+        x = self.blocks(x if self.batch_first else x.transpose(0, 1))
+        return self.head(x.mean(1 if self.batch_first else 0))
+
+
+class Unpacks(AsInClip):
+    """Cannot be traced by symbols, and is recorded."""
+
+    def tokens(self, image):
+        batch, channels, *_ = (x := self.patches(image)).shape
+        return x.reshape(batch, channels, -1)
+
+
+@pytest.mark.parametrize("kind", [AsInClip, Unpacks])
+@pytest.mark.parametrize("path", ["auto", "reference"])
+def test_a_sequence_before_its_batch_is_perturbed_as_one_after_it(kind, path):
+    first, last = kind(True), kind(False)
+    last.load_state_dict(first.state_dict())
+    results = []
+    for model, layout in ((first, LAST), (last, SEQUENCE)):
+        attach(model, sites=1.0, strength=1.0, seed=3, path=path)
+        assert [site.layout for site in model._metaperturb.plan] == [layout, layout]
+        image = torch.linspace(-1, 1, 4 * 3 * 16 * 16).view(4, 3, 16, 16).sin().requires_grad_()
+        result = model(image)
+        result.square().sum().backward()
+        results.append((result.detach(), image.grad))
+    for one, other in zip(*results, strict=True):
+        assert torch.allclose(one, other, atol=1e-5)
+
+
+def test_queries_keys_and_values_in_front_of_the_batch_leave_it_first():
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.qkv, self.mix = nn.Linear(8, 24), nn.Linear(8, 8)
+
+        def forward(self, x):
+            batch, length, _ = x.shape
+            q, k, v = self.qkv(x).reshape(batch, length, 3, 2, 4).permute(2, 0, 3, 1, 4)
+            x = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+            return self.mix(x.transpose(1, 2).reshape(batch, length, 8))
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.attention, self.norm = nn.Conv2d(3, 8, 4, 4), Attention(), nn.LayerNorm(8)
+            self.mlp = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+        def forward(self, x):
+            x = self.attention(self.patches(x).flatten(2).transpose(1, 2))
+            return x + self.mlp(self.norm(x))
+
+    assert [site.layout for site in find_sites(Net())] == [LAST]

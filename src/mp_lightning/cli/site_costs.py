@@ -12,7 +12,7 @@ from mp_lightning.compare.cost import KeptForBackward, wait
 from mp_lightning.errors import ConfigurationError, UserError, one_line
 from mp_lightning.perturbation import NamedPhi
 from mp_lightning.sites import Attachment, SitePlan, attach
-from mp_lightning.sites.layout import LAST
+from mp_lightning.sites.layout import FIRST, LAST, SEQUENCE
 from mp_lightning.sites.site import Site
 
 _REPEATS = 5  # of which the median counts, after one that is not counted
@@ -94,7 +94,7 @@ def _cost(site: Site, shapes: list[torch.Size], device: torch.device) -> SiteCos
         with KeptForBackward(nn.ParameterList([x])) as counted:
             site(x, 0, True)
         kept += counted.bytes / 1e6
-    space = shapes[0][1:-1] if site.spec.layout == LAST else shapes[0][2:]
+    space = {FIRST: shapes[0][2:], LAST: shapes[0][1:-1], SEQUENCE: shapes[0][:1]}[site.spec.layout]
     return SiteCost(tuple(space), milliseconds, kept)
 
 

@@ -1,5 +1,6 @@
 """The graph of a region as the rules read it: what each operation is, where it happens, how many channels it gives."""
 
+import math
 import operator
 
 import torch
@@ -7,7 +8,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from mp_lightning.sites.activations import ACTIVATION_FUNCTIONS, ACTIVATION_METHODS, ACTIVATION_MODULES
-from mp_lightning.sites.layout import FIRST, LAST
+from mp_lightning.sites.layout import FIRST, LAST, SEQUENCE
 from mp_lightning.sites.recording import SHAPE
 from mp_lightning.sites.tracing import CONVOLUTIONS, Region
 
@@ -43,6 +44,7 @@ _SAME_DIMENSIONS = {
     *("contiguous", "clone", "to", "dropout", "pad", "relu", "gelu", "silu", "layer_norm", "linear", "interpolate"),
 }
 _MIXTURES = {"matmul", "bmm"}
+_GIVES_SEVERAL = {"chunk", "split", "tensor_split", "unbind", "multi_head_attention_forward"}
 _RESHAPES = {
     *("view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "repeat", "permute", "transpose", "flatten"),
     *("truediv", "div", "div_", "mul", "imul", "mul_"),
@@ -67,6 +69,7 @@ class OperationGraph:
             self._ancestors[node] = set(inputs).union(*(self._ancestors[i] for i in inputs))
         self._known_dimensions: dict[fx.Node, int | None] = {}
         self._known_layouts: dict[fx.Node, str] = {}
+        self._known_batches: dict[fx.Node, int | None] = {}
         self._callers: dict[str, list[tuple[str, str]]] = {}
         self.left_out: list[str] = []
 
@@ -154,6 +157,35 @@ class OperationGraph:
             return layout
         position = order.index(1 if layout == FIRST else dimensions - 1)
         return FIRST if position == 1 else LAST if position == dimensions - 1 else layout
+
+    def _layout_at(self, node: fx.Node) -> str:
+        """The layout of a tensor that a site reads."""
+        layout = self._layout(node)
+        return SEQUENCE if layout == LAST and self._batch(node) == 1 and self._dimensions(node) in (3, None) else layout
+
+    def _batch(self, node: fx.Node) -> int | None:
+        """Which dimension of what an operation gives holds the images; None where it does not come from any image."""
+        if not self._known_batches:
+            for each in self._nodes:  # in order of execution, as a network may be deeper than Python's stack
+                self._known_batches[each] = self._find_batch(each)
+        return self._known_batches[node]
+
+    def _find_batch(self, node: fx.Node) -> int | None:
+        inputs = node.all_input_nodes
+        if not inputs:
+            return 0 if node.op == "placeholder" else None
+        known = self._known_batches
+        before = next((n for n in (self._values(node), *inputs) if known[n] is not None), None)
+        batch = None if before is None else known[before]
+        if before is None or batch is None:
+            return None
+        order = _moved(node, self._dimensions(before))
+        if order is not None and batch in order:
+            return order.index(batch)
+        if _name(node) in ("view", "reshape") and SHAPE in before.meta and SHAPE in node.meta:
+            ahead, shape = math.prod(before.meta[SHAPE][:batch]), node.meta[SHAPE]
+            return next((place for place in range(len(shape)) if math.prod(shape[:place]) == ahead), batch)
+        return batch - _taken_before(node, before, batch)
 
     def _moves_around_norm(self, node: fx.Node) -> bool:
         """Whether the node is part of a normalization of channels that come first, but not the one that normalizes."""
@@ -310,17 +342,34 @@ def _name(node: fx.Node) -> str:
 
 def _moved(node: fx.Node, dimensions: int | None) -> list[int] | None:
     """For each dimension of what the operation gives, which one it was; None: as far as is known, none is moved."""
-    if dimensions is None or node.op == "call_module" or _name(node) not in ("permute", "transpose", "swapaxes"):
+    if node.op == "call_module" or _name(node) not in ("permute", "transpose", "swapaxes"):
         return None
     rest = [*node.args[1:], *node.kwargs.values()]
     numbers = rest[0] if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest
-    order = [number % dimensions for number in numbers if isinstance(number, int)]
+    numbers = [number for number in numbers if isinstance(number, int)]
+    if dimensions is None:
+        if any(number < 0 for number in numbers):
+            return None
+        dimensions = len(numbers) if _name(node) == "permute" else 1 + max(numbers, default=0)
+    order = [number % dimensions for number in numbers]
     if _name(node) == "permute":
         return order if sorted(order) == list(range(dimensions)) else None
     moved = list(range(dimensions))
     if len(order) == 2:
         moved[order[0]], moved[order[1]] = order[1], order[0]
     return moved
+
+
+def _taken_before(node: fx.Node, before: fx.Node, batch: int) -> int:
+    """How many dimensions ahead of that of the batch are gone, as after 'q, k, v = qkv.permute(2, 0, 3, 1, 4)'."""
+    rest = [*node.args[1:], *node.kwargs.values()]
+    if _name(node) == "getitem" and before.op != "call_module" and _name(before) not in _GIVES_SEVERAL:
+        index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
+        return sum(isinstance(part, int) for part in index[:batch])
+    if _name(node) in ("unbind", "select", "squeeze"):
+        dimension = next((part for part in rest if isinstance(part, int)), 0)
+        return int(0 <= dimension < batch)
+    return 0
 
 
 def is_product(node: fx.Node) -> bool:

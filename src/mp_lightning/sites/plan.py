@@ -31,8 +31,8 @@ class SiteSpec:
         channels: C of the tensor.
         rule: the rule that chose it.
         reads: what the tensor is, for people.
-        layout: 'channels first', (B, C, H, W), (B, C, L) or (B, C, D, H, W), or 'channels last', (B, N, C) or
-            (B, H, W, C).
+        layout: 'channels first', (B, C, H, W), (B, C, L) or (B, C, D, H, W), 'channels last', (B, N, C) or
+            (B, H, W, C), or 'sequence first', (L, B, C).
     """
 
     name: str

@@ -236,7 +236,7 @@ class SiteGraph(OperationGraph):
             activation = None
             function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "activation")
             name = f"{self.region.qualified(scope)}:{function}"
-        layout = self._layout(node.all_input_nodes[0])
+        layout = self._layout_at(node.all_input_nodes[0])
         return SiteSpec(name, self.region.qualified(scope), activation, call, channels, rule, reads, layout)
 
     def _scope_of_site(self, node: fx.Node) -> tuple[str, str]:
