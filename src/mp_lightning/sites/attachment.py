@@ -3,6 +3,7 @@
 import inspect
 import warnings
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal, cast, get_args
 
 import torch
@@ -389,7 +390,16 @@ class Attachment(GrowingStrength):
         activations = {spec.activation for spec in self.plan if spec.activation is not None}
         self.hooked |= {name: model.get_submodule(name) for name in sorted(activations)}
         del self.hooked[""]  # the model itself
+        self._keep_from_nesting(model)
         return handles
+
+    def _keep_from_nesting(self, model: nn.Module) -> None:
+        """In evaluation, torch's encoders pack what is padded into nested tensors, which layers with hooks refuse."""
+        hooked = set(self.hooked.values())
+        for part in model.modules():
+            if isinstance(part, nn.TransformerEncoder) and part.use_nested_tensor and hooked & {*part.modules()}:
+                part.use_nested_tensor = False
+                self.on_detach.append(partial(setattr, part, "use_nested_tensor", True))
 
     def extra_repr(self) -> str:
         return f"{self.plan.size}, phi={self.phi_name!r}"

@@ -25,6 +25,11 @@ _AVERAGES = {"AveragedModel", "ModelEma", "ModelEmaV2", "ModelEmaV3"}  # of torc
 _OTHERS = {"torch", "timm", "torchmetrics"}
 _MEMORY: ContextVar[dict[Any, Any] | None] = ContextVar("traced models", default=None)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+# Of torch.nn, but with activations of their own inside, which count like those of any other module.
+_TRANSFORMERS = (
+    *(nn.Transformer, nn.TransformerEncoder, nn.TransformerDecoder),
+    *(nn.TransformerEncoderLayer, nn.TransformerDecoderLayer),
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,7 @@ class Region:
     Attributes:
         prefix: its qualified name in the model ('' is the model itself).
         module: the part.
-        graph: its operations; modules of torch.nn are single nodes, all others are seen through.
+        graph: its operations; modules of torch.nn, but for its transformers, are single nodes, all others are seen through.
     """
 
     prefix: str
@@ -48,6 +53,8 @@ class Region:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, _TRANSFORMERS):
+            return False
         # torchvision's and others' stochastic depth draws random numbers while it is traced.
         return type(m).__name__ in ("StochasticDepth", "DropPath") or super().is_leaf_module(m, module_qualified_name)
 
@@ -191,6 +198,8 @@ def _left_as_it_was(module: nn.Module) -> Iterator[nn.Module]:
     numbers, arrays = random.getstate(), numpy and numpy.random.get_state()
     devices = list({p.device for p in module.parameters() if p.device.type == "cuda"})
     misses = {cache: cache.cache_info().misses for cache in _caches(module)}
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)  # one operation for a layer of a transformer, in evaluation alone
     try:
         copied = _copy(module)
         with torch.random.fork_rng(devices), nullcontext(copied) if copied is not module else _put_back(module):
@@ -198,6 +207,7 @@ def _left_as_it_was(module: nn.Module) -> Iterator[nn.Module]:
                 part.__dict__["training"] = False
             yield copied
     finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
         random.setstate(numbers)
         if numpy:
             numpy.random.set_state(arrays)
