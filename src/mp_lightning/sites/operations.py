@@ -344,9 +344,7 @@ def _moved(node: fx.Node, dimensions: int | None) -> list[int] | None:
     """For each dimension of what the operation gives, which one it was; None: as far as is known, none is moved."""
     if node.op == "call_module" or _name(node) not in ("permute", "transpose", "swapaxes"):
         return None
-    rest = [*node.args[1:], *node.kwargs.values()]
-    numbers = rest[0] if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest
-    numbers = [number for number in numbers if isinstance(number, int)]
+    numbers = _numbers(node)
     if dimensions is None:
         if any(number < 0 for number in numbers):
             return None
@@ -360,15 +358,20 @@ def _moved(node: fx.Node, dimensions: int | None) -> list[int] | None:
     return moved
 
 
+def _numbers(node: fx.Node) -> list[int]:
+    """Those that a call gets beside its tensor, by themselves or as one list."""
+    rest = [*node.args[1:], *node.kwargs.values()]
+    given = rest[0] if len(rest) == 1 and isinstance(rest[0], list | tuple) else rest
+    return [number for number in given if isinstance(number, int)]
+
+
 def _taken_before(node: fx.Node, before: fx.Node, batch: int) -> int:
     """How many dimensions ahead of that of the batch are gone, as after 'q, k, v = qkv.permute(2, 0, 3, 1, 4)'."""
-    rest = [*node.args[1:], *node.kwargs.values()]
     if _name(node) == "getitem" and before.op != "call_module" and _name(before) not in _GIVES_SEVERAL:
-        index = rest[0] if isinstance(rest[0], tuple) else (rest[0],)
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return sum(isinstance(part, int) for part in index[:batch])
     if _name(node) in ("unbind", "select", "squeeze"):
-        dimension = next((part for part in rest if isinstance(part, int)), 0)
-        return int(0 <= dimension < batch)
+        return int((_numbers(node) or [0])[0] in range(batch))
     return 0
 
 
