@@ -39,7 +39,7 @@ class Region:
     Attributes:
         prefix: its qualified name in the model ('' is the model itself).
         module: the part.
-        graph: its operations; modules of torch.nn, but for its transformers, are single nodes, all others are seen through.
+        graph: its operations; modules of torch.nn but for its transformers are single nodes, others are seen through.
     """
 
     prefix: str
