@@ -12,7 +12,7 @@ from mp_lightning.compare.cost import KeptForBackward, wait
 from mp_lightning.errors import ConfigurationError, UserError, one_line
 from mp_lightning.perturbation import NamedPhi
 from mp_lightning.sites import Attachment, SitePlan, attach
-from mp_lightning.sites.layout import FIRST, LAST, SEQUENCE
+from mp_lightning.sites.layout import FIRST, LAST, SEQUENCE, height_of
 from mp_lightning.sites.site import Site
 
 _REPEATS = 5  # of which the median counts, after one that is not counted
@@ -58,7 +58,7 @@ def measure(
             f"{one_line(error, 120)}); give their size with input="
         ) from error
     model.zero_grad(set_to_none=True)
-    attachment = attach(model, phi, sites=plan)
+    attachment = attach(model, phi, sites=plan, input_size=height_of(batch))
     try:
         reached = _shapes_at_sites(attachment, model, batch)
         sites = [site for site in attachment.all_sites() if site.spec.name in reached]

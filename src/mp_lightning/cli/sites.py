@@ -19,7 +19,7 @@ from mp_lightning.errors import ConfigurationError, one_line
 from mp_lightning.perturbation import NamedPhi, check_fraction, load_phi
 from mp_lightning.sites import SitePlan, choose_sites
 from mp_lightning.sites.choice import is_share
-from mp_lightning.sites.recording import NoImageFits
+from mp_lightning.sites.recording import NoImageFits, images_of
 from mp_lightning.sites.tracing import image_shape
 
 _WIDTH = 200  # of the table, where the output is not a terminal
@@ -72,7 +72,8 @@ def run(config: DictConfig, path: Path) -> None:
     """
     given = read(config)
     model = build_network(given.model)
-    plan = choose_sites(model, given.phi.share_of_sites if given.sites is None else given.sites, given.target)
+    with images_of(None if given.image is None else given.image[-1]):
+        plan = choose_sites(model, given.phi.share_of_sites if given.sites is None else given.sites, given.target)
     image = given.image or _guess_image(model, given.model)
     costs, plain_ms = measure(model.to(given.device), plan, given.phi, (given.batch_size, *image), given.device)
     console = make_console()

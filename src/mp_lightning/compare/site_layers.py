@@ -90,7 +90,8 @@ class SiteHooks:
         self._attached: Attachment | None = None
         if attachment is None:
             # The identity does not ask for the size of the input, which can then remain unknown.
-            attachment = self._attached = attach(model, perturbation=Identity(), sites=sites, clip=None, input_size=1)
+            attachment = self._attached = attach(model, perturbation=Identity(), sites=sites, clip=None)
+            attachment.height.note(1.0, training=True)
             plan, found = attachment.plan, _by_place(attachment)
         else:
             plan = choose_sites(attachment.model, sites)

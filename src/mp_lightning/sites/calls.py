@@ -85,16 +85,23 @@ class Block:
             self._note_activations(module, (functional, *(activation.seen for activation in self._module_sites)))
 
     def _note_activations(self, module: nn.Module, counts: tuple[int, ...]) -> None:
-        """Sites are told by how many activations were called before them, which must not depend on the mode."""
+        """Sites are told by how many activations were called before them, which must not depend on mode or image."""
         self._activations[self.training] = counts
-        if len({*self._activations.values()}) < 2 or self._told:
+        found = max((site.spec.calls for site in self.functional_sites.values()), default=0)
+        as_found = found in (0, counts[0])
+        if self._told or (as_found and len({*self._activations.values()}) < 2):
             return
         self._told = True
         sites = [self.functional_sites, *(activation.sites for activation in self._module_sites)]
         names = ", ".join(site.spec.name for by_call in sites for site in by_call.values())
+        now, then = "in training", "in evaluation"
+        remedy = ""
+        if not as_found:
+            now, then = now if self.training else then, "when its sites were found"
+            remedy = "give the height of the images (input_size=), where it depends on that; "
         warnings.warn(
-            f"MetaPerturb: {type(module).__name__} calls another number of activations in training than in evaluation, "
-            f"so that {names} may be another activation there; put what is called in training alone, such as an "
+            f"MetaPerturb: {type(module).__name__} calls another number of activations {now} than {then}, so that "
+            f"{names} may be another activation there; {remedy}put what is called in training alone, such as an "
             "auxiliary classifier, into a module of its own that is called last, or leave these sites out",
             stacklevel=2,
         )

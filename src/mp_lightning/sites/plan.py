@@ -1,7 +1,7 @@
 """A plan: where a model is perturbed. It can be printed, narrowed down, saved as plain data and given back."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,8 @@ class SiteSpec:
         reads: what the tensor is, for people.
         layout: 'channels first', (B, C, H, W), (B, C, L) or (B, C, D, H, W), 'channels last', (B, N, C) or
             (B, H, W, C), or 'sequence first', (L, B, C).
+        calls: of a function, how many activations a forward of the scope called when the site was found; 0 where that
+            is not known, as in a plan from a file.
     """
 
     name: str
@@ -43,11 +45,15 @@ class SiteSpec:
     rule: str
     reads: str
     layout: str = FIRST
+    calls: int = field(default=0, compare=False, repr=False)
 
     @property
     def place(self) -> tuple[str, str | None, int]:
         """Scope, activation and call: what no other site has."""
         return self.scope, self.activation, self.call
+
+
+_KEPT = {field.name: field.type for field in fields(SiteSpec) if field.compare}  # in plain data
 
 
 class SitePlan:
@@ -119,7 +125,10 @@ class SitePlan:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data: dicts, lists, strings and integers only."""
-        return {"version": VERSION, "sites": [asdict(site) for site in self._sites]}
+        return {
+            "version": VERSION,
+            "sites": [{key: value for key, value in asdict(site).items() if key in _KEPT} for site in self._sites],
+        }
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> "SitePlan":
@@ -188,15 +197,14 @@ class SitePlan:
 
 
 def _site(entry: Any, number: int) -> SiteSpec:
-    kinds = {field.name: field.type for field in fields(SiteSpec)}
     name = entry.get("name", f"number {number}") if isinstance(entry, dict) else f"number {number}"
     if not isinstance(entry, dict):
-        raise SiteError(f"site {name} of the plan is {entry!r}; give its {', '.join(kinds)}")
-    wrong = sorted({str(key) for key in entry} ^ set(kinds))
+        raise SiteError(f"site {name} of the plan is {entry!r}; give its {', '.join(_KEPT)}")
+    wrong = sorted({str(key) for key in entry} ^ set(_KEPT))
     if wrong:
         unknown = wrong[0] in entry
         raise SiteError(f"site '{name}' of the plan {'has an unknown' if unknown else 'has no'} key '{wrong[0]}'")
-    for key, kind in kinds.items():
+    for key, kind in _KEPT.items():
         value = entry[key]
         good = isinstance(value, kind) and value is not True and value is not False  # type: ignore[arg-type]
         if not good or (key == "layout" and value not in LAYOUTS) or (key == "channels" and value < 1):

@@ -8,6 +8,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 
@@ -21,6 +22,7 @@ from mp_lightning.errors import one_line
 
 SHAPE = "shape"  # key of a node's meta: of the tensor that it gives
 _SIZES = (224, 64, 32, 128, 256, 384)  # sides of images, in pixels, that are tried
+_KNOWN: ContextVar[int | None] = ContextVar("side of the images", default=None)
 _OPERATORS = {"__getitem__": "getitem", "__iadd__": "add_", "__imul__": "mul_"}
 
 
@@ -67,6 +69,16 @@ def in_channels(module: nn.Module) -> int:
     return next((shape[1] for shape in _images(module)), 3)
 
 
+@contextmanager
+def images_of(side: int | None) -> Iterator[None]:
+    """Within this, images with so many pixels on a side are tried first, if it is known."""
+    token = _KNOWN.set(side)
+    try:
+        yield
+    finally:
+        _KNOWN.reset(token)
+
+
 def _images(module: nn.Module) -> Iterator[tuple[int, ...]]:
     """Shapes of the images that the module may take, the likeliest first."""
     convolution = next((m for m in module.modules() if isinstance(m, nn.Conv1d | nn.Conv2d | nn.Conv3d)), None)
@@ -74,8 +86,9 @@ def _images(module: nn.Module) -> Iterator[tuple[int, ...]]:
         return
     declared_channels, declared_sides = _declared(module)
     dimensions = len(convolution.kernel_size)
+    known = [side for side in (_KNOWN.get(),) if side]
     for channels in dict.fromkeys((*declared_channels, convolution.in_channels, 3)):
-        for side in dict.fromkeys((*declared_sides, *_SIZES)):
+        for side in dict.fromkeys((*known, *declared_sides, *_SIZES)):
             yield (2, channels, *([min(side, 16)] if dimensions == 3 else []), *[side] * min(dimensions, 2))
 
 

@@ -226,18 +226,20 @@ class SiteGraph(OperationGraph):
         key, scope = self._scope_of_site(node)
         if node.op == "call_module":
             earlier = [n for n in self._nodes if n.op == "call_module" and n.target == node.target]
+            calls = 0
             call = sum(key in self._stack(n) for n in earlier[: earlier.index(node)])
             activation = self.region.qualified(str(node.target))
             # A module shared by several blocks is registered under one of them only.
             inside = not scope or str(node.target).startswith(f"{scope}.")
             name = activation if inside else f"{self.region.qualified(scope)}:{activation}"
         else:
-            call = sum(key in self._stack(n) for n in self.activations() if self._order[n] < self._order[node])
+            called = [n for n in self.activations() if key in self._stack(n)]
+            call, calls = called.index(node), len(called)
             activation = None
             function = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "activation")
             name = f"{self.region.qualified(scope)}:{function}"
         layout = self._layout_at(node.all_input_nodes[0])
-        return SiteSpec(name, self.region.qualified(scope), activation, call, channels, rule, reads, layout)
+        return SiteSpec(name, self.region.qualified(scope), activation, call, channels, rule, reads, layout, calls)
 
     def _scope_of_site(self, node: fx.Node) -> tuple[str, str]:
         """The innermost module call that the node happens in, but no module that wraps an activation for many places.

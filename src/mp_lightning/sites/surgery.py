@@ -35,6 +35,7 @@ from mp_lightning.sites.discovery import find_sites
 from mp_lightning.sites.fitting import OFF
 from mp_lightning.sites.hooked import check_there, missing
 from mp_lightning.sites.plan import SitePlan
+from mp_lightning.sites.recording import images_of
 from mp_lightning.sites.tracing import is_frozen, remembered
 
 
@@ -85,7 +86,8 @@ def attach(
             perturbation 1.
         acts_below: share of that loss at or above which nothing acts, so that such a network is left alone; above
             ``full_strength_at``. None takes what phi comes with, and 1 where ``full_strength_at`` is given.
-        input_size: height of the network's input in pixels; None takes it from the first forward.
+        input_size: height of the network's input in pixels; None takes it from the first forward. Sites of a forward
+            that does not compute the same for images of any size are found for this one.
         seed: seed of the noise.
         clip: upper bound of a perturbed feature map, in training and in evaluation, once anything acts; None for no
             bound.
@@ -125,7 +127,8 @@ def attach(
     follows = following(named, full_strength_at, acts_below)
     if existing is not None:
         check_there(existing.model, existing.hooked)
-        wanted = None if sites is None and target is None else choose_sites(existing.model, sites, target)
+        with images_of(input_size):
+            wanted = None if sites is None and target is None else choose_sites(existing.model, sites, target)
         asked = {"full_strength_at": full_strength_at, "acts_below": acts_below}
         if phi is not None:
             asked = dict(zip(asked, follows, strict=True))
@@ -134,7 +137,7 @@ def attach(
         return existing
     if sites is None and named is not None and named.share_of_sites != 1:
         sites = named.share_of_sites
-    with remembered():
+    with remembered(), images_of(input_size):
         plan = choose_sites(model, sites, target)
         channel_norm = _channel_norm(model, plan, sites, target)
     if named is not None:

@@ -1,0 +1,53 @@
+"""Sites of networks that do not compute the same for images of any size."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from mp_lightning.sites import SitePlan, attach
+
+
+class LooksAtTheSize(nn.Module):
+    """Calls an activation more where the image is large."""
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(8 if i else 3, 8, 3, padding=1) for i in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(8) for _ in range(3))
+
+    def forward(self, x):
+        x = F.relu(self.norms[0](self.convolutions[0](x)))
+        if x.shape[-1] > 64:
+            x = F.relu(self.norms[1](self.convolutions[1](x)))
+        return F.relu(self.norms[2](self.convolutions[2](x)))
+
+
+def test_other_activations_than_when_the_sites_were_found_are_told_once():
+    model = LooksAtTheSize()
+    attach(model, ramp_steps=1)
+    with pytest.warns(UserWarning, match=r"LooksAtTheSize calls .* than when its sites were found.*input_size="):
+        model(torch.rand(2, 3, 16, 16))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.rand(2, 3, 16, 16))
+
+
+def test_sites_are_found_for_images_of_the_height_that_is_given():
+    model = LooksAtTheSize()
+    attachment = attach(model, ramp_steps=1, sites=1.0, input_size=16)
+    read = []
+    for site in attachment.all_sites():
+        site.register_forward_pre_hook(lambda site, args: read.append(args[0].clone()))
+    norms = []
+    for norm in model.norms:
+        norm.register_forward_hook(lambda norm, args, y: norms.append(y.clone()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            model(torch.rand(2, 3, 16, 16))
+    assert len(read) == len(norms) == 4 and all(torch.equal(x, y) for x, y in zip(read, norms, strict=True))
+    assert attach(model, input_size=16, sites=1.0) is attachment
+    assert SitePlan.from_dict(attachment.plan.to_dict()) == attachment.plan
