@@ -45,6 +45,9 @@ class Wrapped(Pair):
 
 number = 3
 
+def made(num_classes):
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, num_classes, 1))
+
 class Other(Pair):
     def forward(self, x):
         return self.teacher(x)
@@ -91,6 +94,7 @@ def test_a_part_of_the_users_own_model_and_its_plan_as_a_file(mp: CommandLine, f
     assert len(plan) == 9 and all(name.startswith("student.") for name in plan.names)
     SitePlan(list(plan)[:2]).save(folder / "plan.yaml")
     assert "2 sites" in sites(mp, folder, *words, "sites=plan.yaml").stdout
+    assert "3x16x16, on cpu: 1 site\n" in sites(mp, folder, "model=own.py:made", "input=3x16x16", "device=cpu").stdout
     assert "5 sites" in sites(mp, folder, *words, "sites=0.5").stdout
     assert "own:Pair, 2 images of 3x16x16" in sites(mp, folder, *(["model=own:Pair", *words[1:]])).stdout
 

@@ -203,7 +203,7 @@ class SplitChannels(nn.Module):
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 4), nn.ReLU()),
             "of its activations \\(3\\) none ends a residual block, is inside of one, or follows a convolution",
         ),
-        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid()), "its networks call no activation that can be seen"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.Sigmoid()), "its networks call no activation that counts; .*: CELU, .*"),
         (build_backbone("conv4", 10).requires_grad_(False), "all its parameters are frozen"),
         (SplitChannels(), "what reaches these has no known number of channels: :gelu"),
     ],
@@ -214,6 +214,14 @@ def test_no_site_is_one_line_with_what_was_found_and_the_remedy(model, reason):
     assert type(model).__name__ in str(caught.value)
     assert "sites=" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_lazy_network_must_have_run_once():
+    model = nn.Sequential(nn.LazyConv2d(4, 3), nn.LazyBatchNorm2d(), nn.ReLU())
+    with pytest.raises(SiteError, match="it has lazy layers, which have no weights yet; run one forward first"):
+        find_sites(model)
+    model(torch.rand(2, 3, 8, 8))
+    assert len(find_sites(model)) == 1
 
 
 class Recorder:

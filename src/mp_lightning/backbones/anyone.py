@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from mp_lightning.backbones.build import build_backbone, list_backbones
 from mp_lightning.backbones.libraries import LIBRARIES, build_transformers_network
 from mp_lightning.errors import ConfigurationError, one_line
 
+CLASSES = 10  # where any number will do
 FORMS = "torchvision:NAME, timm:NAME, transformers:NAME, package.module:factory or file.py:factory"
 
 
@@ -25,7 +27,8 @@ def build_network(name: str) -> nn.Module:
     Args:
         name: 'torchvision:resnet50', 'timm:NAME', 'transformers:vit' (a kind of model, by its configuration), one of
             :func:`~mp_lightning.backbones.list_backbones`, or 'package.module:factory' or 'file.py:factory', where the
-            factory is a function without arguments, a class that needs none, or a module.
+            factory is a function without arguments, a class that needs none, or a module. One that must be given
+            ``num_classes``, as for ``fit`` and ``compare``, is given 10.
 
     Raises:
         ConfigurationError: there is no such network, or building it failed; the message says which and why.
@@ -34,15 +37,24 @@ def build_network(name: str) -> nn.Module:
     if library == "transformers":
         return build_transformers_network(rest)
     if library in LIBRARIES or name in list_backbones():
-        return build_backbone(name, 1000 if library in LIBRARIES else 10)
+        return build_backbone(name, 1000 if library in LIBRARIES else CLASSES)
     made = find_object(name)
     if not isinstance(made, nn.Module):
         if not callable(made):
             raise ConfigurationError(
                 f"network '{name}' is a {type(made).__name__}; name a function or class that makes one"
             )
-        made = make(name, made, {}, "name a function that needs no arguments")
+        arguments = {"num_classes": CLASSES} if _asks_for_classes(made) else {}
+        made = make(name, made, arguments, "name a function that needs no arguments, or num_classes alone")
     return made
+
+
+def _asks_for_classes(factory: Callable[..., Any]) -> bool:
+    try:
+        asked = inspect.signature(factory).parameters.get("num_classes")
+    except (TypeError, ValueError):  # of what is no Python
+        return False
+    return asked is not None and asked.default is inspect.Parameter.empty
 
 
 def make(name: str, factory: Callable[..., Any], arguments: dict[str, Any], remedy: str) -> nn.Module:

@@ -25,7 +25,7 @@ class SiteCost:
     Attributes:
         size: of its map in space.
         milliseconds: of its calls in one training step, forward and backward.
-        megabytes: that its calls keep for the backward, beside the map itself.
+        megabytes: that its calls keep for the backward, the map among it: nothing else of the network needs that.
     """
 
     size: tuple[int, ...]
@@ -91,7 +91,7 @@ def _cost(site: Site, shapes: list[torch.Size], device: torch.device) -> SiteCos
             site(x, 0, True).sum().backward()
 
         milliseconds += _median(step, device)
-        with KeptForBackward(nn.ParameterList([x])) as counted:
+        with KeptForBackward(site) as counted:
             site(x, 0, True)
         kept += counted.bytes / 1e6
     space = {FIRST: shapes[0][2:], LAST: shapes[0][1:-1], SEQUENCE: shapes[0][:1]}[site.spec.layout]

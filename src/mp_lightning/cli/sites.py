@@ -78,7 +78,7 @@ def run(config: DictConfig, path: Path) -> None:
     costs, plain_ms = measure(model.to(given.device), plan, given.phi, (given.batch_size, *image), given.device)
     console = make_console()
     size = "x".join(map(str, image))
-    console.print(f"{escape(given.model)}, {given.batch_size} images of {size}, on {given.device}: {len(plan)} sites\n")
+    console.print(f"{escape(given.model)}, {given.batch_size} images of {size}, on {given.device}: {plan.size}\n")
     for_tables(console, _WIDTH).print(_table(plan, costs))
     total = sum(cost.milliseconds for cost in costs.values())
     console.print(

@@ -10,9 +10,11 @@ from dataclasses import replace
 
 import torch
 from torch import fx, nn
+from torch.nn.parameter import is_lazy
 
 from mp_lightning.errors import SiteError
 from mp_lightning.perturbation import check_fraction
+from mp_lightning.sites.activations import ACTIVATION_MODULES
 from mp_lightning.sites.arguments import check_model
 from mp_lightning.sites.plan import SitePlan, SiteSpec
 from mp_lightning.sites.recording import NoImageFits
@@ -131,7 +133,8 @@ def _with_unique_names(sites: list[SiteSpec]) -> list[SiteSpec]:
     return [replace(site, name=f"{site.name}#{site.call}") if names.count(site.name) > 1 else site for site in sites]
 
 
-_SEEN = "let it call activations of torch.nn or torch.nn.functional (Swish is nn.SiLU)"
+_COUNTS = ", ".join(kind.__name__ for kind in ACTIVATION_MODULES)
+_SEEN = f"let it call activations that count, of torch.nn or torch.nn.functional: {_COUNTS} (Swish is SiLU)"
 _BY_HAND = "sites= a SitePlan that was written by hand"
 
 
@@ -145,6 +148,8 @@ def _nothing_found(model: nn.Module, graphs: list[SiteGraph], failures: list[str
         return _compiled(model, f"its part '{scripted[0]}'")
     elif isinstance(model, fx.GraphModule):
         return _compiled(model, "it")
+    elif any(map(is_lazy, model.parameters())):
+        found, remedy = "it has lazy layers, which have no weights yet", "run one forward first"
     elif not any(isinstance(part, CONVOLUTIONS) for part in model.modules()):
         found, remedy = "it has no convolution", f"give a network with convolutions, or {_BY_HAND}"
     elif left_out:
@@ -162,7 +167,7 @@ def _nothing_found(model: nn.Module, graphs: list[SiteGraph], failures: list[str
         found = f"its forward cannot be followed: {', '.join(failures[:3])}"
         remedy = f"{_SEEN}, or give {_BY_HAND}"
     else:
-        found, remedy = "its networks call no activation that can be seen", f"{_SEEN}, or give {_BY_HAND}"
+        found, remedy = "its networks call no activation that counts", f"{_SEEN}, or give {_BY_HAND}"
     return f"no site for a perturbation in {type(model).__name__}: {found}; {remedy}"
 
 
