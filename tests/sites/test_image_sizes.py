@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from mp_lightning.sites import SitePlan, attach
+from mp_lightning.sites import SitePlan, attach, find_sites
 
 
 class LooksAtTheSize(nn.Module):
@@ -38,6 +38,7 @@ def test_other_activations_than_when_the_sites_were_found_are_told_once():
 def test_sites_are_found_for_images_of_the_height_that_is_given():
     model = LooksAtTheSize()
     attachment = attach(model, ramp_steps=1, sites=1.0, input_size=16)
+    assert len(attachment.plan) == 2
     read = []
     for site in attachment.all_sites():
         site.register_forward_pre_hook(lambda site, args: read.append(args[0].clone()))
@@ -51,3 +52,20 @@ def test_sites_are_found_for_images_of_the_height_that_is_given():
     assert len(read) == len(norms) == 4 and all(torch.equal(x, y) for x, y in zip(read, norms, strict=True))
     assert attach(model, input_size=16, sites=1.0) is attachment
     assert SitePlan.from_dict(attachment.plan.to_dict()) == attachment.plan
+
+
+def test_volumes_may_be_cubes():
+    class Patches(nn.Module):
+        """Takes volumes of 32 voxels on each side alone, which it does not say."""
+
+        def __init__(self):
+            super().__init__()
+            self.patches, self.position = nn.Conv3d(1, 8, 8, 8), nn.Parameter(torch.zeros(64, 8))
+            self.norm, self.up, self.act, self.down = nn.LayerNorm(8), nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8)
+
+        def forward(self, x):
+            batch, *_ = x.shape
+            x = self.patches(x).reshape(batch, 8, -1).transpose(1, 2) + self.position
+            return x + self.down(self.act(self.up(self.norm(x))))
+
+    assert find_sites(Patches()).names == ["act"]

@@ -248,3 +248,19 @@ def test_queries_keys_and_values_in_front_of_the_batch_leave_it_first():
             return x + self.mlp(self.norm(x))
 
     assert [site.layout for site in find_sites(Net())] == [LAST]
+
+
+def test_what_replaces_a_normalization_of_tokens_counts_as_one():
+    """As in ResMLP, which scales and shifts tokens."""
+
+    class Affine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.shift = nn.Parameter(torch.ones(8)), nn.Parameter(torch.zeros(8))
+
+        def forward(self, x):
+            return self.scale * x + self.shift
+
+    model = Tokens()
+    model.norm = Affine()
+    assert [(site.activation, site.layout) for site in find_sites(model)] == [("act", LAST)]

@@ -280,9 +280,9 @@ class OperationGraph:
         return isinstance(self._layer(node), kinds)
 
     def _is_norm_by_name(self, node: fx.Node) -> bool:
-        """Whether the node is part of a normalization of the user's own, such as an RMSNorm."""
+        """Whether the node is part of a normalization of the user's own, such as an RMSNorm, or of what replaces it."""
         owner = self._modules.get(str(node.target) if node.op == "call_module" else self._scope(node)[1])
-        return "norm" in type(owner).__name__.lower()
+        return any(word in type(owner).__name__.lower() for word in ("norm", "affine"))
 
     def _first_of_layer(self, node: fx.Node) -> fx.Node:
         """The first operation of the layer's call that the node is part of."""

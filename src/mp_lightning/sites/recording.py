@@ -54,12 +54,14 @@ def shape_that_fits(module: nn.Module) -> tuple[int, ...]:
 
 def _first_that_fits(module: nn.Module, leaf: Callable[[nn.Module, str], bool]) -> tuple[tuple[int, ...], fx.Graph]:
     reasons: list[str] = []
+    failures: list[str] = []  # whole, as a message may name the size of the image at its end
     for shape in _images(module):
         try:
             return shape, _Recorder(module, leaf).run(shape)
         except Exception as error:  # user code that gets the wrong image raises anything
             reasons.append(f"{type(error).__name__}: {one_line(error, 100)}")
-            if len(reasons) > 2 and len(set(reasons[-3:])) == 1:
+            failures.append(str(error))
+            if len(failures) > 2 and len(set(failures[-3:])) == 1:
                 break  # whatever it is, the size of the image has nothing to do with it
     raise NoImageFits(reasons[0] if reasons else "it has no convolution that would tell what it takes")
 
@@ -87,9 +89,12 @@ def _images(module: nn.Module) -> Iterator[tuple[int, ...]]:
     declared_channels, declared_sides = _declared(module)
     dimensions = len(convolution.kernel_size)
     known = [side for side in (_KNOWN.get(),) if side]
+    sides = dict.fromkeys((*known, *declared_sides, *_SIZES))
+    sizes = [(*([min(side, 16)] if dimensions == 3 else []), *[side] * min(dimensions, 2)) for side in sides]
+    cubes = [(side, side, side) for side in sides] if dimensions == 3 else []
     for channels in dict.fromkeys((*declared_channels, convolution.in_channels, 3)):
-        for side in dict.fromkeys((*known, *declared_sides, *_SIZES)):
-            yield (2, channels, *([min(side, 16)] if dimensions == 3 else []), *[side] * min(dimensions, 2))
+        for size in (*sizes, *cubes):
+            yield (2, channels, *size)
 
 
 def _declared(module: nn.Module) -> tuple[list[int], list[int]]:
