@@ -7,6 +7,8 @@ runs. All hooks are bound methods of plain objects, so that copies and pickles o
 
 import warnings
 from collections.abc import Callable
+from itertools import islice
+from traceback import walk_stack
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -203,11 +205,11 @@ class _ActivationMode(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in ACTIVATION_FUNCTIONS and not self._block.attachment.perturbing:
+        if func in ACTIVATION_FUNCTIONS and not self._block.attachment.perturbing and not self._is_in_a_graph():
             site = self._block.functional_sites.get(self.seen)
             self.seen += 1
-            compiling = torch.compiler.is_compiling()
-            if site is not None and not compiling and self._surroundings != _surroundings():
+            compiled = self._surroundings is None or torch.compiler.is_compiling()
+            if site is not None and not compiled and self._surroundings != _surroundings():
                 raise SiteError(
                     f"site '{site.spec.name}' is a functional activation that its block checkpoints by itself, and "
                     "would be missed when it is computed again; checkpoint the whole block, or make the activation a "
@@ -218,6 +220,13 @@ class _ActivationMode(TorchFunctionMode):
             elif site is not None:
                 kwargs = {**kwargs, "input": self._block.perturb(site, kwargs["input"])}
         return func(*args, **kwargs)
+
+    def _is_in_a_graph(self) -> bool:
+        """Whether a compiled graph of torch's own functions runs (``backend="eager"``), into which the sites went."""
+        if self._surroundings is not None or torch.compiler.is_compiling():
+            return False
+        frames = islice(walk_stack(None), 6)  # what is called in the graph may be a function of Python
+        return any(frame.f_code.co_filename.startswith("<eval_with_key>") for frame, _ in frames)
 
 
 def _surroundings() -> Any:
