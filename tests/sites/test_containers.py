@@ -8,9 +8,10 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
-from mp_lightning import attach, load_phi
+from mp_lightning import Mean, attach, load_phi, reestimate_batch_norm
 from mp_lightning.backbones import build_backbone
 from mp_lightning.compare.controls import NoiseOnly
+from mp_lightning.errors import SiteError
 
 
 def layers(ch=8):
@@ -171,3 +172,43 @@ def test_a_batch_of_one_which_no_statistic_is_taken_of_is_perturbed_in_silence()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         attachment.step(1.0)
+
+
+def by_stages(net, x):
+    return net.layer3(net.layer2(net.layer1(F.relu(net.bn1(net.conv1(x))))))
+
+
+def staged(**options):
+    torch.manual_seed(0)
+    net = build_backbone("resnet20", 3, width=4)
+    return net, attach(net, ramp_steps=0, full_strength_at=1, sites=1, **options)
+
+
+def test_the_height_of_images_is_not_taken_from_the_feature_map_of_a_later_stage():
+    net, attachment = staged()
+    with pytest.raises(SiteError, match="height of the model's input is unknown"):
+        by_stages(net, torch.rand(4, 3, 16, 16))
+    net(torch.rand(4, 3, 16, 16))
+    assert float(attachment.input_size) == 16
+
+
+def test_a_network_that_is_called_by_its_stages_is_told_so():
+    net, attachment = staged(input_size=16)
+    by_stages(net, torch.rand(4, 3, 16, 16))
+    with pytest.warns(UserWarning, match="parts of the network were called one by one"):
+        attachment.step(1.0)
+
+
+def test_stages_of_an_evaluated_network_take_the_expected_noise_and_batch_norm_of_training():
+    net, attachment = staged()
+    x = torch.rand(4, 3, 16, 16)
+    net(x)
+    attachment.step(1.0)
+    net.eval()
+    attachment.sampling = False
+    expected = by_stages(net, x)
+    attachment.sampling = True
+    reestimate_batch_norm(attachment, [lambda: net(x)])
+    attachment.inference = Mean()
+    with pytest.warns(UserWarning, match="blocks of the model were called one by one, in evaluation mode"):
+        assert torch.equal(by_stages(net, x), expected)

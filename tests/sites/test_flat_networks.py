@@ -5,9 +5,10 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import fx, nn
 
 from mp_lightning import MonteCarlo, attach
+from mp_lightning.errors import SiteError
 
 
 class Flat(nn.Module):
@@ -78,3 +79,23 @@ def test_functions_are_perturbed_once_where_they_are_compiled(cls, backend, trai
             found.append([forward(images(seed)) for seed in range(2)])
     for expected, actual in zip(*found, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_another_method_says_once_that_it_is_not_perturbed(training):
+    model, _ = attached(functional=False)
+    model.train(training)
+    with pytest.warns(UserWarning, match=r"self.acts.0 was called outside of a forward of the Flat, as by features"):
+        found = model.features(images())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(model.eval().features(images()), model.features(images()))
+        model(images())
+    assert found.shape == (8, 8)
+
+
+def test_what_torch_fx_traced_is_refused_when_it_runs():
+    model, _ = attached(functional=False)
+    extractor = fx.symbolic_trace(model)
+    with pytest.raises(SiteError, match="leave its perturbation out; take features by forward hooks"):
+        extractor(images())

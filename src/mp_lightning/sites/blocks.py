@@ -48,6 +48,8 @@ def why_unreached(attachment: "Attachment") -> str:
 def make_blocks(attachment: "Attachment", model: nn.Module) -> list[Block]:
     """One for each scope of the plan, with the sites that are reached in it."""
     paths = Counter(id(module) for _, module in model.named_modules(remove_duplicate=False))
+    pairs = {(spec.scope, spec.activation) for spec in attachment.plan if spec.activation is not None}
+    held = Counter(id(model.get_submodule(activation)) for _, activation in pairs)  # by how many blocks
     blocks = []
     for scope in scopes_of(attachment.plan):
         by_module: dict[str, dict[int, Site]] = {}
@@ -60,6 +62,7 @@ def make_blocks(attachment: "Attachment", model: nn.Module) -> list[Block]:
         modules = []
         for name, sites in by_module.items():
             module = model.get_submodule(name)
-            modules.append(ActivationModule(module, sites, container and set(sites) == {0} and paths[id(module)] == 1))
+            single = paths[id(module)] == 1 and held[id(module)] == 1
+            modules.append(ActivationModule(module, sites, single, container and set(sites) == {0} and single))
         blocks.append(Block(attachment, modules, functional))
     return blocks

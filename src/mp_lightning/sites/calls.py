@@ -18,7 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from mp_lightning.errors import SiteError
 from mp_lightning.sites.activations import ACTIVATION_FUNCTIONS
-from mp_lightning.sites.root import refuse_tracing
+from mp_lightning.sites.root import refuse_graph, refuse_tracing
 from mp_lightning.sites.site import Site, in_backward
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ class Block:
         self._modes: list[_ActivationMode] = []
         self._activations: dict[bool, tuple[int, ...]] = {}  # called in a forward of the block, in training and not
         self._told = False
+        self.told_of_parts = False
         for activation in module_sites:
             activation.block = self
 
@@ -143,16 +144,18 @@ class ActivationModule:
     Args:
         module: the activation.
         sites: by index of its call within one forward of the block.
-        alone: the block is a container, which calls it once, and no other module does.
+        single: no other block has it, and no other module does.
+        alone: that, and the block is a container, which calls it once.
     """
 
     block: Block
 
-    def __init__(self, module: nn.Module, sites: dict[int, Site], alone: bool) -> None:
+    def __init__(self, module: nn.Module, sites: dict[int, Site], single: bool, alone: bool) -> None:
         self.seen = 0
         self.calls_alone = 0  # without the block, within the current forward of the model
         self._module = module
         self.sites = sites
+        self._single = single
         self._alone = alone
 
     def register(self) -> RemovableHandle:
@@ -172,7 +175,9 @@ class ActivationModule:
                 return self._replay(args)
             if self._alone:  # 'for layer in net', net[:5], checkpoint_sequential
                 return (self._perturb_alone(args[0], module.training), *args[1:])
-            return None  # the same module serves another block as well
+            if self._single and self.block.attachment.depth == 0:
+                self._pass_over(args)
+            return None
         site = self.sites.get(self.seen)
         self.seen += 1
         return None if site is None else (self.block.perturb(site, args[0]), *args[1:])
@@ -182,6 +187,28 @@ class ActivationModule:
         self.block.attachment.begin_block(training)
         self.calls_alone += 1
         return self.block.perturb(self.sites[0], x, training, self.calls_alone - 1)
+
+    def _pass_over(self, args: tuple[Any, ...]) -> None:
+        """Say that nothing is perturbed, as which call of the block this is cannot be known.
+
+        Raises:
+            SiteError: torch.fx traces the network, or runs what it has traced.
+        """
+        refuse_tracing(args)
+        if torch.compiler.is_compiling():
+            return
+        if _called_by_a_graph():
+            refuse_graph()
+        if self.block.told_of_parts:
+            return
+        self.block.told_of_parts = True
+        spec = next(iter(self.sites.values())).spec
+        whole = f"self.{spec.scope}" if spec.scope else f"the {type(self.block.attachment.model).__name__}"
+        warnings.warn(
+            f"MetaPerturb: self.{spec.activation} was called outside of a forward of {whole}, as by features(x), and "
+            "nothing is perturbed there; call the model as a whole, and take features by forward hooks of its layers",
+            stacklevel=2,
+        )
 
     def _replay(self, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A block that checkpoints a part of itself computes that part again without being called."""
@@ -225,8 +252,13 @@ class _ActivationMode(TorchFunctionMode):
         """Whether a compiled graph of torch's own functions runs (``backend="eager"``), into which the sites went."""
         if self._surroundings is not None or torch.compiler.is_compiling():
             return False
-        frames = islice(walk_stack(None), 6)  # what is called in the graph may be a function of Python
-        return any(frame.f_code.co_filename.startswith("<eval_with_key>") for frame, _ in frames)
+        return _called_by_a_graph()
+
+
+def _called_by_a_graph() -> bool:
+    """Whether a graph of torch.fx called what runs, itself or by a function or module of torch."""
+    frames = islice(walk_stack(None), 10)
+    return any(frame.f_code.co_filename.startswith("<eval_with_key>") for frame, _ in frames)
 
 
 def _surroundings() -> Any:

@@ -68,7 +68,7 @@ class Entry:
     """Counts the forwards of a module that users may call as 'the model'.
 
     Which one they call is not known beforehand: ``model(x)``, or, in a LightningModule, ``self.net(x)``. So the module
-    that was given and its outermost parts that hold sites are all watched; the outermost forward in progress counts.
+    that was given and the networks in it are all watched; the outermost forward in progress counts.
     """
 
     def __init__(self, attachment: "Attachment", name: str) -> None:
@@ -138,17 +138,27 @@ def refuse_tracing(args: tuple[Any, ...]) -> None:
         SiteError: the arguments are those of a symbolic trace.
     """
     if not torch.compiler.is_compiling() and any(isinstance(value, fx.Proxy) for value in args):
-        raise SiteError(
-            "torch.fx traces this network, as a feature extractor does, and would leave its perturbation out; take "
-            "features by forward hooks of its layers while it is called as a whole, or detach the perturbation first "
-            "where they are to be those of the plain network"
-        )
+        refuse_graph()
+
+
+def refuse_graph() -> None:
+    """Of torch.fx.
+
+    Raises:
+        SiteError: always.
+    """
+    raise SiteError(
+        "torch.fx traces this network, as a feature extractor does, and would leave its perturbation out; take "
+        "features by forward hooks of its layers while it is called as a whole, or detach the perturbation first "
+        "where they are to be those of the plain network"
+    )
 
 
 def entry_names(model: nn.Module, plan: SitePlan) -> list[str]:
     """The model itself ('') and its outermost submodules with a forward of their own that hold the sites.
 
-    A network may be held under several names, as by itself and in an ``nn.Sequential`` with its head; each counts.
+    A network may be held under several names, as by itself and in an ``nn.Sequential`` with its head; each counts. Of a
+    model that is a network, and no holder of networks, the later stages are none: they are given feature maps.
     """
     scopes = {id(model.get_submodule(spec.scope)) for spec in plan}
     names = {id(model): ""}
@@ -157,9 +167,21 @@ def entry_names(model: nn.Module, plan: SitePlan) -> list[str]:
         for length in range(1, len(path) + 1):
             outer = model.get_submodule(name := ".".join(path[:length]))
             if not isinstance(outer, nn.ModuleList | nn.ModuleDict):
-                names.setdefault(id(outer), name)
+                if _holds_networks(model) or _begins_with(model, outer):
+                    names.setdefault(id(outer), name)
                 break
     return sorted(names.values())
+
+
+def _holds_networks(model: nn.Module) -> bool:
+    """Whether others than its own forward call its parts: a LightningModule, or a module without a forward."""
+    return hasattr(model, "training_step") or type(model).forward is nn.Module.forward
+
+
+def _begins_with(model: nn.Module, part: nn.Module) -> bool:
+    """Whether no layer that learns comes before this part, as registered."""
+    first = next(model.parameters(), None)
+    return any(parameter is first for parameter in part.parameters())
 
 
 def layer_beside(model: nn.Module, network: nn.Module) -> str | None:
