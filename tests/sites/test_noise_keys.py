@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import SiteError
-from mp_lightning.inference import reestimate_batch_norm
+from mp_lightning.inference import Fold, Mean, reestimate_batch_norm
 from mp_lightning.perturbation import Phi, initial_phi
 from mp_lightning.sites import attach, attachment_of
 from mp_lightning.sites.site import _fingerprint
@@ -208,17 +208,44 @@ def test_two_forwards_before_one_backward(what, same_batch, reentrant):
         assert torch.allclose(actual[name], value, rtol=1e-3, atol=1e-4 * float(value.abs().max())), name
 
 
+def checkpointed_inside(reentrant):
+    model = net()
+    for block in (model.shared, model.last):
+        block.inside = lambda function, x: checkpoint(function, x, use_reentrant=reentrant)
+    return model
+
+
 @REENTRANT
-def test_a_block_may_checkpoint_its_own_computation(reentrant):
+@pytest.mark.parametrize("training", [True, False])
+def test_a_block_may_checkpoint_its_own_computation(training, reentrant):
     """Its hooks do not run when only its inside is computed again."""
     x = images().requires_grad_()
-    plain, checkpointed = net(), net()
-    for block in (checkpointed.shared, checkpointed.last):
-        block.inside = lambda function, x: checkpoint(function, x, use_reentrant=reentrant)
+    plain, checkpointed = net().train(training), checkpointed_inside(reentrant).train(training)
     expected = gradients(plain, lambda model: model(x).square().sum())
     actual = gradients(checkpointed, lambda model: model(x).square().sum())
     for name, value in expected.items():
         assert torch.allclose(actual[name], value, rtol=1e-4, atol=1e-5), name
+
+
+@REENTRANT
+@pytest.mark.parametrize("inference", [Mean(), Fold()])
+def test_a_block_that_checkpoints_itself_is_refused_where_its_evaluation_was_re_estimated(inference, reentrant):
+    model = checkpointed_inside(reentrant)
+    attachment = attachment_of(model)
+    x = images().requires_grad_()
+    reestimate_batch_norm(attachment, [lambda: model(x)], fold=isinstance(inference, Fold))
+    attachment.inference = inference
+    with pytest.raises(SiteError, match="again as another function.*turn checkpointing off"):
+        model.eval()(x).sum().backward()
+
+
+@REENTRANT
+def test_calls_that_are_forgotten_when_they_are_computed_again_are_refused(reentrant, monkeypatch):
+    monkeypatch.setattr("mp_lightning.sites.site._REMEMBERED", 4)
+    model = checkpointed_inside(reentrant)
+    loss = sum(model(images(seed=seed).requires_grad_()).square().sum() for seed in range(6))
+    with pytest.raises(SiteError, match="not among its last 4 calls"):
+        loss.backward()
 
 
 @REENTRANT

@@ -112,6 +112,7 @@ class Attachment(GrowingStrength):
         self.persistent = persistent
         self.frozen = False
         self.training_forward = model.training  # whether the model's current forward is one of training
+        self.with_gradients = False  # whether it began with autograd enabled
         self.height = InputHeight(input_size, persistent)
         for name, kept in {"forwards": persistent, "evaluations": False, "bound_hits": False}.items():
             self.register_buffer(name, torch.zeros((), dtype=torch.int64), persistent=kept)
@@ -173,11 +174,11 @@ class Attachment(GrowingStrength):
 
     def begin_forward(self, training: bool, image: Tensor | None) -> None:
         """Called when a forward of the model begins."""
-        if self.frozen or in_backward():  # in backward, activation checkpointing computes this forward again
+        if in_backward() or self.only_drawn(training):  # in backward, checkpointing computes this forward again
             return
-        if self.only_drawn(training):
+        self.training_forward, self.with_gradients = training, torch.is_grad_enabled()
+        if self.frozen:
             return
-        self.training_forward = training
         if training:
             self.estimates = None  # of the weights before this step
             self.note_forward()

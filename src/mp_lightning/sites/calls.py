@@ -216,6 +216,9 @@ class ActivationModule:
             past = site.recall_input(args[0])
             if past is not None:
                 return (self.block.perturb(site, args[0], past.training), *args[1:])
+        every = self._alone or (self._single and self.seen == len(self.sites))  # of its calls is a site
+        for site in self.sites.values():
+            site.refuse_unknown(every)
         return None
 
 

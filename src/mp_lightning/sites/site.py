@@ -26,11 +26,12 @@ _SAME = 0.1  # relative distance below which two inputs are one, up to what a de
 
 @dataclass
 class _Call:
-    """A call of a site that draws noise: the key of its noise, and what tells it from other calls."""
+    """A call of a site: the key of its noise, whether it drew any, and what tells it from other calls."""
 
     forward: Tensor
     stream: int
     training: bool
+    drawn: bool
     shape: torch.Size
     fingerprint: Tensor
     replays: int = 0
@@ -100,14 +101,16 @@ class Site(KeepsPrecision):
         shared = self.attachment
         if shared.only_drawn(training):
             return x
+        replay = in_backward()
         if shared.folding and not training:
+            if not replay:
+                self._noise_key(x, call, training, replay)  # to remember the call
             return self._folded(x)
         if training:
             shared.perturbed = True
-        replay = in_backward()
         if replay and not training and shared.inference is not None:
             _refuse_replay(shared)
-        key = self._noise_key(x, call, training, replay) if training or shared.draws else None
+        key = self._noise_key(x, call, training, replay)
         fused = shared.fused_for(x)
         with torch.autocast(x.device.type, enabled=False):
             height = shared.height.known()
@@ -208,25 +211,44 @@ class Site(KeepsPrecision):
         key = NoiseKey(shared.seed, self.index * _CALLS, shared.forwards, *shared.shard)
         return key.draw(maps, shared.noise_per)
 
-    def _noise_key(self, x: Tensor, call: int, training: bool, replay: bool) -> NoiseKey:
+    def _noise_key(self, x: Tensor, call: int, training: bool, replay: bool) -> NoiseKey | None:
+        """None where the expected noise is taken."""
         shared = self.attachment
+        drawn = training or shared.draws
         forward = shared.forwards if shared.training_forward else shared.evaluations
         stream = self.index * _CALLS + call % _CALLS + (0 if shared.training_forward else _EVALUATION)
         if replay:
             past = self.recall(x)
-            if past is None:
-                raise SiteError(
-                    f"activation checkpointing computes site '{self.spec.name}' again for an input that is not "
-                    f"among its last {_REMEMBERED} calls; checkpoint fewer calls before each backward, or with "
-                    "use_reentrant=False"
-                )
-            past.replays += 1
-            forward, stream = past.forward, past.stream
-        elif may_be_computed_again(shared.training_forward):
+            if past is not None and past.drawn != drawn:
+                raise _another_function(shared)
+            if past is not None:
+                past.replays += 1
+                forward, stream = past.forward, past.stream
+            else:
+                self.refuse_unknown(drawn)
+        elif may_be_computed_again(shared):
             forward = forward.clone()
-            self._calls.append(_Call(forward, stream, training, x.shape, _fingerprint(x)))
+            self._calls.append(_Call(forward, stream, training, drawn, x.shape, _fingerprint(x)))
         rank, world = shared.shard
-        return NoiseKey(shared.seed, stream, forward, rank, world)
+        return NoiseKey(shared.seed, stream, forward, rank, world) if drawn else None
+
+    def refuse_unknown(self, certain: bool) -> None:
+        """Of a call that is computed again, and is none that is remembered.
+
+        Args:
+            certain: it was a call of this site, and not another one of its activation.
+
+        Raises:
+            SiteError: it was, or what it was computed from is not there any more.
+        """
+        if self._calls and not self._calls[-1].training and self.attachment.inference is not None:
+            _refuse_replay(self.attachment)
+        if certain:
+            raise SiteError(
+                f"activation checkpointing computes site '{self.spec.name}' again for an input that is not "
+                f"among its last {_REMEMBERED} calls; checkpoint fewer calls before each backward, or with "
+                "use_reentrant=False"
+            )
 
     def recall_input(self, x: Tensor) -> "_Call | None":
         """The call that is being computed again for an input in the layout of the plan, if it is one of this site's."""
@@ -268,9 +290,15 @@ def _refuse_replay(attachment: "Attachment") -> None:
     replaced = estimates is not None and (estimates.buffers or estimates.constants)
     if inference.expects and (attachment.depth or not replaced):
         return  # nothing was replaced, or it is again, by a network that is computed again as a whole
-    raise SiteError(
-        f"activation checkpointing would compute a forward by {type(inference).__name__} again as another function, so "
-        "that its gradients are wrong; turn checkpointing off for gradients in evaluation mode"
+    raise _another_function(attachment)
+
+
+def _another_function(attachment: "Attachment") -> SiteError:
+    inference = attachment.inference
+    how = "in evaluation mode" if inference is None else f"by {type(inference).__name__}"
+    return SiteError(
+        f"activation checkpointing would compute a forward {how} again as another function, so that its gradients are "
+        "wrong; turn checkpointing off for gradients in evaluation mode"
     )
 
 
@@ -279,12 +307,12 @@ def in_backward() -> bool:
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def may_be_computed_again(training: bool) -> bool:
-    """Whether this forward may be part of activation checkpointing, which works without gradients or with hooks."""
+def may_be_computed_again(attachment: "Attachment") -> bool:
+    """Whether this call may be part of activation checkpointing, which works without gradients or with hooks."""
     if torch.compiler.is_compiling():
         return False
     if not torch.is_grad_enabled():
-        return training
+        return attachment.training_forward or attachment.with_gradients
     return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
