@@ -165,6 +165,37 @@ def test_outputs_of_unknown_meaning_are_averaged_as_they_are():
     assert averaged.shape == (4, 10, 1, 1)
 
 
+def test_outputs_in_double_precision_are_averaged_in_it():
+    """As targets of a regression that are far from 0."""
+    model, attachment = attached(lambda logits: logits.double() + 1e9)
+    x = digits()[0][:4]
+    with torch.no_grad():
+        attachment.inference = OutputAverage(1)
+        averaged = model(x)
+        attachment.evaluations.zero_()
+        attachment.inference = None
+        assert torch.equal(averaged, model(x))
+
+
+def test_one_object_finds_out_what_each_model_gives():
+    shared = MonteCarlo(3)
+    x = digits()[0][:32]
+    for kind in ("logits", "probabilities", "logits"):
+        model, attachment = attached(HEADS[kind])
+        attachment.inference = shared
+        with torch.no_grad():
+            total = model(x).sum(1)
+        assert shared.output == kind
+        assert torch.allclose(total, torch.ones(32)) == (kind == "probabilities")
+    declared = MonteCarlo(3, "logits")
+    for _ in range(2):
+        model, attachment = attached(HEADS["probabilities"])
+        attachment.inference = declared
+        with torch.no_grad():
+            model(x)
+        assert declared.output == "logits"
+
+
 @pytest.mark.parametrize("inference", [MonteCarlo(4, "logits"), OutputAverage(4)])
 def test_a_model_that_changes_its_input_is_averaged_over_what_it_was_given(inference):
     """As one that normalizes its images in place."""

@@ -13,6 +13,7 @@ from mp_lightning.sites.root import layer_beside
 
 if TYPE_CHECKING:
     from mp_lightning.sites import Attachment
+    from mp_lightning.sites.copies import Origin
 
 Output = Literal["logits", "probabilities", "log_probabilities"]
 OUTPUTS: tuple[Output, ...] = get_args(Output)
@@ -29,7 +30,7 @@ class MonteCarlo:
 
     Args:
         samples: number of forwards.
-        output: what the model's (B, K) output holds; None finds out from the numbers, once.
+        output: what the model's (B, K) output holds; None finds out from the numbers, once for each model.
 
     Attributes:
         calls: how many forwards of the model were averaged since this object was made.
@@ -44,6 +45,7 @@ class MonteCarlo:
             check_one_of(output, "output", OUTPUTS)
         self.samples = whole_number(samples, "samples", 1, "of noisy forwards, at least one")
         self.output: Output | None = output
+        self._found_for: Origin | None = None  # of whose output it was found; None where it was declared
         self.calls = 0
         self._warned = False
         self.busy = False
@@ -86,9 +88,11 @@ class MonteCarlo:
         self.busy = True
         try:
             trained = int(attachment.steps) > 0
+            if self._found_for not in (None, attachment.origin):
+                self.output = self._found_for = None
             kind = output_kind(output, type(module).__name__, self.output, trained)
-            if trained and output.numel() >= _EVIDENCE:
-                self.output = kind
+            if self.output is None and trained and output.numel() >= _EVIDENCE:
+                self.output, self._found_for = kind, attachment.origin
             self._warn_of_features(attachment, module)
             mean = probabilities_of(output, kind).clone()  # a model may use its outputs again
             for _ in range(1, self.samples):
@@ -165,11 +169,16 @@ def _copied(inputs: Arguments) -> Arguments:
 
 
 def _tensors(leaves: list[Any]) -> list[Tensor] | None:
-    """Those of an output, in float32; None unless they all, and at least one, are of floating-point numbers."""
+    """Those of an output, in float32 at least; None unless they all, and at least one, are floating-point numbers."""
     tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     if not tensors or not all(tensor.is_floating_point() for tensor in tensors):
         return None
-    return [tensor.float() for tensor in tensors]
+    return [_lifted(tensor) for tensor in tensors]
+
+
+def _lifted(tensor: Tensor) -> Tensor:
+    """In float32 where it has less precision."""
+    return tensor.float() if torch.finfo(tensor.dtype).bits < 32 else tensor
 
 
 def _shapes(tensors: list[Tensor]) -> list[torch.Size]:
@@ -221,8 +230,8 @@ def tolerance_of(dtype: torch.dtype) -> float:
 
 
 def probabilities_of(output: Tensor, kind: Output) -> Tensor:
-    """Class probabilities float32 (B, K) from an output (B, K) of this kind."""
-    values = output.float()
+    """Class probabilities (B, K), float32 at least, from an output (B, K) of this kind."""
+    values = _lifted(output)
     if kind == "logits":
         return values.softmax(dim=1)
     return values if kind == "probabilities" else values.exp()
