@@ -283,6 +283,20 @@ def test_an_error_in_a_training_step_is_the_one_that_is_seen():
     assert same(before, model) == [] and attachment.depth == 0
 
 
+@pytest.mark.parametrize("fold", [False, True])
+def test_a_batch_that_is_not_finite_is_passed_over(fold):
+    model, attachment = attached()
+    good, bad = batches()[:2], batches()[0] * float("inf")
+    reestimate_batch_norm(attachment, forwards(model, good), fold=fold)
+    expected = {**attachment.estimates.buffers, **(attachment.estimates.constants or {})}
+    with pytest.warns(UserWarning, match="1 of 3 batches gave numbers that are not finite"):
+        reestimate_batch_norm(attachment, forwards(model, [good[0], bad, good[1]]), fold=fold)
+    found = {**attachment.estimates.buffers, **(attachment.estimates.constants or {})}
+    assert found.keys() == expected.keys() and len(found) > 0
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
 def test_a_model_without_batch_norm_needs_none():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.GroupNorm(2, 4), nn.ReLU())
     attachment = attach(model)

@@ -59,6 +59,7 @@ def reestimate_batch_norm(attachment: Attachment, forwards: Iterable[Callable[[]
 
     They become the attachment's ``estimates``, which :class:`Mean` uses (empty if there is nothing to re-estimate); the
     model itself is left as it was. Frozen batch norm, and such that the forwards do not reach, keeps its statistics.
+    A batch that gives numbers that are not finite is passed over, with a warning.
     Under DDP the statistics of the processes are averaged.
 
     Args:
@@ -69,12 +70,17 @@ def reestimate_batch_norm(attachment: Attachment, forwards: Iterable[Callable[[]
             which :class:`Fold` uses. ``forwards`` is gone through twice, so it must be a list or the like.
 
     Raises:
-        ConfigurationError: there is no function, or none ran the model; ``forwards`` can be gone through once
+        ConfigurationError: there is no function, or none ran the model; ``forwards`` cannot be gone through, or once
             alone and not twice; ``attachment`` is none.
     """
     if not isinstance(attachment, Attachment):
         raise ConfigurationError(
             f"reestimate_batch_norm was given a {type(attachment).__name__}; give the attachment that attach() returned"
+        )
+    if not isinstance(forwards, Iterable):
+        raise ConfigurationError(
+            f"reestimate_batch_norm was given a {type(forwards).__name__} for its functions; give a list of functions "
+            "that run the model on a batch, such as [lambda x=x: model(x) for x, _ in loader]"
         )
     if fold and isinstance(forwards, Iterator):
         raise ConfigurationError(
@@ -100,7 +106,7 @@ def _estimate(
         attachment.estimates = Estimates({}, constants)  # under which batch norm is estimated
         try:
             with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment, fold)) as stop:
-                _run(attachment, forwards, stop)
+                _run(attachment, forwards, stop, list(norms.values()))
                 every = _statistics(norms)
                 copies = _statistics({name: norm for name, norm in norms.items() if norm.num_batches_tracked})
         finally:
@@ -126,7 +132,7 @@ def _estimate_constants(
     with _estimating(attachment, list(norms.values()), _StopAfterForward(attachment)) as stop:
         attachment.observed = {}
         try:
-            _run(attachment, forwards, stop)
+            _run(attachment, forwards, stop, list(norms.values()))
             constants = {name: total / count for name, (total, count) in attachment.observed.items()}
         finally:
             attachment.observed = None
@@ -151,9 +157,11 @@ def _warn_of_norms_outside(attachment: Attachment, unseen: set[str]) -> None:
     )
 
 
-def _run(attachment: Attachment, forwards: Iterable[Callable[[], Any]], stop: _StopAfterForward) -> None:
-    """Run the model on each batch; a training step may pass over some."""
-    done = reached = 0
+def _run(
+    attachment: Attachment, forwards: Iterable[Callable[[], Any]], stop: _StopAfterForward, norms: list[_BatchNorm]
+) -> None:
+    """Run the model on each batch; a training step may pass over some, and what is not finite is passed over here."""
+    done = reached = passed_over = 0
     for forward in islice(forwards, BATCHES):
         done += 1
         stop.seen.clear()
@@ -162,6 +170,8 @@ def _run(attachment: Attachment, forwards: Iterable[Callable[[], Any]], stop: _S
                 f"reestimate_batch_norm was given a {type(forward).__name__} among its functions; give functions that "
                 "run the model on a batch, such as [lambda x=x: model(x) for x, _ in loader]"
             )
+        statistics = [(buffer, buffer.clone()) for norm in norms for buffer in norm.buffers()]
+        observed = None if attachment.observed is None else dict(attachment.observed)
         try:
             forward()
         except _ForwardDone:
@@ -171,6 +181,18 @@ def _run(attachment: Attachment, forwards: Iterable[Callable[[], Any]], stop: _S
                 raise
             # After a forward of the model: a step may want gradients, which there are none of.
         reached += bool(stop.seen)
+        sums = [buffer for buffer, _ in statistics] + [total for total, _ in (attachment.observed or {}).values()]
+        if not all(values.isfinite().all() for values in sums):
+            passed_over += 1
+            attachment.observed = observed
+            for buffer, before in statistics:
+                buffer.copy_(before)
+    if passed_over:
+        warnings.warn(
+            f"MetaPerturb: {passed_over} of {done} batches gave numbers that are not finite, and were passed over when "
+            "inference without samples was estimated",
+            stacklevel=2,
+        )
     if not done:
         raise ConfigurationError("batch norm cannot be re-estimated without a training batch; use inference='mc'")
     if not reached:
