@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_modules import loader, module, trainer
 from mp_lightning import (
+    Mean,
     MetaPerturbCallback,
     MonteCarlo,
     attach,
@@ -100,8 +101,25 @@ def test_what_re_estimation_is_given_is_named():
     batch = [torch.rand(2, 3, 16, 16), torch.zeros(2)]
     with pytest.raises(ConfigurationError, match="was given a list among its functions; give functions that run the"):
         reestimate_batch_norm(attachment, [batch])
+    with pytest.raises(ConfigurationError, match="was given a int for its functions; give a list of functions"):
+        reestimate_batch_norm(attachment, 5)
     with pytest.raises(ConfigurationError, match=r"was given a Conv\w*; give the attachment that attach"):
         reestimate_batch_norm(model, [lambda: model(batch[0])])
+
+
+@pytest.mark.parametrize("inference", [Mean, "mean", 5])
+def test_what_is_no_inference_is_named(inference):
+    model = conv4()
+    attach(model, ramp_steps=0).inference = inference
+    with pytest.raises(ConfigurationError, match=r"attachment.inference is .*; give an object, such as mp_lightning"):
+        model.eval()(torch.rand(2, 3, 16, 16))
+
+
+@pytest.mark.parametrize("where", ["model", "context"])
+def test_a_model_without_numbers_is_attached_later(where):
+    model = conv4().to("meta") if where == "model" else conv4()
+    with torch.device("meta" if where == "context" else "cpu"), pytest.raises(ConfigurationError, match="'meta'"):
+        attach(model)
 
 
 @pytest.mark.parametrize("function", [attach, detach, find_sites])

@@ -235,7 +235,7 @@ def test_a_block_that_checkpoints_itself_is_refused_where_its_evaluation_was_re_
     x = images().requires_grad_()
     reestimate_batch_norm(attachment, [lambda: model(x)], fold=isinstance(inference, Fold))
     attachment.inference = inference
-    with pytest.raises(SiteError, match="again as another function.*turn checkpointing off"):
+    with pytest.raises(SiteError, match=r"again as another function.*turn checkpointing off"):
         model.eval()(x).sum().backward()
 
 

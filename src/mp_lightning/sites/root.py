@@ -101,9 +101,9 @@ class Entry:
             check_there(attachment.model, attachment.hooked)
         attachment.begin_forward(module.training, first_image((*args, *kwargs.values())))
         if inference is not None:
-            if isinstance(inference, str):
+            if isinstance(inference, type) or not hasattr(inference, "begin"):  # a class, a name
                 raise ConfigurationError(
-                    f"attachment.inference is '{inference}'; give an object, such as mp_lightning.Mean() or "
+                    f"attachment.inference is {inference!r}; give an object, such as mp_lightning.Mean() or "
                     "mp_lightning.MonteCarlo(samples=20)"
                 )
             inference.begin(attachment, args, kwargs)

@@ -119,6 +119,11 @@ def attach(
         ramp_steps=ramp_steps,
     )
     check_model(model, "attach")
+    parameter = next(model.parameters(), None)
+    if torch.get_default_device().type == "meta" or (parameter is not None and parameter.is_meta):
+        raise ConfigurationError(
+            "attach was called on torch's device 'meta', where there are no numbers; call it later"
+        )
     existing = attachment_to_train(model)
     named = None if perturbation is not None else load_phi(phi)
     for name, value in (("strength", strength), ("full_strength_at", full_strength_at), ("acts_below", acts_below)):
@@ -160,7 +165,6 @@ def attach(
         path=path,
         distributed=distributed,
     )
-    parameter = next(model.parameters(), None)
     if parameter is not None:
         attachment.to(parameter.device)
     attachment.train(model.training)
