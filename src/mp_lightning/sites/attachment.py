@@ -381,12 +381,12 @@ class Attachment(GrowingStrength):
 
     def _register(self, model: nn.Module) -> list[RemovableHandle]:
         handles: list[RemovableHandle] = [model.register_load_state_dict_post_hook(_weights_loaded)]
+        self.hooked.update({entry.name: model.get_submodule(entry.name) for entry in self._entries})
         # Blocks first: inference may run a module again when its forward ends, and its block has to have ended by then.
         for scope, block in zip(scopes_of(self.plan), self._blocks, strict=True):
             self.hooked[scope] = model.get_submodule(scope)
             handles += block.register(self.hooked[scope])
         for entry in self._entries:
-            self.hooked[entry.name] = model.get_submodule(entry.name)
             handles += entry.register(self.hooked[entry.name])
             handles.append(self.hooked[entry.name].register_load_state_dict_post_hook(self._part_loaded))
         activations = {spec.activation for spec in self.plan if spec.activation is not None}
