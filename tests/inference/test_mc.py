@@ -129,6 +129,12 @@ def test_a_few_small_logits_are_no_probabilities():
     assert output_kind(torch.zeros(50, 3), "Net") == "logits"  # of a new head that starts at zero, as torchvision's ViT
 
 
+def test_a_batch_without_an_image_has_no_outputs():
+    model, _ = attached(HEADS["logits"], samples=2)
+    assert model(digits()[0][:0]).shape == (0, 10)
+    assert model.train()(digits()[0][:0]).shape == (0, 10)
+
+
 def test_logits_far_apart_stay_finite():
     """Of which a probability is 0 in float32."""
     model, _ = attached(lambda logits: torch.tensor([[1000.0, 0.0]]).expand(len(logits), 2))

@@ -55,6 +55,13 @@ def test_a_sample_gets_its_noise_wherever_it_stands():
     assert torch.equal(noise((2, 0), shape=torch.Size((2, 3, 5, 5))), whole[[2, 0]])
 
 
+@pytest.mark.parametrize("shape", [(0, 3, 5, 5), (2, 3, 0, 5), (2, 0, 5, 5)])
+def test_nothing_gets_no_noise(shape):
+    for per in ("element", "channel"):
+        x = torch.zeros(shape)
+        assert (x + NoiseKey(1, 2, torch.tensor(3)).draw(x, per)).shape == shape
+
+
 def test_one_number_for_each_channel_of_a_sample():
     key, x = NoiseKey(1, 2, torch.tensor(3), rank=1, world=2), torch.zeros(2, 6, 5, 5, dtype=torch.float64)
     eps = key.draw(x, "channel")

@@ -208,6 +208,8 @@ def output_kind(output: Any, model: str, declared: Output | None = None, trained
         )
     if declared is not None:
         return declared
+    if not len(output):
+        return "logits"  # of no image, which tells nothing
     values = output.detach().float()
     tolerance = tolerance_of(output.dtype)
     if bool((values >= 0).all()) and bool((values.sum(dim=1) - 1).abs().max() < tolerance):

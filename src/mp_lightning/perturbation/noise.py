@@ -70,7 +70,7 @@ def gaussian_noise(shape: torch.Size, positions: Tensor, *, seed: int, stream: i
     Returns:
         float32 tensor of the given shape, on the device of ``positions``.
     """
-    batch, elements = shape[0], math.prod(shape[1:])
+    elements = math.prod(shape[1:])
     lane = torch.arange((elements + 3) // 4, device=positions.device).unsqueeze(0)
     constant = torch.full((1, 1), stream, dtype=torch.int64, device=positions.device)
     words = philox4x32(
@@ -78,7 +78,7 @@ def gaussian_noise(shape: torch.Size, positions: Tensor, *, seed: int, stream: i
         (seed & _MASK, seed >> 32 & _MASK),
     )
     normals = torch.stack(_box_muller(words[0], words[1]) + _box_muller(words[2], words[3]), dim=-1)
-    return normals.view(batch, -1)[:, :elements].reshape(shape)
+    return normals.flatten(1)[:, :elements].reshape(shape)
 
 
 def check_noise_per(noise_per: str, what: str = "noise_per") -> None:
