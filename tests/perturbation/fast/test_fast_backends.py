@@ -3,6 +3,7 @@
 import paths
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from mp_lightning.perturbation.fast import backends, cpu
 
@@ -26,6 +27,22 @@ def test_the_check_may_come_first_inside_autocast(unknown, recwarn):
     with torch.autocast("cpu", torch.bfloat16):
         assert backends.available("cpu", torch.float32)
     assert len(recwarn) == 0
+
+
+class AsksFirst(torch.nn.Module):
+    def forward(self, x):
+        return x + float(backends.available("cpu", torch.float32))
+
+
+def test_the_check_may_come_first_inside_a_trace(unknown, recwarn):
+    with FakeTensorMode():
+        assert backends.available("cpu", torch.float32)
+    backends._cpu_is_usable.cache_clear()
+    x = torch.zeros(2)
+    assert torch.equal(torch.export.export(AsksFirst(), (x,), strict=False).module()(x), torch.ones(2))
+    backends._cpu_is_usable.cache_clear()
+    assert torch.equal(torch.compile(AsksFirst(), backend="aot_eager", fullgraph=True)(x), torch.ones(2))
+    assert not [str(w.message) for w in recwarn if "MetaPerturb" in str(w.message)]
 
 
 def test_wrong_numbers_are_noticed(unknown, monkeypatch):

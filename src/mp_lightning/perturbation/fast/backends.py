@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import math
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from types import ModuleType
 from typing import get_args
 
@@ -56,15 +57,16 @@ def _gpu_is_usable() -> bool:
     if torch.version.hip is None and (major, minor) < _CAPABILITY:
         needed = ".".join(map(str, _CAPABILITY))
         return _refuse(f"this GPU is of compute capability {major}.{minor}, and Triton needs {needed}")
-    return _computes_rightly(torch.device("cuda"))
+    return _computes_rightly(torch.device("cuda", torch.cuda.current_device()))
 
 
 def _computes_rightly(device: torch.device) -> bool:
     """Whether the kernels that a compiler has just made here give the numbers of the reference, on a small map."""
     try:
-        # The first use may be inside autocast, in which the reference would compute in 16 bits.
-        with torch.autocast(device.type, enabled=False):
-            error = _error_on_a_small_map(backend_for(device), device)
+        # The first use may be inside autocast, or traced with tensors that hold no numbers, as by torch.export. Both
+        # are modes of a thread, so that one of its own is in neither.
+        with ThreadPoolExecutor(1) as thread:
+            error = thread.submit(_error_on_a_small_map, backend_for(device), device).result()
     except Exception as failure:  # of the many kinds that compilers and drivers raise
         first = (str(failure).strip().splitlines() or [""])[0][:200]
         return _refuse(f"its kernels fail on this {device.type.upper()} ({type(failure).__name__}: {first})")
@@ -83,8 +85,9 @@ def _error_on_a_small_map(backend: ModuleType, device: torch.device) -> float:
     errors = []
     for per in get_args(NoisePer):
         call = Call(3.0, math.inf, (5, 6, 0, 1), True, sampled=True, synchronize=False, per_channel=per == "channel")
-        out = backend.forward(x, phi, running, numbers, None, call)
-        backend.backward(x, x, phi, out, None, call, True, True)
+        with torch.cuda.device_of(x):
+            out = backend.forward(x, phi, running, numbers, None, call)
+            backend.backward(x, x, phi, out, None, call, True, True)
         z = mathematics.noise(mathematics.noise_location(x, phi), NoiseKey(5, 6, numbers.forward).draw(x, per))
         expected = x * mathematics.scale(moments, phi, 1.0, 1.0) * z
         errors.append(float((out.y - expected).abs().max() / expected.abs().max()))
