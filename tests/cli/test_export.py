@@ -6,10 +6,12 @@ import lightning as L
 import pytest
 import torch
 from command_line import CommandLine, Done
+from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from mp_lightning import MetaPerturbCallback
+from mp_lightning.cli.export import read
 
 MODULE = """
 import lightning as L
@@ -148,3 +150,10 @@ def test_what_cannot_be_exported_is_one_line(
     assert message in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
     assert not [path for path in folder.iterdir() if path.suffix in (".onnx", ".pt2")]
+
+
+def test_paths_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    given = {"command": "export", "ckpt": "~/a.ckpt", "to": "~/a.pt2", "mode": None, "model": None, "input": None}
+    request = read(OmegaConf.create(given))
+    assert (request.checkpoint, request.to) == (tmp_path / "a.ckpt", tmp_path / "a.pt2")

@@ -1,6 +1,8 @@
 """Files that run without this package give what the model gives."""
 
 import copy
+import math
+import warnings
 from functools import partial
 
 import pytest
@@ -12,6 +14,7 @@ from torchvision.models.convnext import CNBlockConfig
 from mp_lightning import ConfigurationError, attach, reestimate_batch_norm
 from mp_lightning.backbones import build_backbone
 from mp_lightning.inference import Fold, Mean, export, exportable
+from mp_lightning.inference.exporting import _difference
 from mp_lightning.sites import attachment_of
 
 attach = partial(attach, sites=1)  # at all sites, whatever the default phi comes with
@@ -187,3 +190,76 @@ def test_a_batch_that_is_fixed_is_said(tmp_path):
     attachment.inference = Mean()
     with pytest.raises(ConfigurationError, match="for exactly 2 images only, as its forward reads their number"):
         export(model.eval(), tmp_path / "m.pt2", torch.rand(2, 3, 32, 32))
+
+
+class ManyOutputs(nn.Module):
+    """Logits of which one is masked out, a NaN, flags and whole numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = build_backbone("conv4", 3, width=4)
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, -math.inf]))
+
+    def forward(self, x):
+        y = self.net(x)
+        return y + self.mask, {"nan": y * math.nan, "flags": y > 0, "none": None}, y.argmax(1)
+
+
+def small(make=ManyOutputs):
+    model = make()
+    attachment = attach(model, ramp_steps=0, full_strength_at=1)
+    images = torch.rand(8, 3, 32, 32)
+    model(images)
+    reestimate_batch_norm(attachment, [lambda: model(images)])
+    attachment.inference = Mean()
+    return model.eval()
+
+
+@pytest.mark.parametrize("suffix", [".pt2", pytest.param(".onnx", marks=pytest.mark.slow)])
+def test_outputs_that_are_not_finite_are_compared_as_well(suffix, tmp_path):
+    if suffix == ".onnx":
+        for package in ("onnx", "onnxscript", "onnxruntime"):
+            pytest.importorskip(package)
+    assert export(small(), tmp_path / f"m{suffix}", torch.rand(2, 3, 32, 32)) < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "difference"),
+    [
+        ([1.0, math.nan, -math.inf], [1.0, math.nan, -math.inf], 0),
+        ([1.0, -math.inf], [1.001, -math.inf], 1e-3),
+        ([1.0, math.nan], [1.0, 2.0], math.inf),
+        ([1.0, 2.0], [1.0, math.nan], math.inf),
+        ([1.0, math.inf], [1.0, -math.inf], math.inf),
+        ([True, False], [True, True], 1),
+        ([3, 4], [3, 2], 2),
+        ([], [], 0),
+    ],
+)
+def test_the_difference_of_any_numbers(found, wanted, difference):
+    outputs = ([torch.zeros(2), torch.tensor(of)] for of in (found, wanted))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert _difference(*outputs) == pytest.approx(difference, rel=1e-4)
+    said = [str(warning.message) for warning in caught]
+    assert len(said) == (difference > 0.01) and all("of the exported file is up to" in text for text in said)
+
+
+def test_a_path_may_start_at_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    export(small(), "~/to/m.pt2", torch.rand(2, 3, 32, 32))
+    assert (tmp_path / "to" / "m.pt2").is_file()
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "dtype", "message"),
+    [
+        ("a", "m.pt2", torch.float32, "export was given a str; give a torch.nn.Module"),
+        (None, None, torch.float32, "path= is a NoneType; give a file name"),
+        (None, "m.pt2", torch.float64, "images of 3x32x32, torch.float64, do not pass through ManyOutputs"),
+        (None, "m.pt2", torch.float16, "images of 3x32x32, torch.float16, do not pass through ManyOutputs"),
+    ],
+)
+def test_arguments_of_another_kind_are_told_by_name(model, path, dtype, message, tmp_path):
+    with pytest.raises(ConfigurationError, match=message):
+        export(model or small(), path and tmp_path / path, torch.rand(2, 3, 32, 32).to(dtype))

@@ -1,7 +1,7 @@
 """``export``: write a trained model to a file that runs elsewhere."""
 
 import inspect
-import math
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +45,14 @@ def read(config: DictConfig) -> Request:
         ConfigurationError: a key is unknown, or a value is missing or cannot be used; the message names it.
     """
     check_top_level(config, _KEYS)
-    to = Path(required(config, "to", "model.onnx"))
+    to = Path(os.path.expanduser(required(config, "to", "model.onnx")))
     if to.suffix not in SUFFIXES:
         raise ConfigurationError(f"to={to} cannot be used; give a file name that ends in {' or '.join(SUFFIXES)}")
     mode = check(config.mode, str | None, "mode")
     if mode == "mc":
         raise ConfigurationError("mode=mc cannot be exported, as it draws noise in every forward; use mean or fold")
     return Request(
-        checkpoint=Path(required(config, "ckpt", "trained.ckpt")),
+        checkpoint=Path(os.path.expanduser(required(config, "ckpt", "trained.ckpt"))),
         to=to,
         mode=None if mode is None else check_choice(mode, ("mean", "fold"), "mode"),
         model=check(config.model, str | None, "model"),
@@ -83,7 +83,7 @@ def run(config: DictConfig, path: Path) -> None:
     difference = export(model, given.to, torch.rand(2, *image), cast(ExportMode, mode))
     console = make_console()
     size = "x".join(map(str, image))
-    checked = "not compared, as onnxruntime is not installed" if math.isnan(difference) else f"{difference:.1e}"
+    checked = "not compared, as onnxruntime is not installed" if difference is None else f"{difference:.1e}"
     console.print(
         f"Written to [bold]{escape(str(given.to))}[/bold]: {escape(type(model).__name__)}, mode {mode}, any number "
         f"of images of {size}. Largest difference from the model's own output: {checked}"

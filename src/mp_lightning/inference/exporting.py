@@ -7,7 +7,9 @@ noise, counts or measures. With 'mean' the 82 numbers of phi stay in the graph a
 
 import copy
 import importlib
+import math
 import os
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -18,10 +20,12 @@ from torch.utils._pytree import tree_leaves
 from mp_lightning.errors import ConfigurationError, one_line
 from mp_lightning.inference.mean import Mean
 from mp_lightning.sites import Attachment, attachment_of
+from mp_lightning.sites.arguments import check_model
 from mp_lightning.sites.root import layer_beside
 
 ExportMode = Literal["mean", "fold"]
 SUFFIXES = (".onnx", ".pt2")
+_TOLERANCE = 1e-2  # beyond rounding, as a share of the largest output
 
 
 def exportable(model: nn.Module, mode: ExportMode) -> nn.Module:
@@ -40,6 +44,7 @@ def exportable(model: nn.Module, mode: ExportMode) -> nn.Module:
         raise ConfigurationError(
             f"mode={mode} cannot be exported, as it draws noise in every forward; use mean or fold"
         )
+    check_model(model, "export")
     attachment = attachment_of(model)
     if attachment is None:
         raise ConfigurationError(f"{type(model).__name__} has no perturbation attached; export it as any other model")
@@ -52,7 +57,7 @@ def exportable(model: nn.Module, mode: ExportMode) -> nn.Module:
     return frozen.get_submodule(name)
 
 
-def export(model: nn.Module, path: str | Path, images: Tensor, mode: ExportMode = "mean") -> float:
+def export(model: nn.Module, path: str | Path, images: Tensor, mode: ExportMode = "mean") -> float | None:
     """Write an attached model to a file that needs neither this package nor, as ONNX, torch.
 
     Args:
@@ -63,14 +68,17 @@ def export(model: nn.Module, path: str | Path, images: Tensor, mode: ExportMode 
         mode: 'mean' or 'fold'.
 
     Returns:
-        The largest absolute difference between the outputs of the file and of the model for these images; NaN for
-        ONNX where the package onnxruntime is missing.
+        The largest absolute difference between the outputs of the file and of the model for these images, infinite
+        where one of them is not finite and the other is another number; None, for ONNX, where the package onnxruntime
+        is missing. A warning says so where it is large.
 
     Raises:
-        ConfigurationError: as :func:`exportable`; or the images are no batch of two, the ending is unknown, a package
-            is missing, or the model cannot be exported.
+        ConfigurationError: as :func:`exportable`; or the images are no batch of two, the path is none, or its ending
+            unknown, a package is missing, or the model cannot be exported.
     """
-    path = Path(path)
+    if not isinstance(path, str | os.PathLike):
+        raise ConfigurationError(f"path= is a {type(path).__name__}; give a file name such as model.onnx")
+    path = Path(os.path.expanduser(path))
     if path.suffix not in SUFFIXES:
         raise ConfigurationError(f"to={path} cannot be used; give a file name that ends in {' or '.join(SUFFIXES)}")
     frozen = exportable(model, mode)
@@ -110,8 +118,8 @@ def _output(model: nn.Module, images: Tensor) -> object:
     except Exception as error:  # whatever its layers say
         size = "x".join(map(str, images.shape[1:]))
         raise ConfigurationError(
-            f"images of {size} do not pass through {type(model).__name__} "
-            f"({type(error).__name__}: {one_line(error, 200)}); give images of the shape that it takes"
+            f"images of {size}, {images.dtype}, do not pass through {type(model).__name__} "
+            f"({type(error).__name__}: {one_line(error, 200)}); give images of the shape and type that it takes"
         ) from error
 
 
@@ -131,7 +139,7 @@ def _write_pt2(program: torch.export.ExportedProgram, path: Path, images: Tensor
     return _difference(torch.export.load(path).module()(images), expected)
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: object) -> float:
+def _write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tensor, expected: object) -> float | None:
     try:
         for package in ("onnx", "onnxscript"):
             importlib.import_module(package)
@@ -143,7 +151,7 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tenso
     try:
         onnxruntime = importlib.import_module("onnxruntime")
     except ImportError:
-        return float("nan")
+        return None
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     outputs = session.run(None, {session.get_inputs()[0].name: images.numpy()})
     return _difference([torch.from_numpy(output) for output in outputs], expected)
@@ -151,7 +159,25 @@ def _write_onnx(program: torch.export.ExportedProgram, path: Path, images: Tenso
 
 def _difference(outputs: object, expected: object) -> float:
     found, wanted = ([leaf for leaf in tree_leaves(of) if isinstance(leaf, Tensor)] for of in (outputs, expected))
-    return max(float((a - b).detach().abs().max()) for a, b in zip(found, wanted, strict=True))
+    return max(_largest_difference(a.detach(), b.detach()) for a, b in zip(found, wanted, strict=True))
+
+
+def _largest_difference(found: Tensor, wanted: Tensor) -> float:
+    """Infinities and NaN in the same places are no difference; against any other number they are an infinite one."""
+    if not found.numel():
+        return 0.0
+    found, wanted = found.double(), wanted.double()  # of flags and whole numbers too
+    same = torch.isclose(found, wanted, rtol=0, atol=0, equal_nan=True)
+    apart = (found - wanted).abs().masked_fill(same, 0)
+    largest = float(apart.masked_fill(apart.isnan(), math.inf).max())
+    size = float(wanted.nan_to_num(0, 0, 0).abs().max())
+    if largest > _TOLERANCE * max(1.0, size):
+        warnings.warn(
+            f"MetaPerturb: an output of the exported file is up to {largest:.1e} away from the model's own, of up to "
+            f"{size:.1e}; look at its outputs before it is used",
+            stacklevel=2,
+        )
+    return largest
 
 
 def _check_ready(attachment: Attachment, mode: str) -> None:
