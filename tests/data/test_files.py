@@ -240,3 +240,9 @@ def test_mixed_sizes_ask_for_a_size_and_load_with_one(tmp_path: Path) -> None:
 def test_a_size_of_zero_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="size=0"):
         load_images(write_folder(tmp_path, "a", "b"), size=0)
+
+
+def test_a_path_may_start_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    write_archive(tmp_path / "birds.npz", x_train=pixels(), y_train=np.array([0, 1, 0, 1]))
+    assert len(load_images("~/birds.npz")[0]) == 4

@@ -36,7 +36,7 @@ def load_images(
             in place of classes.
         ConfigurationError: the size is below 1.
     """
-    path = Path(path)
+    path = Path(os.path.expanduser(path))
     try:
         if path.is_dir():
             train, test = load_folder(path, size, on_progress or no_progress)
