@@ -1,6 +1,9 @@
 """The operator: its fake, its autograd rule, what it keeps, and what it refuses."""
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import paths
 import pytest
@@ -129,3 +132,37 @@ def test_net_draws_the_noise_of_any_seed(seed):
     done = net.fused(x, key, running, norms, coeff=torch.ones(()), clip=None, training=False, synchronize=False)
     expected = x * net.multiplier(x, key.draw(x), running, norms)
     torch.testing.assert_close(done.y, expected)
+
+
+MEMORY = """
+import resource, torch
+from mp_lightning.perturbation import MetaPerturb, Norms, initial_phi
+
+net = MetaPerturb(initial_phi(0))
+pages = lambda place: int(open("/proc/self/statm").read().split()[place]) * resource.getpagesize() // 2**20
+
+def run(channels):
+    x, running = torch.zeros(1, channels, 64, 64), net.initial_statistics(channels)
+    before = pages(1)
+    net.fused(x, None, running, Norms(64, 64.0), coeff=torch.ones(()), clip=None, training=False, synchronize=False)
+    return pages(1) - before
+
+run(1)
+print(run(512) < 32)  # of maps of 8 MiB, for which it takes 17
+print(run(4096) < 32)  # of maps of 64 MiB, for which it takes 135
+size = (pages(0) + 400) * 2**20
+resource.setrlimit(resource.RLIMIT_AS, (size, size))
+try:
+    run(8192)
+except MemoryError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read as Linux says it")
+def test_memory_that_lacks_is_an_error_and_large_memory_is_given_back():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *kept, said = done.stdout.splitlines()
+    assert kept == ["True", "True"]
+    assert said.startswith("no memory is left to perturb maps of 8192x64x64 on ")

@@ -109,10 +109,20 @@ def _given(eps: Tensor | None) -> Tensor | None:
 
 
 def _run(name: str, x: Tensor, *arguments: Any) -> None:
-    """Call the kernel for the dtype of x; tensors are passed as pointers, structures by reference."""
+    """Call the kernel for the dtype of x; tensors are passed as pointers, structures by reference.
+
+    Raises:
+        MemoryError: there is none for what the kernel keeps of a sample.
+    """
     pointers = [ctypes.c_void_p(a.data_ptr()) if isinstance(a, Tensor) else a for a in arguments]
     passed = [ctypes.byref(a) if isinstance(a, ctypes.Structure) else a for a in pointers]
-    getattr(library(), f"{name}_{DTYPES[x.dtype]}")(*passed, ctypes.c_int64(torch.get_num_threads()))
+    kernel, threads = getattr(library(), f"{name}_{DTYPES[x.dtype]}"), torch.get_num_threads()
+    kernel.restype = ctypes.c_bool
+    if not kernel(*passed, ctypes.c_int64(threads)):
+        raise MemoryError(
+            f"no memory is left to perturb maps of {'x'.join(map(str, x.shape[1:]))} on {threads} threads; allow fewer "
+            "by torch.set_num_threads, or give smaller maps"
+        )
 
 
 def _shape(x: Tensor) -> _Shape:

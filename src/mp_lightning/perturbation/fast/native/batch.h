@@ -14,14 +14,20 @@ struct Shape {
     int64_t group() const { return std::min(channels, std::max<int64_t>(1, 1024 / map())); }
 };
 
+// False if a thread found no memory, so that the results are not all there.
 template <typename F>
-void for_each_sample(int64_t batch, int64_t threads, int64_t floats, F body) {
-#pragma omp parallel num_threads(std::max<int64_t>(1, std::min(batch, threads)))
+bool for_each_sample(int64_t batch, int64_t threads, int64_t floats, F body) {
+    bool enough = true;
+#pragma omp parallel num_threads(std::max<int64_t>(1, std::min(batch, threads))) reduction(&& : enough)
     {
         float* memory = own_workspace().take(floats);
+        enough = memory != nullptr;
 #pragma omp for schedule(static)
-        for (int64_t b = 0; b < batch; b++) body(b, memory);
+        for (int64_t b = 0; b < batch; b++)
+            if (memory) body(b, memory);
+        own_workspace().give_back();
     }
+    return enough;
 }
 
 // The channels of a sample, a group at a time: body(first, how many).

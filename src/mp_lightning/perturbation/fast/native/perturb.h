@@ -6,12 +6,12 @@
 #include "sample.h"
 
 template <typename T>
-void perturb(const T* x, Shape shape, const float* op, const float* scale, Strength strength, Noise noise, T* y,
+bool perturb(const T* x, Shape shape, const float* op, const float* scale, Strength strength, Noise noise, T* y,
              int64_t* hits, int64_t threads) {
     const Layout layout(shape.height, shape.width);
     const int64_t map = shape.map(), maps = Layout::round_up(map) + LANES, location = Location::size(layout, shape);
     const int64_t floats = location + shape.group() * maps + SampleNoise::buffer_size(shape);
-    for_each_sample(shape.batch, threads, floats, [&](int64_t b, float* memory) {
+    return for_each_sample(shape.batch, threads, floats, [&](int64_t b, float* memory) {
         Location at(layout, shape, op, memory);
         float* alphas = memory + location;
         SampleNoise eps(noise, shape, b, alphas + shape.group() * maps);
@@ -43,13 +43,13 @@ void perturb(const T* x, Shape shape, const float* op, const float* scale, Stren
 
 // gx (without the part through the scale), gscale (B, C), and gop (B, 4, 9). gx and gop may be null.
 template <typename T>
-void perturb_backward(const T* x, const T* gy, Shape shape, const float* op, const float* scale, Strength strength,
+bool perturb_backward(const T* x, const T* gy, Shape shape, const float* op, const float* scale, Strength strength,
                       Noise noise, T* gx, float* gscale, float* gop, int64_t threads) {
     const Layout layout(shape.height, shape.width);
     const int64_t map = shape.map(), maps = Layout::round_up(map) + LANES, group = shape.group();
     const int64_t location = Location::size(layout, shape), planes = (shape.channels + 1) * layout.size;
     const int64_t floats = location + planes + 2 * group * maps + SampleNoise::buffer_size(shape);
-    for_each_sample(shape.batch, threads, floats, [&](int64_t b, float* memory) {
+    return for_each_sample(shape.batch, threads, floats, [&](int64_t b, float* memory) {
         Location at(layout, shape, op, memory);
         float *galpha = memory + location + layout.first, *total = galpha + shape.channels * layout.size;
         float *alphas = memory + location + planes, *galphas = alphas + group * maps;

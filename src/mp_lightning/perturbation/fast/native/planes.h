@@ -153,22 +153,33 @@ inline void correlate(const float* a, const float* b, const Layout& layout, doub
     for (int j = 0; j < 9; j++) total[j] += sum(sums[j]);
 }
 
-// Memory of one thread, kept from call to call; all zeros when it is taken.
+// Memory of one thread, kept from call to call unless it is large; all zeros when it is taken, null if there is none.
 class Workspace {
   public:
     float* take(int64_t floats) {
         if (floats > capacity_) {
-            std::free(memory_);
+            release();
             memory_ = static_cast<float*>(std::aligned_alloc(64, (floats * 4 + 63) / 64 * 64));
-            capacity_ = memory_ ? floats : 0;
-            if (!memory_) std::abort();
+            if (!memory_) return nullptr;
+            capacity_ = floats;
         }
         std::memset(memory_, 0, floats * 4);
         return memory_;
     }
-    ~Workspace() { std::free(memory_); }
+    void give_back() {
+        if (capacity_ > KEPT) release();
+    }
+    ~Workspace() { release(); }
 
   private:
+    static constexpr int64_t KEPT = 1 << 22;  // floats, 16 MiB
+
+    void release() {
+        std::free(memory_);
+        memory_ = nullptr;
+        capacity_ = 0;
+    }
+
     float* memory_ = nullptr;
     int64_t capacity_ = 0;
 };

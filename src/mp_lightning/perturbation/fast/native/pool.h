@@ -13,9 +13,10 @@ struct ScaleFilters {
 };
 
 template <typename T>
-void pool(const T* x, Shape shape, const float* kernels, float* responses, int64_t threads) {
+bool pool(const T* x, Shape shape, const float* kernels, float* responses, int64_t threads) {
     const Layout layout(shape.height, shape.width);
-    for_each_sample(shape.batch, threads, shape.group() * layout.size + layout.span, [&](int64_t b, float* memory) {
+    const int64_t floats = shape.group() * layout.size + layout.span;
+    return for_each_sample(shape.batch, threads, floats, [&](int64_t b, float* memory) {
         float *planes = memory + layout.first, *mask = memory + shape.group() * layout.size;
         layout.fill_mask(mask, 1);
         const ScaleFilters filters(kernels);
@@ -39,11 +40,11 @@ void pool(const T* x, Shape shape, const float* kernels, float* responses, int64
 
 // gx += the gradient of the pooled responses; gkernels (B, 4, 9). Either may be null.
 template <typename T>
-void pool_backward(const T* x, Shape shape, const float* kernels, const float* gresponses, T* gx, float* gkernels,
+bool pool_backward(const T* x, Shape shape, const float* kernels, const float* gresponses, T* gx, float* gkernels,
                    int64_t threads) {
     const Layout layout(shape.height, shape.width);
     const int64_t planes = shape.group() * layout.size, floats = (2 + FEATURES) * planes + layout.span;
-    for_each_sample(shape.batch, threads, floats, [&](int64_t b, float* memory) {
+    return for_each_sample(shape.batch, threads, floats, [&](int64_t b, float* memory) {
         float *pixels = memory + layout.first, *gates = pixels + planes;
         float *gradients = gates + FEATURES * planes, *mask = memory + (2 + FEATURES) * planes;
         layout.fill_mask(mask, 1.0f / shape.map());
