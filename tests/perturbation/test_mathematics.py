@@ -70,6 +70,20 @@ def test_gradcheck_of_x_and_all_82_numbers():
     assert torch.autograd.gradcheck(function, inputs)
 
 
+def test_at_strength_0_anything_is_left_as_it_is():
+    x = torch.tensor([1.0, torch.inf, -torch.inf, -2.0]).view(1, 1, 1, 4)
+    multiplier = torch.tensor([torch.nan, torch.inf, 1.0, -torch.inf]).view(1, 1, 1, 4)
+    for coeff in (0.0, torch.tensor(0.0)):
+        assert torch.equal(maths.apply_multiplier(x, multiplier, coeff, None), x)
+
+
+def test_the_gradient_of_the_expected_noise_is_right_at_any_location():
+    size = torch.tensor([21.0, 25, 1e4, 1e10, 1e20])
+    alpha = torch.cat([-size, size]).requires_grad_()
+    (gradient,) = torch.autograd.grad(maths.expected_noise(alpha).sum(), alpha)
+    torch.testing.assert_close(gradient, torch.tensor([0.0] * 5 + [1.0] * 5), atol=1e-4, rtol=0)
+
+
 def test_permuting_channels_permutes_the_output():
     generator = torch.Generator().manual_seed(0)
     x, eps = torch.randn(2, 4, 7, 5, 6, generator=generator, dtype=torch.float64)

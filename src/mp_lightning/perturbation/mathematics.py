@@ -44,9 +44,10 @@ def expected_noise(alpha: Tensor) -> Tensor:
 
     Since softplus(a) = a + softplus(-a), the expectation is relu(alpha) plus an even function, and the inverse softplus
     of that function is so nearly a straight line that a polynomial of degree 5 (least squares on [0, 20] against
-    64-point Gauss-Hermite quadrature) leaves an error of 1.7e-5.
+    64-point Gauss-Hermite quadrature) leaves an error of 1.7e-5. Above 20 the even function is 0 to that error, and the
+    polynomial is not followed to where its slope overflows.
     """
-    t = alpha.abs()
+    t = alpha.abs().clamp(max=20)
     p = 0.214389405
     q = -0.904215028 + t * (0.00668506302 + t * (-0.00671529346 + t * (0.00095792785 - 4.1674365e-05 * t)))
     return alpha.relu() + F.softplus(p + q * t)
@@ -93,8 +94,8 @@ def scale(moments: Moments, phi: Phi, relative_channels: float, relative_size: f
 
 
 def apply_multiplier(x: Tensor, multiplier: Tensor, coeff: float | Tensor, clip: float | Tensor | None) -> Tensor:
-    """y = min(x * (1 + coeff * (multiplier - 1)), clip)."""
-    y = x * (1 + coeff * (multiplier - 1))
+    """y = min(x * (1 + coeff * (multiplier - 1)), clip), or x where coeff is 0, whatever the multiplier."""
+    y = x * torch.where(torch.as_tensor(coeff, device=x.device) == 0, 1, 1 + coeff * (multiplier - 1))
     return y if clip is None else y.clamp(max=clip)
 
 

@@ -99,7 +99,8 @@ class MetaPerturb(KeepsPrecision):
 
     def has_fast_path(self, x: Tensor) -> bool:
         """Whether this machine has a fast path for x and these numbers."""
-        return x.numel() > 0 and self.scale_kernels.dtype == torch.float32 and fast.available(x.device.type, x.dtype)
+        # The kernels count the elements of a sample in 32 bits.
+        return 0 < x.numel() < x.shape[0] * 2**31 and self.scale_kernels.dtype == torch.float32 and fast.available(x.device.type, x.dtype)
 
     def fused(
         self,

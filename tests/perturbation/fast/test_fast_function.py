@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import paths
 import pytest
 import torch
@@ -9,6 +10,7 @@ from hypothesis import HealthCheck, Phase, assume, currently_in_test_context, gi
 from hypothesis import strategies as st
 
 from golden_files import assert_close_to_golden, golden_phi
+from mp_lightning.perturbation import Phi
 
 FLOAT32, SIXTEEN_BITS = 1e-5, 2e-2
 MARGIN = 1e-6  # below it float32 may fall on the other side of a ReLU
@@ -161,3 +163,67 @@ def test_not_a_number_spreads_to_its_own_statistics(path):
     found = paths.PATHS[path](x, gy, paths.strong_phi(0), paths.Setting())
     assert found.mean[2].isnan().all() and found.mean[[0, 1, 3]].isfinite().all()
     assert found.y[1].isnan().any()
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_at_strength_0_anything_is_left_as_it_is(path):
+    x, gy = draw((2, 3, 5, 5), 0)
+    x[0, 1, 2, 2], x[1, 0, 0, 0], x[1, 2, 3, 3] = math.inf, -math.inf, math.nan
+    for training in (True, False):
+        found = paths.PATHS[path](x, gy, paths.strong_phi(0), paths.Setting(training, coeff=0.0, clip=1.0))
+        assert torch.equal(found.y.cpu().nan_to_num(9, 8, 7), x.nan_to_num(9, 8, 7))
+        assert int(found.hits.sum()) == 0
+
+
+@pytest.mark.parametrize("path", paths.PATHS)
+def test_the_gradient_of_the_expected_noise_is_right_at_any_location(path):
+    """Of x so large that the polynomial, followed to there, overflows."""
+    one = torch.zeros(3, 3)
+    one[1, 1] = 1
+    phi = Phi(one, 0 * one, one, 0 * one, torch.zeros(4, 3, 3), torch.zeros(10))
+    for size in (1e3, 1e10, 1e15):
+        x = torch.full((2, 1, 1, 1), size)
+        found = paths.PATHS[path](x, torch.ones_like(x), phi, paths.Setting(False, sampled=False, coeff=1.0))
+        # y = x * alpha / 2 where alpha is x itself
+        torch.testing.assert_close(found.gx.cpu(), x)
+
+
+def test_a_grid_of_the_gpu_has_no_more_tiles_than_it_can(monkeypatch):
+    gpu = paths.gpu_kernels()
+    for shape in ((1, 64, 1024, 1024), (2, 64, 4096, 256), (1, 3, 8192, 8192)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.empty(shape, device="meta").to(memory_format=layout)
+            maps = gpu._Maps(x)
+            assert max(maps.over_all[1:]) <= 65_535
+            assert maps.tiles * maps.blocks["BP"] >= maps.pixels
+    monkeypatch.setattr(gpu, "_TILES", 1)
+    check("gpu", (1, 2, 17, 16))
+
+
+@pytest.mark.skipif(paths.GPU.type == "cuda", reason="untouched memory is none on the CPU only")
+def test_the_statistics_of_the_gpu_reach_beyond_32_bits():
+    """The last of 130 samples of so many channels that what is before it has more than 2**31 numbers."""
+    paths.gpu_kernels()
+    from mp_lightning.perturbation.fast.gpu import statistics
+
+    batch, channels = 130, 2**22
+    partial, responses = (torch.from_numpy(np.zeros((batch, channels, 4), np.float32)) for _ in range(2))
+    partial[:, :4] = 2
+    mean, var, scale = torch.zeros(4, 4), torch.ones(4, 4), torch.zeros(4)
+    numbers, one = torch.zeros(3, dtype=torch.float64), torch.ones(())
+    statistics.scale_pass[(1,)](
+        *(partial, mean, var, torch.zeros(10), one, one, torch.tensor(0), mean, var, scale, responses, numbers),
+        *(batch, channels, 1, 1, 1, 1.0),
+        **{"TRAINING": True, "BB": 128, "BC": 4},
+    )
+    assert torch.equal(mean, torch.full((4, 4), 2.0)) and torch.equal(var, torch.zeros(4, 4))
+    assert torch.equal(responses[-1, :4], torch.full((4, 4), 2.0))
+    gscale, gresponses, gweight = partial.view(-1)[: batch * channels], responses, torch.zeros(1, 10)
+    gscale.zero_().view(batch, channels)[:, :4] = 1
+    statistics.scale_backward[(1,)](
+        *(gscale, mean, var, torch.full((4,), 0.5), torch.ones(10), responses, numbers + 1, gresponses, gweight),
+        *(batch, channels, 1, 1, 1.0),
+        **{"TRAINING": True, "BB": 128, "BC": 4},
+    )
+    assert float(gweight[0, 0]) == 2 * 4 * batch / 4  # mean 2, four channels, s * (1 - s) = 1 / 4
+    torch.testing.assert_close(gresponses[-1, :4], torch.full((4, 4), 0.25))

@@ -58,7 +58,11 @@ def forward(x: Tensor, phi: Phi, running: Moments, numbers: Numbers, eps: Tensor
     hits = torch.empty(0 if call.training else len(x), dtype=torch.int64)
     out = y if y.is_contiguous() else torch.empty_like(x)
     settings = (_strength(call, then), _noise(call, then, eps))
-    _run("mp_perturb", x, x, _shape(x), _filters(phi), scale, *settings, out, None if call.training else hits)
+    if then[0] == 0:  # x, whatever the multiplier
+        out.copy_(x)
+        hits.zero_()
+    else:
+        _run("mp_perturb", x, x, _shape(x), _filters(phi), scale, *settings, out, None if call.training else hits)
     if out is not y:
         y.copy_(out)
     return Forward(y, used.mean, used.var, scale, responses, then, hits)

@@ -16,6 +16,7 @@ from mp_lightning.perturbation.mathematics import Moments
 from mp_lightning.perturbation.phi import FEATURES, Phi
 
 _ELEMENTS = 1024  # of a tile
+_TILES = 65_535  # that the second axis of a grid can have
 _STATISTICS = {"BB": 128, "BC": 4}  # samples and channels that a program of the statistics sees at a time
 
 
@@ -37,6 +38,8 @@ class _Maps:
         else:
             bp = min(limit_p, 256)
             bc = min(limit_c, _ELEMENTS // bp)
+        bp = max(bp, triton.next_power_of_2(triton.cdiv(self.pixels, _TILES)))
+        bc = min(bc, max(1, _ELEMENTS // bp))
         self.blocks = {"BP": bp, "BC": bc}
         self.tiles, self.channel_tiles = triton.cdiv(self.pixels, bp), triton.cdiv(channels, bc)
         self.over_pixels = (batch, self.tiles)

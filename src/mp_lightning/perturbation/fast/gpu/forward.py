@@ -96,9 +96,10 @@ def output_pass(
     )  # fmt: skip
     s = tl.load(scale + c, mask=c < C, other=0)[None, :]
     v = tl.load(x + b * stride_b + at, mask=exists, other=0).to(tl.float32)
-    out = v * (1.0 + coeff * (s * z - 1.0))
+    out = v * tl.where(coeff == 0, 1.0, 1.0 + coeff * (s * z - 1.0))
     bound = tl.where(coeff > 0, clip, float("inf"))
     out = tl.where(out > bound, bound, out)
     tl.store(y + b * stride_b + at, out, mask=exists)
     if COUNT:
-        tl.atomic_add(hits + b, tl.sum((exists & (out >= bound)).to(tl.int64)))
+        reached = tl.sum((exists & (out >= bound)).to(tl.int64))
+        tl.atomic_add(hits + b, tl.where(coeff > 0, reached, 0))

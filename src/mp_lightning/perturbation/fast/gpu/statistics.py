@@ -48,7 +48,7 @@ def scale_pass(
 @triton.jit
 def some_responses(partial, start, c, k, B, C, HW, tiles, BB: tl.constexpr, BC: tl.constexpr):
     """Responses of BB samples, (BB, BC, 4), their places in (B, C, 4), and which of them exist."""
-    b = (start + tl.arange(0, BB))[:, None, None]
+    b = (start + tl.arange(0, BB)).to(tl.int64)[:, None, None]  # times all the others it passes 32 bits
     column = c[None, :, None] * 4 + k[None, None, :]
     exists = (b < B) & (c[None, :, None] < C) & (k[None, None, :] < 4)
     total = tl.zeros((BB, BC, 4), tl.float32)
@@ -69,7 +69,7 @@ def scale_backward(
     inside = (c < C)[:, None] & (k < 4)[None, :]
     total = tl.zeros((BC,), tl.float32)
     for start in range(0, B * tiles, BB):
-        row = (start + tl.arange(0, BB))[:, None]
+        row = (start + tl.arange(0, BB)).to(tl.int64)[:, None]
         exists = (row < B * tiles) & (c < C)[None, :]
         total += tl.sum(tl.load(gscale + row * C + c[None, :], mask=exists, other=0), axis=0)
     s = tl.load(scale + c, mask=c < C, other=0)
@@ -86,7 +86,7 @@ def scale_backward(
         gmean = glogit[:, None] * tl.load(weight + k)[None, :] / B
         gvar = glogit[:, None] * tl.load(weight + 4 + k)[None, :] * tl.where(B > 1, 2.0 / tl.maximum(B - 1, 1), 0.0)
         for start in range(0, B, BB):
-            b = (start + tl.arange(0, BB))[:, None, None]
+            b = (start + tl.arange(0, BB)).to(tl.int64)[:, None, None]
             place = b * C * 4 + at[None, :, :]
             exists = (b < B) & inside[None, :, :]
             response = tl.load(responses + place, mask=exists, other=0)

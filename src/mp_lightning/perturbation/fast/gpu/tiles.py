@@ -82,6 +82,7 @@ def softplus_and_slope(t):
 def expected_and_slope(alpha):
     """E[softplus(alpha + eps)] and its derivative, see mathematics.expected_noise."""
     t = tl.abs(alpha)
+    t = tl.where(t > 20, 20.0, t)
     q = -0.904215028 + t * (0.00668506302 + t * (-0.00671529346 + t * (0.00095792785 - 4.1674365e-05 * t)))
     dq = 0.00668506302 + t * (2 * -0.00671529346 + t * (3 * 0.00095792785 - 4 * 4.1674365e-05 * t))
     even, slope = softplus_and_slope(0.214389405 + q * t)

@@ -20,6 +20,7 @@ inline Multiplier sampled(Float t) {
 // E[softplus(alpha + eps)], see mathematics.expected_noise.
 inline Multiplier expected(Float alpha) {
     Float t = absolute(alpha);
+    t = t > 20.0f ? splat(20.0f) : t;
     Float q = -4.1674365e-05f * t + 0.00095792785f;
     Float dq = 4 * -4.1674365e-05f * t + 3 * 0.00095792785f;
     q = q * t - 0.00671529346f;
