@@ -3,6 +3,7 @@
 Nothing is ever unpickled. The card carries the SHA-256 of the file, which is verified when the file is loaded.
 """
 
+import ctypes
 import hashlib
 import json
 import os
@@ -43,6 +44,8 @@ class NamedPhi:
         full_strength_at: share of the first training loss at or below which the whole strength acts; 1: it does not
             follow the loss.
         acts_below: share of it at or above which nothing acts.
+
+    These four numbers are rounded to seven digits, as a file holds them.
     """
 
     phi: Phi
@@ -54,8 +57,17 @@ class NamedPhi:
     full_strength_at: float = 1.0
     acts_below: float = 1.0
 
+    def __post_init__(self) -> None:
+        for key in FRACTIONS:
+            object.__setattr__(self, key, _as_filed(getattr(self, key)))
+
     def __str__(self) -> str:
         return f"{self.name} ({self.card['status']})" if self.card.get("status") else self.name
+
+
+def _as_filed(value: Any) -> Any:
+    """A number as it comes back from a file, which holds it as float32, of which seven digits are meant."""
+    return float(f"{ctypes.c_float(value).value:.7g}") if isinstance(value, float) else value
 
 
 def phi_digest(phi: NamedPhi) -> str:
@@ -151,6 +163,8 @@ def load_phi(source: "str | Path | Phi | NamedPhi | None" = None) -> NamedPhi:
             check_fraction(getattr(source, key), f"{key} of phi '{source.name}'")
         check_noise_per(source.noise_per, f"noise_per of phi '{source.name}'")
         check_following(source.full_strength_at, source.acts_below, f"acts_below of phi '{source.name}'")
+        if not isinstance(source.phi, Phi):
+            raise PhiError(f"phi '{source.name}' holds a {type(source.phi).__name__} instead of a Phi; {_REMEDY}")
         _check(source.phi._asdict(), f"phi '{source.name}'")
         return source
     if isinstance(source, Phi):
@@ -245,7 +259,7 @@ def _taken_fraction(tensors: dict[str, torch.Tensor], key: str, what: str) -> fl
     value = tensors.pop(key, torch.ones(()))
     if value.dim() or value.is_complex() or not 0 < float(value) <= 1:  # NaN is neither
         raise PhiError(f"{what}: '{key}' is not a single number above 0 and at most 1; {_REMEDY}")
-    return float(f"{float(value):.7g}")  # as it was written, and not as float32 holds it
+    return float(value)
 
 
 def _taken_noise_per(tensors: dict[str, torch.Tensor], what: str) -> NoisePer:
@@ -261,6 +275,8 @@ def _check(tensors: dict[str, torch.Tensor], what: str) -> None:
         raise PhiError(f"{what} holds {_list(tensors)} instead of {_list(SHAPES)}; {_REMEDY}")
     for key, shape in SHAPES.items():
         value = tensors[key]
+        if not isinstance(value, torch.Tensor):
+            raise PhiError(f"{what}: '{key}' is a {type(value).__name__}; give a tensor {shape} of floating point")
         if tuple(value.shape) != shape or not value.is_floating_point():
             raise PhiError(
                 f"{what}: '{key}' is {tuple(value.shape)} {value.dtype}, expected {shape} of floating point; {_REMEDY}"
