@@ -1,5 +1,6 @@
 """The phi that come with the package: their cards say what a user must know, and their files are the ones described."""
 
+import re
 import shutil
 
 import pytest
@@ -71,10 +72,10 @@ def test_a_bundled_file_that_was_changed_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_phi_of_ones_own_is_described_by_its_card(tmp_path):
-    save_phi(tmp_path / "mine.safetensors", load_phi(DEFAULT_PHI), {"kind": "my own"})
+    save_phi(tmp_path / "mine.safetensors", load_phi(DEFAULT_PHI), {"kind": "my own", "tasks": 10})
     described = describe_phi(tmp_path / "mine.safetensors")
     assert described.card["kind"] == "my own" and not described.default and described.picture is None
-    assert "my own" in str(described)
+    assert "my own" in str(described) and re.search(r"tasks +10\n", str(described))
     assert describe_phi(None).name == DEFAULT_PHI
     with pytest.raises(PhiError, match="was given a NamedPhi; give a file"):
         describe_phi(load_phi())

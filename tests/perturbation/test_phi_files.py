@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from mp_lightning.errors import ConfigurationError, PhiError
-from mp_lightning.perturbation import NamedPhi, Phi, initial_phi, list_phi, load_phi, phi_digest, save_phi
+from mp_lightning.perturbation import MetaPerturb, NamedPhi, Phi, initial_phi, list_phi, load_phi, phi_digest, save_phi
 
 
 @pytest.fixture
@@ -61,6 +61,48 @@ def test_a_strength_out_of_range_is_not_written(tmp_path, strength):
     with pytest.raises(ConfigurationError, match=f"strength of phi 'x'={strength} cannot be used; give a number above"):
         save_phi(tmp_path / "phi.safetensors", mine(strength=strength), {})
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "meant_for",
+    [{"strength": 1 / 3}, {"strength": 0.123456789}, {"strength": 1 - 1e-9}, {"share_of_sites": 2 / 3, "strength": 0.1}],
+)
+def test_a_phi_is_the_same_after_it_was_written_and_read(tmp_path, meant_for):
+    phi = mine(**meant_for)
+    save_phi(tmp_path / "phi.safetensors", phi, {})
+    loaded = load_phi(tmp_path / "phi.safetensors")
+    assert phi_digest(loaded) == phi_digest(phi)
+    assert (loaded.strength, loaded.share_of_sites) == (phi.strength, phi.share_of_sites)
+
+
+@pytest.mark.parametrize(
+    ("meant_for", "message"),
+    [
+        ({"strength": 1e-50}, "strength of phi 'x'=0.0 cannot be used"),
+        ({"full_strength_at": 0.4, "acts_below": 0.40000001}, "acts_below of phi 'x'=0.4 cannot be used"),
+    ],
+)
+def test_what_a_file_cannot_hold_is_not_written(tmp_path, meant_for, message):
+    with pytest.raises(ConfigurationError, match=message):
+        save_phi(tmp_path / "phi.safetensors", mine(**meant_for), {})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("phi", "message"),
+    [
+        (Phi(*(value.numpy() for value in initial_phi(0))), "'op1_identity' is a ndarray; give a tensor"),
+        (NamedPhi(initial_phi(0)._asdict(), "x"), "phi 'x' holds a dict instead of a Phi"),
+    ],
+)
+def test_numbers_that_are_no_tensors_are_refused(phi, message):
+    with pytest.raises(PhiError, match=message):
+        load_phi(phi)
+
+
+def test_a_net_takes_the_numbers_alone():
+    with pytest.raises(ConfigurationError, match="not a NamedPhi; of a NamedPhi give its phi"):
+        MetaPerturb(load_phi())
 
 
 def damage_missing(path):

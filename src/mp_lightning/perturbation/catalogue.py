@@ -96,7 +96,7 @@ def describe_phi(name: str | Path | None = None) -> PhiDescription:
 
 def _parts(key: str, value: Any) -> list[str]:
     """What stands under a heading, each part on lines of its own; members of lists that are long are parts."""
-    if key == "tasks":
+    if key == "tasks" and isinstance(value, list):
         return [str(len(value))]
     if not isinstance(value, dict) or len(_text(key, value)) < 3 * _WIDTH:
         return [_text(key, value)]

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import fast, mathematics
 from mp_lightning.perturbation.noise import NoiseKey, NoisePer, check_noise_per
 from mp_lightning.perturbation.phi import FEATURES, SHAPES, Phi
@@ -32,6 +33,10 @@ class MetaPerturb(KeepsPrecision):
     def __init__(
         self, phi: Phi, *, noise_per: NoisePer = "element", trainable: bool = False, persistent: bool = True
     ) -> None:
+        if not isinstance(phi, Phi):
+            raise ConfigurationError(
+                f"MetaPerturb takes the 82 numbers of a Phi, not a {type(phi).__name__}; of a NamedPhi give its phi"
+            )
         super().__init__()
         self.noise_per = noise_per
         for key, value in phi._asdict().items():

@@ -8,6 +8,7 @@ from pathlib import Path
 import paths
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import MetaPerturb, NoiseKey, Norms, initial_phi
@@ -92,6 +93,12 @@ def test_second_derivative_is_refused_with_the_remedy():
     (gradient,) = torch.autograd.grad(y.sum(), x, create_graph=True)
     with pytest.raises(ConfigurationError, match="path='reference'"):
         gradient.sum().backward()
+
+
+def test_forward_mode_is_refused_with_the_remedy():
+    x = torch.randn(2, 3, 4, 4)
+    with forward_ad.dual_level(), pytest.raises(ConfigurationError, match="path='reference'"):
+        perturb(*arguments(forward_ad.make_dual(x, x)))
 
 
 def test_numbers_that_change_after_the_forward_do_not_reach_its_backward():

@@ -134,6 +134,12 @@ class _Perturb(torch.autograd.Function):
             parts = [g.view(shape) for g, shape in zip(gphi.split(_SIZES), SHAPES.values(), strict=True)]
         return gx if needs_x else None, *nothing[1:5], *parts
 
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:
+        raise ConfigurationError(
+            "the fast path of the perturbation has no forward-mode derivative; attach with path='reference' to take one"
+        )
+
 
 class _PerturbBackward(torch.autograd.Function):
     @staticmethod
