@@ -57,7 +57,7 @@ def test_validation_images_are_training_images_that_are_not_trained_on() -> None
     kept, held = (torch.cat([x for x, _ in loader])[:, 0, 0, 0] for loader in loaders)
     assert len(kept) == 32 and len(held) == 8
     assert not set(kept.tolist()) & set(held.tolist())
-    assert max(held) < normalize(torch.tensor(160.0)), "no test image"
+    assert max(held) < normalize(torch.tensor(160, dtype=torch.uint8)), "no test image"
 
 
 def test_batches_follow_from_the_seed_and_the_step() -> None:

@@ -1,10 +1,12 @@
 """What arrays of images become, and which are refused."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from mp_lightning.data import image_set
+from mp_lightning.data import image_set, load_images
 from mp_lightning.errors import ConfigurationError, DataError
 
 RNG = np.random.default_rng(0)
@@ -78,7 +80,11 @@ def test_values_that_are_not_finite_are_refused(bad: float) -> None:
         (COLOUR[:, :0], LABELS, None, "no images"),
         (COLOUR[0, 0], LABELS, None, r"shape \(5, 3\)"),
         (np.zeros((4, 5, 5, 4), np.uint8), LABELS, None, r"shape \(4, 5, 5, 4\)"),
-        (COLOUR[:, :4], LABELS, None, "4 x 5, not square.*image_size"),
+        (COLOUR[:, :4], LABELS, None, r"4 x 5, not square: crop them, or set size=32 \(image_size=32 in a conf"),
+        (COLOUR, LABELS, ["a", "a"], "two classes of 'birds' are called 'a'"),
+        ([COLOUR[0], COLOUR[0, :4]], LABELS[:2], None, "images of 'birds' are no array .*: give all of them the same"),
+        (COLOUR, [[0], [0, 1], 1, 1], None, "labels of 'birds' are no array .*: give all of them the same shape"),
+        (COLOUR, torch.tensor(LABELS).bfloat16(), None, "labels of 'birds' are of type float32"),
         (COLOUR.astype(np.float32) * -1, LABELS, None, "values from"),
         (COLOUR.astype(np.int32) + 1000, LABELS, None, "values from"),
         (COLOUR / 255 * 1.0001 / (COLOUR.max() / 255), LABELS, None, r"floats up to 1.0001: clip them to \[0, 1\]"),
@@ -109,9 +115,18 @@ def test_unusable_arrays_are_refused_by_name(
     assert "\n" not in str(caught.value)
 
 
-def test_a_size_of_zero_is_refused() -> None:
-    with pytest.raises(ConfigurationError, match="size=0"):
-        image_set("birds", COLOUR, LABELS, size=0)
+@pytest.mark.parametrize("size", [0, 4.5, True, "4"])
+def test_a_size_that_is_no_side_is_refused(size: int, tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match=f"size={size!r} for 'birds' is out of range: give a whole number"):
+        image_set("birds", COLOUR, LABELS, size=size)
+    with pytest.raises(ConfigurationError, match=f"size={size!r} for '.*' is out of range: give a whole number"):
+        load_images(tmp_path, size)
+
+
+def test_sixteen_bits_of_both_kinds_are_taken() -> None:
+    for dtype in (torch.float16, torch.bfloat16):
+        found = image_set("birds", torch.from_numpy(COLOUR).to(dtype), LABELS).images.float()
+        assert (found - torch.from_numpy(COLOUR).permute(0, 3, 1, 2)).abs().max() <= 1  # which 8 bits round to
 
 
 def test_the_set_does_not_change_with_the_array_it_was_made_from() -> None:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from mp_lightning.data import normalize, standard_augment
+from mp_lightning.errors import DataError
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -58,3 +59,16 @@ def test_only_the_given_generator_is_used() -> None:
     torch.rand(3)
     assert torch.equal(standard_augment(images, generator()), first)
     assert not torch.equal(standard_augment(images, generator(1)), first)
+
+
+def test_no_image_is_augmented_to_none() -> None:
+    assert standard_augment(unique_pixels(2, 16)[:0], generator()).shape == (0, 3, 16, 16)
+
+
+def test_pixels_that_are_scaled_already_are_refused() -> None:
+    images = unique_pixels(2, 16) / 255
+    for call in (lambda: normalize(images), lambda: standard_augment(images, generator())):
+        with pytest.raises(
+            DataError, match=r"pixels of type torch\.float32 cannot be normalized: give uint8, 0 to 255"
+        ):
+            call()

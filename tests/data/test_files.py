@@ -79,7 +79,7 @@ def test_archive_with_sizes_that_differ_between_train_and_test_asks_for_one(tmp_
     labels = np.array([0, 1, 0, 1])
     arrays = {"x_train": pixels(), "y_train": labels, "x_test": pixels(height=8, width=8), "y_test": labels}
     path = write_archive(tmp_path / "a.npz", **arrays)
-    refused(path, "6 pixels in train and 8 in test: set image_size=")
+    refused(path, "6 pixels in train and 8 in test: set size=32 .image_size=32 in")
     assert [part.image_size for part in load_images(path, size=7) if part] == [7, 7]
 
 
@@ -233,7 +233,7 @@ def test_images_of_16_bits_are_refused_rather_than_cut_off(tmp_path: Path) -> No
 def test_mixed_sizes_ask_for_a_size_and_load_with_one(tmp_path: Path) -> None:
     root = write_folder(tmp_path / "birds", "a", "b")
     Image.fromarray(pixels(1, 10, 7)[0]).save(root / "b" / "1.png")
-    assert "10 x 7" in refused(root, r"b/1.png'.*set image_size=")
+    assert "10 x 7" in refused(root, r"b/1.png'.*set size=32 .image_size=32 in")
     assert load_images(root, size=5)[0].images.shape == (4, 3, 5, 5)
 
 

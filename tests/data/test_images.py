@@ -90,3 +90,24 @@ def test_a_mask_takes_the_images_of_which_it_says_so():
     assert chosen.images.flatten().tolist() == [4, 5] and chosen.labels.tolist() == [2, 2]
     with pytest.raises(ConfigurationError, match="one value for each image"):
         data.subset(torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        ([100], "'numbered' has no image 100"),
+        ([0, -11], "'numbered' has no image -11"),
+        ([0.9], "of type torch.float32"),
+    ],
+)
+def test_indices_of_no_image_are_refused(indices: list[int], message: str) -> None:
+    whole = numbered([5, 5])
+    with pytest.raises(ConfigurationError, match=message):
+        whole.subset(indices)
+    assert len(whole.subset([-10, 9])) == 2 and len(whole.subset([])) == 0
+
+
+@pytest.mark.parametrize("n", [0, 1.5, True])
+def test_few_per_class_takes_a_whole_number(n: int) -> None:
+    with pytest.raises(ConfigurationError, match=f"{n} images per class of 'numbered' is out of range"):
+        numbered([5, 5]).few_per_class(n, 0)

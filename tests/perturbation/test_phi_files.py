@@ -65,7 +65,12 @@ def test_a_strength_out_of_range_is_not_written(tmp_path, strength):
 
 @pytest.mark.parametrize(
     "meant_for",
-    [{"strength": 1 / 3}, {"strength": 0.123456789}, {"strength": 1 - 1e-9}, {"share_of_sites": 2 / 3, "strength": 0.1}],
+    [
+        {"strength": 1 / 3},
+        {"strength": 0.123456789},
+        {"strength": 1 - 1e-9},
+        {"share_of_sites": 2 / 3, "strength": 0.1},
+    ],
 )
 def test_a_phi_is_the_same_after_it_was_written_and_read(tmp_path, meant_for):
     phi = mine(**meant_for)

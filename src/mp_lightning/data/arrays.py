@@ -1,5 +1,6 @@
 """From unchecked arrays, as users have them, to an :class:`ImageSet`."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
@@ -7,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mp_lightning.data.images import ImageSet
-from mp_lightning.data.resize import resize
-from mp_lightning.errors import ConfigurationError, DataError
+from mp_lightning.data.resize import TO_RESIZE, check_size, resize
+from mp_lightning.errors import DataError, one_line
 
 _BARELY_ABOVE = 2  # up to it, floats above 1 are meant to end at 1, as after a resize that overshoots
 _DARK = 64  # of 255: no set of real images has its brightest pixel below it
@@ -34,12 +35,12 @@ def image_set(
 
     Raises:
         DataError: no images, fewer than two classes, a label out of range, a class without images where no names are
-            given, shapes that do not fit, values that are not finite, out of range, or almost black.
-        ConfigurationError: the size is below 1.
+            given, two classes of one name, shapes that do not fit, values that are not finite, out of range, or almost
+            black.
+        ConfigurationError: the size is no whole number from 1 on.
     """
-    if size is not None and size < 1:
-        raise ConfigurationError(f"size={size} for '{name}' is out of range: give at least 1 pixel")
-    pixels = _colour_images(name, _numpy(images))
+    check_size(size, name)
+    pixels = _colour_images(name, _numpy(name, "images", images))
     if size is not None:
         pixels = resize(pixels, size)
     return labelled(name, pixels, labels, classes)
@@ -52,16 +53,24 @@ def labelled(
 
     The other arguments and the errors are those of :func:`image_set`.
     """
-    numbers = _labels(name, _numpy(labels), len(pixels))
+    numbers = _labels(name, _numpy(name, "labels", labels), len(pixels))
     names = _class_names(name, numbers, classes)
     height, width = pixels.shape[-2:]
     if height != width:
-        raise DataError(f"images of '{name}' are {height} x {width}, not square: crop them, or set image_size=32")
+        raise DataError(f"images of '{name}' are {height} x {width}, not square: crop them, or {TO_RESIZE}")
     return ImageSet(name, pixels, torch.from_numpy(numbers), names)
 
 
-def _numpy(values: np.ndarray | Tensor | Sequence[int]) -> np.ndarray:
-    return values.detach().cpu().numpy() if isinstance(values, Tensor) else np.asarray(values)
+def _numpy(name: str, what: str, values: np.ndarray | Tensor | Sequence[int]) -> np.ndarray:
+    if isinstance(values, Tensor):
+        values = values.detach().cpu()
+        return (values.float() if values.dtype == torch.bfloat16 else values).numpy()  # which numpy does not know
+    try:
+        return np.asarray(values)
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{what} of '{name}' are no array ({one_line(error)}): give all of them the same shape"
+        ) from error
 
 
 def _colour_images(name: str, images: np.ndarray) -> Tensor:
@@ -152,4 +161,8 @@ def _class_names(name: str, labels: np.ndarray, classes: Sequence[str] | None) -
     if classes is None and len(np.unique(labels)) <= high:
         empty = int(np.flatnonzero(np.bincount(labels) == 0)[0])
         raise DataError(f"no image of '{name}' has the label {empty}: number the classes from 0 without gaps")
-    return tuple(str(number) for number in range(high + 1)) if classes is None else tuple(map(str, classes))
+    names = tuple(map(str, range(high + 1) if classes is None else classes))
+    if len(set(names)) < len(names):
+        double = Counter(names).most_common(1)[0][0]
+        raise DataError(f"two classes of '{name}' are called '{double}': give each a name of its own, or join them")
+    return names

@@ -4,9 +4,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mp_lightning.errors import DataError
+
 
 def normalize(images: Tensor) -> Tensor:
-    """Map pixels 0..255 (uint8, any shape) to [-1, 1] (float32): mean and deviation 0.5 of the range [0, 1]."""
+    """Map pixels 0..255 (uint8, any shape) to [-1, 1] (float32): mean and deviation 0.5 of the range [0, 1].
+
+    Raises:
+        DataError: they are of another type, such as floats that are scaled already.
+    """
+    if images.dtype != torch.uint8:
+        raise DataError(f"pixels of type {images.dtype} cannot be normalized: give uint8, 0 to 255")
     return (images.float() / 255 - 0.5) / 0.5
 
 
@@ -33,7 +41,7 @@ def standard_augment(images: Tensor, generator: torch.Generator, flip: bool = Tr
     rows = torch.arange(height) + shift[0]
     columns = columns + shift[1]
     # One flat index per pixel (B, H * W) into the padded image makes crop and flip a single gather.
-    index = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).view(batch, 1, -1).to(images.device)
+    index = (rows[:, :, None] * (width + 2 * pad) + columns[:, None, :]).flatten(1).unsqueeze(1).to(images.device)
     padded = F.pad(images, (pad, pad, pad, pad)).flatten(2)
     cropped = padded.gather(2, index.expand(-1, channels, -1)).view(batch, channels, height, width)
     return normalize(cropped)

@@ -9,6 +9,7 @@ from mp_lightning.data.arrays import image_set
 from mp_lightning.data.folders import load_folder
 from mp_lightning.data.images import ImageSet
 from mp_lightning.data.progress import Progress, no_progress
+from mp_lightning.data.resize import TO_RESIZE
 from mp_lightning.errors import DataError
 
 
@@ -34,7 +35,7 @@ def load_images(
     Raises:
         DataError: nothing there, damaged or incomplete files, fewer than two classes, images of unequal size, splits
             in place of classes.
-        ConfigurationError: the size is below 1.
+        ConfigurationError: the size is no whole number from 1 on.
     """
     path = Path(os.path.expanduser(path))
     try:
@@ -49,7 +50,7 @@ def load_images(
     if test is not None and test.images.shape[1:] != train.images.shape[1:]:
         raise DataError(
             f"images of '{path}' differ in size, {train.image_size} pixels in train and {test.image_size} in test: "
-            "set image_size=32, or another side in pixels"
+            f"{TO_RESIZE}"
         )
     return train, test
 

@@ -12,7 +12,8 @@ from mp_lightning.data.arrays import labelled
 from mp_lightning.data.image_files import read_image_files
 from mp_lightning.data.images import ImageSet
 from mp_lightning.data.progress import Progress
-from mp_lightning.errors import ConfigurationError, DataError
+from mp_lightning.data.resize import check_size
+from mp_lightning.errors import DataError
 from mp_lightning.walking import walk
 
 _TRAIN, _TEST, _VALID = ("train", "training"), ("test", "testing"), ("val", "valid", "validation")
@@ -25,8 +26,7 @@ def load_folder(root: Path, size: int | None, on_progress: Progress) -> tuple[Im
     The splits may also be called training, testing, valid and validation, in letters of either case. Classes are
     numbered in the order of their names. See :func:`mp_lightning.data.load_images` for the rest.
     """
-    if size is not None and size < 1:
-        raise ConfigurationError(f"size={size} for '{root}' is out of range: give at least 1 pixel")
+    check_size(size, str(root))
     # A folder 'train' without folders inside is a class of that name.
     splits = [folder for folder in _called(root, _TRAIN) if _subfolders(folder)]
     if not splits:

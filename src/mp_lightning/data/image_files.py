@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from mp_lightning.data.progress import Progress
-from mp_lightning.data.resize import resize
+from mp_lightning.data.resize import TO_RESIZE, resize
 from mp_lightning.errors import DataError
 
 # An interruption has to wait for so many at most.
@@ -51,7 +51,7 @@ def read_image_files(paths: Sequence[Path], size: int | None, what: str, on_prog
                 if image.shape[1:] != images.shape[1:]:
                     raise DataError(
                         f"'{path}' is {_shape(image)}, other images of '{what}' are {_shape(images)}: "
-                        "set image_size=32, or another side in pixels, to resize all"
+                        f"{TO_RESIZE}, to resize all"
                     )
                 images[place] = image[0]
             on_progress(doing, start + len(batch), len(paths))

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -46,7 +47,7 @@ class ImageSet:
         """The images at ``indices`` in that order, or those of which a mask says so, with the same classes.
 
         Raises:
-            ConfigurationError: a mask is not of one value for each image.
+            ConfigurationError: a mask is not of one value for each image, or an index is not that of one.
         """
         index = torch.as_tensor(indices)
         if index.dtype == torch.bool:
@@ -56,7 +57,12 @@ class ImageSet:
                     "for each image"
                 )
             index = index.nonzero().flatten()
+        if index.numel() and index.is_floating_point():
+            raise ConfigurationError(f"indices of type {index.dtype} for images of '{self.name}': give whole numbers")
         index = index.to(torch.int64)
+        beyond = index[(index < -len(self)) | (index >= len(self))]
+        if len(beyond):
+            raise ConfigurationError(f"'{self.name}' has no image {int(beyond[0])}: choose among 0 to {len(self) - 1}")
         return replace(self, name=name or self.name, images=self.images[index], labels=self.labels[index])
 
     def select_classes(self, classes: Sequence[int], name: str | None = None) -> "ImageSet":
@@ -104,11 +110,13 @@ class ImageSet:
             The drawn images and the rest (which is empty when nothing is left), both in the order of this set.
 
         Raises:
-            ConfigurationError: ``n`` is below 1.
+            ConfigurationError: ``n`` is no whole number from 1 on.
             DataError: a class has fewer than ``n`` images.
         """
-        if n < 1:
-            raise ConfigurationError(f"{n} images per class of '{self.name}' is out of range: give at least 1")
+        if isinstance(n, bool) or not isinstance(n, Integral) or n < 1:
+            raise ConfigurationError(
+                f"{n} images per class of '{self.name}' is out of range: give a whole number, at least 1"
+            )
         counts = torch.bincount(self.labels, minlength=self.num_classes)
         short = int(counts.argmin())
         if counts[short] < n:

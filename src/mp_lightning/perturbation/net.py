@@ -105,7 +105,11 @@ class MetaPerturb(KeepsPrecision):
     def has_fast_path(self, x: Tensor) -> bool:
         """Whether this machine has a fast path for x and these numbers."""
         # The kernels count the elements of a sample in 32 bits.
-        return 0 < x.numel() < x.shape[0] * 2**31 and self.scale_kernels.dtype == torch.float32 and fast.available(x.device.type, x.dtype)
+        return (
+            0 < x.numel() < x.shape[0] * 2**31
+            and self.scale_kernels.dtype == torch.float32
+            and fast.available(x.device.type, x.dtype)
+        )
 
     def fused(
         self,

@@ -18,6 +18,7 @@ from mp_lightning.data.files import load_images
 from mp_lightning.data.image_files import read_image_files
 from mp_lightning.data.images import ImageSet
 from mp_lightning.data.progress import Progress, no_progress
+from mp_lightning.data.resize import TO_RESIZE
 from mp_lightning.errors import ConfigurationError, DataError
 
 
@@ -96,7 +97,7 @@ def load_source(
     """
     if source in DATASETS:
         if size is None:
-            raise ConfigurationError(f"dataset '{source}' needs a size: set image_size=32, or another side in pixels")
+            raise ConfigurationError(f"dataset '{source}' needs a size: {TO_RESIZE}")
         return load_dataset(source, root, size, on_progress)
     path = os.path.expanduser(source)
     if not os.path.exists(path):  # of a Path it raises for names that are too long
