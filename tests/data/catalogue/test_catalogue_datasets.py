@@ -118,7 +118,7 @@ def test_a_source_that_is_neither_lists_the_names(tmp_path: Path) -> None:
         match=r"no images at 'cifar1000', did you mean 'cifar100': give one of the datasets cifar10, .*, digits, an",
     ):
         load_source("cifar1000", tmp_path, 32)
-    with pytest.raises(ConfigurationError, match="dataset 'digits' needs a size: set size=32 .image_size=32 in"):
+    with pytest.raises(ConfigurationError, match=r"dataset 'digits' needs a size: set size=32 .image_size=32 in"):
         load_source("digits", tmp_path, None)
 
 
