@@ -118,7 +118,7 @@ def _output(model: nn.Module, images: Tensor) -> object:
     except Exception as error:  # whatever its layers say
         size = "x".join(map(str, images.shape[1:]))
         raise ConfigurationError(
-            f"images of {size}, {images.dtype}, do not pass through {type(model).__name__} "
+            f"images of {size} do not pass through {type(model).__name__} as {images.dtype} "
             f"({type(error).__name__}: {one_line(error, 200)}); give images of the shape and type that it takes"
         ) from error
 

@@ -165,6 +165,7 @@ def test_not_a_number_spreads_to_its_own_statistics(path):
     assert found.y[1].isnan().any()
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter
 @pytest.mark.parametrize("path", paths.PATHS)
 def test_at_strength_0_anything_is_left_as_it_is(path):
     x, gy = draw((2, 3, 5, 5), 0)

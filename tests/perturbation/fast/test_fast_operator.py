@@ -156,7 +156,7 @@ def run(channels):
 
 run(1)
 print(run(512) < 32)  # of maps of 8 MiB, for which it takes 17
-print(run(4096) < 32)  # of maps of 64 MiB, for which it takes 135
+print(run(2048) < 32)  # of maps of 32 MiB, for which it takes 68
 size = (pages(0) + 400) * 2**20
 resource.setrlimit(resource.RLIMIT_AS, (size, size))
 try:
