@@ -50,6 +50,8 @@ _RESHAPES = {
     *("truediv", "div", "div_", "mul", "imul", "mul_"),
 }
 _NORMALIZE = {"layer_norm", "rms_norm"}
+_SIZE_METHODS = {"size", "dim", "numel"}
+_SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
 _BOUNDED_FUNCTIONS = {F.relu6, F.hardtanh, F.hardtanh_}
 _GLOBAL_POOLS = {F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 _CHANNELS = (1, -3)  # the dimension of the channels in (B, C, H, W)
@@ -182,14 +184,14 @@ class OperationGraph:
         order = _moved(node, self._dimensions(before))
         if order is not None and batch in order:
             return order.index(batch)
-        if _name(node) in ("view", "reshape") and SHAPE in before.meta and SHAPE in node.meta:
+        if name_of(node) in ("view", "reshape") and SHAPE in before.meta and SHAPE in node.meta:
             ahead, shape = math.prod(before.meta[SHAPE][:batch]), node.meta[SHAPE]
             return next((place for place in range(len(shape)) if math.prod(shape[:place]) == ahead), batch)
         return batch - _taken_before(node, before, batch)
 
     def _moves_around_norm(self, node: fx.Node) -> bool:
         """Whether the node is part of a normalization of channels that come first, but not the one that normalizes."""
-        return node.op != "call_module" and self._is_layer(node, TOKEN_NORMS) and _name(node) not in _NORMALIZE
+        return node.op != "call_module" and self._is_layer(node, TOKEN_NORMS) and name_of(node) not in _NORMALIZE
 
     def _normalizes_maps(self, node: fx.Node) -> bool:
         """Whether the node is (the end of) a normalization of maps."""
@@ -198,13 +200,13 @@ class OperationGraph:
     def _values(self, node: fx.Node) -> fx.Node:
         """The tensor whose layout an operation keeps: where values are mixed by attention, that of the values."""
         inputs = node.all_input_nodes
-        if _name(node) in _MIXTURES and len(inputs) > 1:
+        if name_of(node) in _MIXTURES and len(inputs) > 1:
             return inputs[0] if self._is_attention(inputs[1]) else inputs[1]
-        return inputs[min(2, len(inputs) - 1)] if _name(node) == "scaled_dot_product_attention" else inputs[0]
+        return inputs[min(2, len(inputs) - 1)] if name_of(node) == "scaled_dot_product_attention" else inputs[0]
 
     def _is_attention(self, node: fx.Node) -> bool:
         """Whether the tensor holds weights of attention, perhaps dropped out or transposed."""
-        while not self._squashes(node) and _name(node) in _SAME_DIMENSIONS and node.all_input_nodes:
+        while not self._squashes(node) and name_of(node) in _SAME_DIMENSIONS and node.all_input_nodes:
             node = node.all_input_nodes[0]
         return self._squashes(node)
 
@@ -232,7 +234,7 @@ class OperationGraph:
         if self._is_module(node, nn.Flatten):
             assert isinstance(layer, nn.Flatten)
             return layer.start_dim + 1 if layer.start_dim >= 0 and layer.end_dim == -1 else None
-        name = _name(node)
+        name = name_of(node)
         before = self._dimensions(node.args[0]) if node.args else None
         if node.op == "call_module":
             return None if self._is_module(node, (nn.Unflatten, nn.Unfold, nn.Fold)) else before
@@ -312,12 +314,6 @@ class OperationGraph:
         """Whether the node is an activation that ends at a number, as of a hard sigmoid."""
         return self._is_module(node, nn.Hardtanh) or (node.op == "call_function" and node.target in _BOUNDED_FUNCTIONS)
 
-    def _acts_in_place(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return bool(getattr(self._modules[str(node.target)], "inplace", False))
-        flags = (*node.args[1:], node.kwargs.get("inplace"))
-        return _name(node).endswith("_") or any(flag is True for flag in flags)
-
     def _is_transparent(self, node: fx.Node) -> bool:
         if node.op == "call_module":
             module = self._modules[str(node.target)]
@@ -336,21 +332,21 @@ class OperationGraph:
         return self._describe(source) if source is not None else "the input"
 
 
-def _name(node: fx.Node) -> str:
+def name_of(node: fx.Node) -> str:
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _moved(node: fx.Node, dimensions: int | None) -> list[int] | None:
     """For each dimension of what the operation gives, which one it was; None: as far as is known, none is moved."""
-    if node.op == "call_module" or _name(node) not in ("permute", "transpose", "swapaxes"):
+    if node.op == "call_module" or name_of(node) not in ("permute", "transpose", "swapaxes"):
         return None
     numbers = _numbers(node)
     if dimensions is None:
         if any(number < 0 for number in numbers):
             return None
-        dimensions = len(numbers) if _name(node) == "permute" else 1 + max(numbers, default=0)
+        dimensions = len(numbers) if name_of(node) == "permute" else 1 + max(numbers, default=0)
     order = [number % dimensions for number in numbers]
-    if _name(node) == "permute":
+    if name_of(node) == "permute":
         return order if sorted(order) == list(range(dimensions)) else None
     moved = list(range(dimensions))
     if len(order) == 2:
@@ -367,12 +363,23 @@ def _numbers(node: fx.Node) -> list[int]:
 
 def _taken_before(node: fx.Node, before: fx.Node, batch: int) -> int:
     """How many dimensions ahead of that of the batch are gone, as after 'q, k, v = qkv.permute(2, 0, 3, 1, 4)'."""
-    if _name(node) == "getitem" and before.op != "call_module" and _name(before) not in _GIVES_SEVERAL:
+    if name_of(node) == "getitem" and before.op != "call_module" and name_of(before) not in _GIVES_SEVERAL:
         index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
         return sum(isinstance(part, int) for part in index[:batch])
-    if _name(node) in ("unbind", "select", "squeeze"):
+    if name_of(node) in ("unbind", "select", "squeeze"):
         return int((_numbers(node) or [0])[0] in range(batch))
     return 0
+
+
+def reads_size(node: fx.Node) -> bool:
+    """Whether the node gives how large a tensor is, or of what kind, and nothing of what is in it."""
+    attribute = node.op == "call_function" and node.target is getattr and node.args[1] in _SIZE_ATTRIBUTES
+    return attribute or (node.op == "call_method" and node.target in _SIZE_METHODS)
+
+
+def readers(node: fx.Node) -> list[fx.Node]:
+    """What uses the content of a tensor."""
+    return [user for user in node.users if not reads_size(user)]
 
 
 def is_product(node: fx.Node) -> bool:
@@ -382,9 +389,9 @@ def is_product(node: fx.Node) -> bool:
 
 
 def adds_a_number(node: fx.Node) -> bool:
-    return len(node.all_input_nodes) == 1 and _name(node) in ("add", "iadd", "add_") and len(node.args) == 2
+    return len(node.all_input_nodes) == 1 and name_of(node) in ("add", "iadd", "add_") and len(node.args) == 2
 
 
 def keeps_features(node: fx.Node) -> bool:
     """Whether the node gives one tensor in another shape, or multiplied or divided by a number."""
-    return len(node.all_input_nodes) == 1 and _name(node) in _RESHAPES
+    return len(node.all_input_nodes) == 1 and name_of(node) in _RESHAPES

@@ -33,14 +33,15 @@ from itertools import pairwise
 import torch
 from torch import fx, nn
 
+from mp_lightning.sites.in_place import InPlaceGraph
 from mp_lightning.sites.operations import (
     LAYERS,
     NORMS,
     TOKEN_NORMS,
-    OperationGraph,
     adds_a_number,
     is_product,
     keeps_features,
+    readers,
 )
 from mp_lightning.sites.plan import SiteSpec
 from mp_lightning.sites.tracing import CONVOLUTIONS
@@ -53,7 +54,7 @@ UNNORMALIZED = "plain: activation after a convolution"
 NAMED = "named by the user"
 
 
-class SiteGraph(OperationGraph):
+class SiteGraph(InPlaceGraph):
     """The operations of one region, and those that the rules make sites of.
 
     The methods give them in the order of the graph.
@@ -158,7 +159,7 @@ class SiteGraph(OperationGraph):
         return a - b, b - a
 
     def _activation_after(self, node: fx.Node) -> fx.Node | None:
-        users = list(node.users)
+        users = readers(node)
         if len(users) != 1:
             return None
         if self._is_activation(users[0]):
@@ -217,7 +218,7 @@ class SiteGraph(OperationGraph):
         return _leads(node, to=lambda n: n not in branch, past=self._squashes)
 
     def _site(self, node: fx.Node, rule: str, reads: str) -> SiteSpec | None:
-        if not node.users or self._is_used_in_place(node):
+        if not readers(node) or self._is_used_in_place(node):
             return None  # 'relu(x)' as a statement, or x used after it: what the site passes on would not be seen
         channels = self._channels(node.all_input_nodes[0])
         if not channels:  # of a lazy layer, 0
@@ -269,11 +270,6 @@ class SiteGraph(OperationGraph):
                     found[key] = (module, call)
         return list(found.values())
 
-    def _is_used_in_place(self, node: fx.Node) -> bool:
-        """Whether the activation changes its input in place, and that is used again later."""
-        later = any(self._order[user] > self._order[node] for user in node.all_input_nodes[0].users)
-        return later and self._acts_in_place(node)
-
     def _describe_inputs(self, node: fx.Node) -> str:
         left, right = self._paths(node)
         names = []
@@ -293,5 +289,5 @@ def _leads(node: fx.Node, to: Callable[[fx.Node], bool], past: Callable[[fx.Node
             return True
         if current not in reached and not past(current):
             reached.add(current)
-            waiting += current.users
+            waiting += readers(current)
     return False
