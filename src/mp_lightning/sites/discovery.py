@@ -18,7 +18,7 @@ from mp_lightning.sites.activations import ACTIVATION_MODULES
 from mp_lightning.sites.arguments import check_model
 from mp_lightning.sites.plan import SitePlan, SiteSpec
 from mp_lightning.sites.recording import NoImageFits
-from mp_lightning.sites.rules import SiteGraph
+from mp_lightning.sites.rules import END, SiteGraph
 from mp_lightning.sites.tracing import CONVOLUTIONS, Region, is_frozen, record_region, trace_regions
 
 _ROUNDING = 1e-3  # 0.7 of 10 sites are 7, though 0.7 * 10 is more, and 0.334 of 9 are 3
@@ -114,8 +114,8 @@ def _search(
 
 def _sites_of(graphs: list[SiteGraph]) -> list[SiteSpec]:
     found = [site for graph in graphs for site in graph.residual_sites()]
-    if not found:
-        found = [site for graph in graphs for site in graph.plain_sites()]
+    if all(site.rule == END for site in found):
+        found = [site for graph in graphs for site in graph.plain_sites()] or found
     return found or [site for graph in graphs for site in graph.unnormalized_sites()]
 
 

@@ -29,7 +29,7 @@ _SQUASHING_METHODS = {"sigmoid", "softmax"}
 _TRANSPARENT_MODULES = (nn.Identity, nn.modules.dropout._DropoutNd)
 _TRANSPARENT_NAMES = ("StochasticDepth", "DropPath")
 _TRANSPARENT_FUNCTIONS = {F.dropout, F.dropout2d, F.alpha_dropout}
-_TRANSPARENT_METHODS = {"contiguous", "clone"}
+_TRANSPARENT_METHODS = {"contiguous", "clone", "to"}
 _POOLS = (
     *(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d),
     *(nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d, nn.Upsample, nn.ZeroPad2d),
@@ -47,7 +47,7 @@ _MIXTURES = {"matmul", "bmm"}
 _GIVES_SEVERAL = {"chunk", "split", "tensor_split", "unbind", "multi_head_attention_forward"}
 _RESHAPES = {
     *("view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "repeat", "permute", "transpose", "flatten"),
-    *("truediv", "div", "div_", "mul", "imul", "mul_"),
+    *("truediv", "div", "div_", "mul", "imul", "mul_", "chunk", "split", "unbind", "getitem"),
 }
 _NORMALIZE = {"layer_norm", "rms_norm"}
 _SIZE_METHODS = {"size", "dim", "numel"}
@@ -89,9 +89,13 @@ class OperationGraph:
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             # The mean over the channels belongs to a normalization.
             return not (dim in _CHANNELS or (isinstance(dim, list | tuple) and set(dim) <= set(_CHANNELS)))
-        return self._is_module(node, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)) or (
-            node.op == "call_function" and node.target in _GLOBAL_POOLS
-        )
+        if self._is_module(node, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
+            size = self._modules[str(node.target)].output_size
+        elif node.op == "call_function" and node.target in _GLOBAL_POOLS:
+            size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+        else:
+            return False
+        return size == 1 or (isinstance(size, list | tuple) and 1 in size)
 
     def _squashes(self, node: fx.Node) -> bool:
         return (
@@ -388,10 +392,17 @@ def is_product(node: fx.Node) -> bool:
     )
 
 
+def is_sum(node: fx.Node) -> bool:
+    return len(node.args) > 1 and (
+        (node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add))
+        or (node.op == "call_method" and node.target in ("add", "add_", "__add__"))
+    )
+
+
 def adds_a_number(node: fx.Node) -> bool:
     return len(node.all_input_nodes) == 1 and name_of(node) in ("add", "iadd", "add_") and len(node.args) == 2
 
 
 def keeps_features(node: fx.Node) -> bool:
-    """Whether the node gives one tensor in another shape, or multiplied or divided by a number."""
+    """Whether the node gives one tensor, or a part of it, in another shape, or multiplied or divided by a number."""
     return len(node.all_input_nodes) == 1 and name_of(node) in _RESHAPES

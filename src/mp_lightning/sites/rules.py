@@ -4,9 +4,11 @@ The paper perturbs *before the last activation of every residual block*, not aft
 networks, after the normalization and before the activation of every convolution. As rules on the graph of operations:
 
 residual
-    A sum of two paths with a common origin, at least one of them with a convolution of its own, is a residual sum; so
-    is one of tokens, where a path has a linear layer and a layer normalization. If all that follows the sum is an
-    activation (dropout and the like aside), the site is the input of that activation.
+    A sum of two paths from a common feature map, at least one of them with a convolution of its own, is a residual sum;
+    so is one of tokens, where a path has a linear layer and a layer normalization. If all that follows the sum is an
+    activation (dropout and the like aside), the site is the input of that activation. No residual sums are those of
+    convolutions alone (several kernels, LoRA), which count as one, nor those of a map and what no map leads to but by
+    a table, as in conditional batch norm.
 pre-activation
     Otherwise the sum is the residual stream, which is never multiplied: the multiplier is about one half, and one half
     to the power of the depth would silence it. The site is the input of the last activation inside the branch: in
@@ -18,7 +20,8 @@ end
     it reads normalized maps and all residual sums lead to it: there the stream has ended. The paper has no such site;
     without it nothing that is perturbed would reach the classifier but through the stream.
 plain
-    In a model without any residual sum: every activation of a normalized convolution.
+    In a model without any residual sum one of whose paths is a shortcut (free of activations), or where the sums give
+    no other site than an end: every activation of a normalized convolution.
 unnormalized
     In a model without normalized convolutions either: every activation of a convolution.
 
@@ -26,20 +29,20 @@ Nowhere a site is what leads to nothing but weights that something else is multi
 gates and of squeeze-and-excitation, and a hard sigmoid written by hand.
 """
 
-import operator
 from collections.abc import Callable
 from itertools import pairwise
 
-import torch
 from torch import fx, nn
 
 from mp_lightning.sites.in_place import InPlaceGraph
+from mp_lightning.sites.maps import MapGraph
 from mp_lightning.sites.operations import (
     LAYERS,
     NORMS,
     TOKEN_NORMS,
     adds_a_number,
     is_product,
+    is_sum,
     keeps_features,
     readers,
 )
@@ -54,21 +57,22 @@ UNNORMALIZED = "plain: activation after a convolution"
 NAMED = "named by the user"
 
 
-class SiteGraph(InPlaceGraph):
+class SiteGraph(MapGraph, InPlaceGraph):
     """The operations of one region, and those that the rules make sites of.
 
     The methods give them in the order of the graph.
     """
 
     def candidates(self) -> list[SiteSpec]:
-        inputs = ((node, node.all_input_nodes[0]) for node in self.activations())
-        maps = (node for node, read in inputs if self._dimensions(read) not in (1, 2))
+        maps = filter(self._reads_map, self.activations())
         sites = [self._site(node, NAMED, f"output of {self._describe_source(node)}") for node in maps]
         return [site for site in sites if site is not None]
 
     def residual_sites(self) -> list[SiteSpec]:
         sites = []
         sums = [node for node in self._nodes if self._is_residual_sum(node) and self._reaches_output(node)]
+        if not any(map(self._has_shortcut, sums)):
+            return []  # branches side by side
         for node in sums:
             activation = self._activation_after(node)
             if activation is not None:
@@ -90,31 +94,37 @@ class SiteGraph(InPlaceGraph):
     def _last_activation_after(self, sums: set[fx.Node]) -> fx.Node | None:
         """That of normalized maps, to which all residual sums lead; None where there are no sums."""
         found = [node for node in self.activations() if sums and sums <= self._ancestors[node]]
-        maps = (node for node in reversed(found) if self._dimensions(node.all_input_nodes[0]) not in (1, 2))
-        return next((node for node in maps if self._reads_norm(node)), None)
+        maps = filter(self._reads_map, reversed(found))
+        return next((node for node in maps if self._norm_before(node) is not None), None)
 
-    def _reads_norm(self, node: fx.Node) -> bool:
-        norm = self._source(node)
-        return norm is not None and self._normalizes_maps(norm)
+    def _reads_map(self, node: fx.Node) -> bool:
+        return self._dimensions(node.all_input_nodes[0]) not in (1, 2)
+
+    def _norm_before(self, node: fx.Node) -> fx.Node | None:
+        norm = self._layer_before(node)
+        return norm if norm is not None and self._normalizes_maps(norm) else None
+
+    def _is_convolution(self, node: fx.Node | None) -> bool:
+        return node is not None and (self._is_layer(node, CONVOLUTIONS) or self._sums_convolutions(node))
 
     def plain_sites(self) -> list[SiteSpec]:
         sites = []
         for node in self.activations():
-            norm = self._source(node)
-            if norm is not None and self._normalizes_maps(norm) and self._reaches_output(node):
-                convolution = self._source(self._first_of_layer(norm))
-                if convolution is not None and self._is_layer(convolution, CONVOLUTIONS):
-                    site = self._site(node, PLAIN, f"output of {self._describe(norm)}")
-                    if site:
-                        sites.append(site)
+            norm = self._norm_before(node)
+            if norm is None or not self._reaches_output(node):
+                continue
+            if self._is_convolution(self._layer_before(self._first_of_layer(norm))):
+                site = self._site(node, PLAIN, f"output of {self._describe(norm)}")
+                if site:
+                    sites.append(site)
         return sites
 
     def unnormalized_sites(self) -> list[SiteSpec]:
-        sources = ((node, self._source(node)) for node in self.activations())
+        sources = ((node, self._layer_before(node)) for node in self.activations())
         sites = [
             self._site(node, UNNORMALIZED, f"output of {self._describe(source)}")
             for node, source in sources
-            if source is not None and self._is_layer(source, CONVOLUTIONS)
+            if source is not None and self._is_convolution(source)
             if not self._gives_logits(node) and self._reaches_output(node)
         ]
         return [site for site in sites if site is not None]
@@ -125,17 +135,29 @@ class SiteGraph(InPlaceGraph):
         return any(self._pools(n) for n in later) and not any(self._is_layer(n, LAYERS) for n in later)
 
     def _is_residual_sum(self, node: fx.Node) -> bool:
-        functions = node.op == "call_function" and node.target in (operator.add, operator.iadd, torch.add)
-        methods = node.op == "call_method" and node.target in ("add", "add_", "__add__")
-        if not (functions or methods) or len(node.args) < 2 or not all(isinstance(a, fx.Node) for a in node.args[:2]):
+        if not self._sums_paths(node) or self._sums_convolutions(node):
             return False
         left, right = self._paths(node)
-        if not self._ancestors[node] - left - right:
-            return False
         tokens = self._sums_tokens(node, left | right)
         if any(self._is_flat(arg) for arg in node.args[:2] if isinstance(arg, fx.Node)) and not tokens:
             return False  # logits of two heads, not maps
         return tokens or any(self._is_layer(n, CONVOLUTIONS) for n in left | right)
+
+    def _sums_paths(self, node: fx.Node) -> bool:
+        """Whether the node adds two tensors that are made of the same feature map."""
+        return is_sum(node) and all(isinstance(arg, fx.Node) for arg in node.args[:2]) and bool(self._origin(node))
+
+    def _sums_convolutions(self, node: fx.Node) -> bool:
+        """Whether the node adds convolutions of one map, as a layer of several kernels or with LoRA: it is one too."""
+        return self._sums_paths(node) and all(
+            any(self._is_layer(n, CONVOLUTIONS) for n in path)
+            and not any(self._is_activation(n) or self._squashes(n) or self._is_layer(n, NORMS) for n in path)
+            for path in self._paths(node)
+        )
+
+    def _has_shortcut(self, node: fx.Node) -> bool:
+        """Whether a path of a residual sum is without activation."""
+        return any(not any(map(self._is_activation, path)) for path in self._paths(node))
 
     def _sums_tokens(self, node: fx.Node, paths: set[fx.Node]) -> bool:
         """Whether the branch is a transformer's: a linear layer, and a normalization of tokens in it or after it."""
@@ -158,6 +180,10 @@ class SiteGraph(InPlaceGraph):
         a, b = (self._ancestors[arg] | {arg} for arg in node.args[:2] if isinstance(arg, fx.Node))
         return a - b, b - a
 
+    def _origin(self, node: fx.Node) -> set[fx.Node]:
+        """The feature maps that both summands are made of."""
+        return set[fx.Node].intersection(*(self._maps[arg] for arg in node.args[:2] if isinstance(arg, fx.Node)))
+
     def _activation_after(self, node: fx.Node) -> fx.Node | None:
         users = readers(node)
         if len(users) != 1:
@@ -168,9 +194,9 @@ class SiteGraph(InPlaceGraph):
 
     def _last_activation_inside(self, node: fx.Node) -> fx.Node | None:
         branch = set.union(*self._paths(node))
-        origin = {n for n in self._ancestors[node] - branch if n.op != "get_attr"}
+        origin = self._origin(node)
         candidates = [
-            n for n in branch if self._is_activation(n) and self._ancestors[n] & origin and not self._is_gate(n, branch)
+            n for n in branch if self._is_activation(n) and self._maps[n] & origin and not self._is_gate(n, branch)
         ]
         return max(candidates, key=self._order.__getitem__, default=None)
 
