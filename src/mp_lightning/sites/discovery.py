@@ -140,7 +140,7 @@ _BY_HAND = "sites= a SitePlan that was written by hand"
 
 def _nothing_found(model: nn.Module, graphs: list[SiteGraph], failures: list[str]) -> str:
     left_out = [reason for graph in graphs for reason in graph.left_out]
-    seen = [graph.name(node) for graph in graphs for node in graph.activations()]
+    seen = [graph.name(node) for graph in graphs for node in graph.activations() if not graph.is_weights(node)]
     remedy = "name the sites yourself with sites="
     if is_frozen(model):
         found = "all its parameters are frozen"

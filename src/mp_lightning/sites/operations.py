@@ -104,6 +104,9 @@ class OperationGraph:
             or (node.op == "call_method" and node.target in _SQUASHING_METHODS)
         )
 
+    def _is_tanh(self, node: fx.Node) -> bool:
+        return self._is_module(node, nn.Tanh) or (node.op != "call_module" and name_of(node) == "tanh")
+
     def _stack(self, node: fx.Node) -> dict[str, str]:
         """The modules in whose forward the node happens, by the key of that very call: outermost first."""
         stack = {key: value[0] for key, value in (node.meta.get("nn_module_stack") or {}).items()}

@@ -26,7 +26,7 @@ unnormalized
     In a model without normalized convolutions either: every activation of a convolution.
 
 Nowhere a site is what leads to nothing but weights that something else is multiplied by: the activations of attention
-gates and of squeeze-and-excitation, and a hard sigmoid written by hand.
+gates and of squeeze-and-excitation, and parts of an activation written by hand, as a hard sigmoid or Mish.
 """
 
 from collections.abc import Callable
@@ -203,7 +203,7 @@ class SiteGraph(MapGraph, InPlaceGraph):
     def _is_gate(self, node: fx.Node, branch: set[fx.Node]) -> bool:
         """Whether the node only computes weights: it follows a global pooling, or all it leads to is a sigmoid."""
         pooled = any(self._pools(n) for n in self._before(node, branch))
-        return pooled or self._is_weights(node) or not self._leads_out(node, branch)
+        return pooled or self.is_weights(node) or not self._leads_out(node, branch)
 
     def _before(self, node: fx.Node, branch: set[fx.Node]) -> set[fx.Node]:
         """What leads to the node without passing through a multiplication by a gate."""
@@ -219,24 +219,28 @@ class SiteGraph(MapGraph, InPlaceGraph):
 
     def _reaches_output(self, node: fx.Node) -> bool:
         """Whether some path from the node ends without being weights that something else is multiplied by."""
-        return _leads(node, to=lambda n: not n.users or n.op == "output", past=self._is_weights)
+        return _leads(node, to=lambda n: not n.users or n.op == "output", past=self.is_weights)
 
-    def _is_weights(self, node: fx.Node) -> bool:
-        """Whether the node squashes what it reads, or is a hard sigmoid by hand, and a product follows at once."""
+    def is_weights(self, node: fx.Node) -> bool:
+        """Whether a product follows the node at once, and it squashes what it reads, or is a hard sigmoid by hand.
+
+        Or what it reads is the other factor, as in Mish by hand, ``x * tanh(softplus(x))``.
+        """
+        products = [n for n in self._followers(node) if is_product(n) and len(n.all_input_nodes) > 1]
         by_hand = self._is_bounded(node) and adds_a_number(node.all_input_nodes[0])
-        return (by_hand or self._squashes(node)) and any(
-            is_product(n) and len(n.all_input_nodes) > 1 for n in self._followers(node)
-        )
+        own = self._is_activation(node) and any(node.all_input_nodes[0] in n.all_input_nodes for n in products)
+        return own or (bool(products) and (by_hand or self._squashes(node)))
 
     def _followers(self, node: fx.Node) -> set[fx.Node]:
-        """What reads the node, as it is or in another shape or scale."""
+        """What reads the node, as it is or in another shape or scale, or its tanh."""
         found: set[fx.Node] = set()
         waiting = list(node.users)
         while waiting:
             current = waiting.pop()
             if current not in found:
                 found.add(current)
-                waiting += current.users if keeps_features(current) else ()
+                passed = keeps_features(current) or self._is_tanh(current)
+                waiting += current.users if passed else ()
         return found
 
     def _leads_out(self, node: fx.Node, branch: set[fx.Node]) -> bool:
