@@ -7,6 +7,7 @@ looked at, which of their sites are taken, and what is said where there is none.
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import fx, nn
@@ -38,7 +39,7 @@ def find_sites(model: nn.Module, target: str | None = None, share: float = 1.0) 
         ConfigurationError: ``share`` is out of range, or ``model`` is no module.
     """
     check_fraction(share, "sites")
-    plan, graphs = _plan(model, target, _sites_of)
+    plan, graphs = _plan(model, target, partial(_sites_of, model))
     return plan if share == 1 else SitePlan(_deepest(list(plan), [graph.region.prefix for graph in graphs], share))
 
 
@@ -112,11 +113,17 @@ def _search(
     return graphs, failures, found
 
 
-def _sites_of(graphs: list[SiteGraph]) -> list[SiteSpec]:
+def _sites_of(model: nn.Module, graphs: list[SiteGraph]) -> list[SiteSpec]:
     found = [site for graph in graphs for site in graph.residual_sites()]
     if all(site.rule == END for site in found):
         found = [site for graph in graphs for site in graph.plain_sites()] or found
-    return found or [site for graph in graphs for site in graph.unnormalized_sites()]
+    if not found:
+        found = [s for graph in graphs for s in graph.unnormalized_sites(_learns_all(graph.region.module, model))]
+    return found
+
+
+def _learns_all(part: nn.Module, model: nn.Module) -> bool:
+    return {p for p in model.parameters() if p.requires_grad} <= set(part.parameters())
 
 
 def _with_shapes(graph: SiteGraph) -> Region:

@@ -49,6 +49,7 @@ _RESHAPES = {
     *("view", "reshape", "unsqueeze", "squeeze", "expand", "expand_as", "repeat", "permute", "transpose", "flatten"),
     *("truediv", "div", "div_", "mul", "imul", "mul_", "chunk", "split", "unbind", "getitem"),
 }
+_MIXING = {"linear", "conv1d", "conv2d", "conv3d", "matmul", "mm", "einsum"}
 _NORMALIZE = {"layer_norm", "rms_norm"}
 _SIZE_METHODS = {"size", "dim", "numel"}
 _SIZE_ATTRIBUTES = {"shape", "ndim", "dtype", "device"}
@@ -287,6 +288,12 @@ class OperationGraph:
 
     def _is_layer(self, node: fx.Node, kinds: tuple[type, ...]) -> bool:
         return isinstance(self._layer(node), kinds)
+
+    def _has_weights(self, node: fx.Node) -> bool:
+        """Whether the node is of a layer, or of a module or function that mixes features as one does."""
+        if node.op != "call_module":
+            return self._is_layer(node, LAYERS) or name_of(node) in _MIXING
+        return next(self._modules[str(node.target)].parameters(), None) is not None and not self._is_activation(node)
 
     def _is_norm_by_name(self, node: fx.Node) -> bool:
         """Whether the node is part of a normalization of the user's own, such as an RMSNorm, or of what replaces it."""

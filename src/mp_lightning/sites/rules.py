@@ -23,7 +23,8 @@ plain
     In a model without any residual sum one of whose paths is a shortcut (free of activations), or where the sums give
     no other site than an end: every activation of a normalized convolution.
 unnormalized
-    In a model without normalized convolutions either: every activation of a convolution.
+    In a model without normalized convolutions either: every activation of a convolution, but of that which gives the
+    prediction.
 
 Nowhere a site is what leads to nothing but weights that something else is multiplied by: the activations of attention
 gates and of squeeze-and-excitation, and parts of an activation written by hand, as a hard sigmoid or Mish.
@@ -37,7 +38,6 @@ from torch import fx, nn
 from mp_lightning.sites.in_place import InPlaceGraph
 from mp_lightning.sites.maps import MapGraph
 from mp_lightning.sites.operations import (
-    LAYERS,
     NORMS,
     TOKEN_NORMS,
     adds_a_number,
@@ -119,20 +119,21 @@ class SiteGraph(MapGraph, InPlaceGraph):
                     sites.append(site)
         return sites
 
-    def unnormalized_sites(self) -> list[SiteSpec]:
+    def unnormalized_sites(self, whole: bool) -> list[SiteSpec]:
+        """``whole``: nothing else of the model learns, so that what comes out is the prediction."""
         sources = ((node, self._layer_before(node)) for node in self.activations())
         sites = [
             self._site(node, UNNORMALIZED, f"output of {self._describe(source)}")
             for node, source in sources
             if source is not None and self._is_convolution(source)
-            if not self._gives_logits(node) and self._reaches_output(node)
+            if not self._gives_prediction(node, whole) and self._reaches_output(node)
         ]
         return [site for site in sites if site is not None]
 
-    def _gives_logits(self, node: fx.Node) -> bool:
-        """Whether a convolutional classifier ends here: its maps are pooled over the image, and no layer follows."""
+    def _gives_prediction(self, node: fx.Node, whole: bool) -> bool:
+        """Whether no layer follows: a depth or a variance, and in a convolutional classifier the maps it pools."""
         later = [n for n in self._nodes if node in self._ancestors[n]]
-        return any(self._pools(n) for n in later) and not any(self._is_layer(n, LAYERS) for n in later)
+        return (whole or any(self._pools(n) for n in later)) and not any(self._has_weights(n) for n in later)
 
     def _is_residual_sum(self, node: fx.Node) -> bool:
         if not self._sums_paths(node) or self._sums_convolutions(node):
