@@ -23,8 +23,8 @@ import mp_lightning
 from mp_lightning import MetaPerturbCallback, MetaPerturbMixin, MonteCarlo
 from mp_lightning.compare.arms import Arm
 from mp_lightning.compare.comparison import check_plan
-from mp_lightning.compare.fingerprint import identity
 from mp_lightning.compare.run import RunError
+from mp_lightning.compare.user_code import identity
 from mp_lightning.compare.user_data import UserData
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.runs import RunFolderError

@@ -16,7 +16,7 @@ from mp_lightning.compare.comparison import Plan
 from mp_lightning.compare.conclusion import Comparison, conclude
 from mp_lightning.compare.console import make_console
 from mp_lightning.compare.examine import Predict, predict_pair
-from mp_lightning.compare.fingerprint import fingerprint, identity
+from mp_lightning.compare.fingerprint import described, fingerprint
 from mp_lightning.compare.first_look import check_length, first_batches, look_at
 from mp_lightning.compare.given import (
     check_choices,
@@ -28,6 +28,7 @@ from mp_lightning.compare.given import (
 )
 from mp_lightning.compare.run import Experiment, fresh_module
 from mp_lightning.compare.tuning import Budget
+from mp_lightning.compare.user_code import identity
 from mp_lightning.compare.user_data import UserData
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.inference import Output
@@ -101,9 +102,9 @@ def compare(
             does not begin with images and labels, or the module's forward does not give the scores.
         output: what the scores are; None finds out.
         settings: anything else that decides the results, as plain values. A folder holds results of one set of
-            settings, one network, one set of optimizers' and schedulers' settings, data with the same first batches,
-            and methods of their classes with the same code; what cannot be told by these, such as the defaults of a
-            callback, or what ``predict`` calls, belongs here.
+            settings, one network with the plain attributes of its layers, one set of optimizers' and schedulers'
+            settings, data with the same first batches, and methods of their classes with the same code; what cannot be
+            told by these, such as an object that a layer holds, or what ``predict`` calls, belongs here.
         target, model: what tables call the data and the module; None takes the names of their classes.
         folder: for the results; None: one in ``runs`` whose name follows from the settings.
         fresh: start anew; what is there is kept in a folder beside.
@@ -158,7 +159,7 @@ def compare(
     )
     with quiet(), isolate_rng():
         module, found = fresh_module(experiment, 0), first_batches(experiment)
-        shared |= fingerprint(module, found, datamodule)
+        shared |= fingerprint(module, found, datamodule, module_factory)
         look_at(experiment, module, found)
         if any(part.kind.multiplies for arm in parsed if isinstance(arm, NamedArm) for part in arm.parts):
             check_length(experiment, found)
@@ -192,6 +193,8 @@ def _name(factory: Callable[[], Any]) -> str:
 
 def _plain(value: Any) -> Any:
     """A value as JSON has it; of anything else the name of its class, as an address would be another in each run."""
+    if isinstance(value, L.Callback):
+        return described(value)
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError):

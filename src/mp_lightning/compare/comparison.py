@@ -14,12 +14,12 @@ from mp_lightning.compare.arm_callbacks import Context, callbacks_of
 from mp_lightning.compare.arms import BASELINE, AnyArm, Arm, NamedArm, Part, follows_the_loss
 from mp_lightning.compare.at_sites import AtSites
 from mp_lightning.compare.calibration import matched_moments, moments_digest
-from mp_lightning.compare.fingerprint import identity
 from mp_lightning.compare.pool import perform_all
 from mp_lightning.compare.results import Details, Row
 from mp_lightning.compare.run import Experiment, Job, OnStep, fresh_module
 from mp_lightning.compare.store import RunKey, Store
 from mp_lightning.compare.tuning import Budget, Tuned, choose, trials, untuned, with_values
+from mp_lightning.compare.user_code import identity
 from mp_lightning.errors import ConfigurationError
 from mp_lightning.perturbation import phi_digest
 from mp_lightning.sites import find_sites

@@ -1,0 +1,93 @@
+"""What plain values hold, told alike in every process: of settings, attributes and tensors."""
+
+import hashlib
+import os
+import re
+from argparse import Namespace
+from collections.abc import Iterable, Mapping
+from dataclasses import fields, is_dataclass
+from enum import Enum
+from functools import partial
+from pathlib import PurePath
+from types import BuiltinFunctionType, FunctionType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+from torch.utils._pytree import tree_leaves
+
+_ADDRESS = re.compile("0x[0-9a-fA-F]{6,}")
+# Tensors and parts, which are told otherwise, and hooks, which are counted through the process.
+_KEPT_BY_TORCH = vars(nn.Module()).keys() - {"training"}
+
+
+def digest(values: Iterable[Any]) -> str:
+    """Of the tensors and plain values in nested collections; anything else in them is left out."""
+    found = hashlib.sha256()
+    for leaf in tree_leaves(list(values)):
+        if isinstance(leaf, Tensor):
+            if is_lazy(leaf) or leaf.is_meta or leaf.layout != torch.strided:  # the first two have no numbers
+                continue
+            found.update(leaf.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        elif isinstance(leaf, str | int | float | bool | None):
+            found.update(repr(leaf).encode())
+    return found.hexdigest()[:12]
+
+
+def layers_of(module: nn.Module) -> list[Any]:
+    """Names, classes and plain attributes of a module's parts in their order, and which parameters learn."""
+    parts = [
+        [name, type(part).__qualname__, plain({k: v for k, v in vars(part).items() if k not in _KEPT_BY_TORCH})]
+        for name, part in module.named_modules(remove_duplicate=False)
+    ]
+    return [parts, [name for name, parameter in module.named_parameters() if parameter.requires_grad]]
+
+
+def plain(value: Any, within: frozenset[int] = frozenset()) -> Any:
+    """Numbers, text and tensors, in collections as well; of anything else the name of its class.
+
+    Nothing in it depends on where a process keeps what it holds, nor on the order of sets and dictionaries. Absolute
+    paths are not told, as the same files may lie elsewhere.
+
+    Args:
+        value: any.
+        within: ids of the collections that it is a part of; one that holds itself is told as such there.
+    """
+    if id(value) in within:
+        return "itself"
+    inner = partial(plain, within=within | {id(value)})
+    match value:
+        case Enum():
+            return [type(value).__qualname__, value.name]
+        case np.generic():
+            return value.item()
+        case bool() | int() | float() | complex() | bytes() | None:
+            return value
+        case str():
+            return "an absolute path" if os.path.isabs(value) else _ADDRESS.sub("", value)
+        case PurePath():
+            return inner(str(value))
+        case Tensor() | nn.Parameter():
+            return digest([value])
+        case np.ndarray():
+            return str(value.dtype), value.shape, inner(value.tolist())
+        case type() | FunctionType() | BuiltinFunctionType():
+            return value.__qualname__
+        case partial():
+            return [inner(value.func), inner(value.args), inner(value.keywords)]
+        case list() | tuple():
+            return [inner(one) for one in value]
+        case set() | frozenset():
+            return sorted((inner(one) for one in value), key=repr)
+        case Namespace() | SimpleNamespace():
+            return inner(vars(value))
+        case Mapping():
+            try:
+                return sorted(([inner(key), inner(one)] for key, one in value.items()), key=repr)
+            except Exception:  # one of another kind than dict may compute what it gives
+                return type(value).__qualname__
+    if is_dataclass(value):
+        return [type(value).__qualname__, inner({one.name: getattr(value, one.name, None) for one in fields(value)})]
+    return type(value).__qualname__
