@@ -1,5 +1,7 @@
 """``fit`` and ``compare`` with a network that the user's own code makes."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,38 @@ def test_the_code_of_a_network_tells_it_from_another_of_its_name(folder: Path) -
     (folder / "own.py").write_text(OWN + "\n")
     assert before is not None and Architecture.parse("own.py:Net").code != before
     assert Architecture.parse("conv4").code is None and Architecture.parse("torchvision:resnet18").code is None
+
+
+BLOCKS = """
+from torch import nn
+
+class Block(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU())
+
+    def forward(self, x):
+        return super().forward(x)
+
+def head(num_classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.1), nn.Linear(4, num_classes))
+"""
+
+
+@pytest.mark.parametrize("change", [("nn.ReLU", "nn.GELU"), ("forward(x)", "forward(x.relu())"), ("(0.1)", "(0.2)")])
+def test_code_that_lies_beside_the_file_of_a_network_tells_it_from_another(
+    folder: Path, change: tuple[str, str]
+) -> None:
+    (folder / "net.py").write_text(
+        "from blocks import Block, head\nfrom torch import nn\n\n"
+        "def make(num_classes):\n    return nn.Sequential(Block(), head(num_classes))\n"
+    )
+    code = "from mp_lightning.compare.architecture import Architecture as A; print(A.parse('net.py:make').code)"
+    found = []
+    for text in (BLOCKS, BLOCKS.replace(*change), BLOCKS):
+        (folder / "blocks.py").write_text(text)
+        done = subprocess.run([sys.executable, "-Bc", code], cwd=folder, capture_output=True, text=True, check=True)
+        found.append(done.stdout)
+    assert found[0] == found[2] != found[1]
 
 
 def test_fit_learns_phi_with_it_and_refuses_to_go_on_with_other_code(mp: CommandLine, folder: Path) -> None:

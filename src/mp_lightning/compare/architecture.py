@@ -1,6 +1,7 @@
 """An architecture of a task: a network by name, refused before training where it cannot serve."""
 
 import functools
+import hashlib
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from mp_lightning.backbones import build_backbone
 from mp_lightning.backbones.anyone import find_object, make, source_digest
 from mp_lightning.backbones.libraries import LIBRARIES
+from mp_lightning.compare.plain_values import layers_of
+from mp_lightning.compare.user_code import code_of
 from mp_lightning.data import ImageSet
 from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.randomness import random_state
@@ -54,8 +57,17 @@ class Architecture:
 
     @functools.cached_property
     def code(self) -> str | None:
-        """A digest of the file with the user's own code, as of its first reading; None for other networks."""
-        return source_digest(self.name) if self.is_of_the_user else None
+        """A digest of the file with the user's own code and of the layers that it makes; None for other networks.
+
+        It is of the first reading. The layers tell what changes in other files; the network is one that :meth:`check`
+        has accepted.
+        """
+        if not self.is_of_the_user:
+            return None
+        net = self._outline(2, 0)
+        classes = [type(part) for part in net.modules()]
+        told = [source_digest(self.name), layers_of(net), code_of(classes)]
+        return hashlib.sha256(repr(told).encode()).hexdigest()[:16]
 
     @functools.cache  # noqa: B019 - of a few values that live as long as the process
     def check(self, image_size: int) -> None:
