@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Checkpoint
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.seed import isolate_rng
 
@@ -178,19 +178,20 @@ def train(experiment: Experiment, module: L.LightningModule, job: Job, callbacks
         DataError: there was nothing to train on.
         KeyboardInterrupt: the user stopped it.
     """
+    own = copy.deepcopy(listed(experiment.trainer.get("callbacks")))  # they may count
     options: dict[str, Any] = {
         "logger": False,
-        "enable_checkpointing": False,
+        "enable_checkpointing": any(isinstance(callback, Checkpoint) for callback in own),
         "enable_progress_bar": False,
         "enable_model_summary": False,
         "num_sanity_val_steps": 0,
         "devices": 1,
         **experiment.trainer,
+        "callbacks": [*own, *callbacks],
     }
-    own = copy.deepcopy(listed(options.pop("callbacks", None)))  # they may count
     try:
         data = experiment.data(job.key.seed, validation=job.validation)
-        trainer = L.Trainer(**options, callbacks=[*own, *callbacks])
+        trainer = L.Trainer(**options)
         seed_all(setup_seed(job.key.seed))
         trainer.fit(module, datamodule=data)
     except UserError:
