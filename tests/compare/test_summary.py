@@ -148,7 +148,13 @@ def test_a_baseline_that_diverged_is_not_called_underfitted() -> None:
     rows = [dataclasses.replace(row, nll=math.nan, accuracy=0.1) for row in none(train_accuracy=0.1)]
     summary = summarize([*rows, *runs("metaperturb", 0.02)])
     assert word(summary, "metaperturb", "nll") == "diverged"
-    assert word(summary, "metaperturb", "accuracy") == "underfitted"
+    assert summary.headline == ["metaperturb: diverged: NLL of none is not finite in 5 of its 5 runs."]
+
+
+def test_one_run_that_diverged_is_the_only_one() -> None:
+    (row,) = (dataclasses.replace(row, nll=math.nan) for row in runs("metaperturb", 0.02, 1))
+    (sentence,) = summarize([*none(1), row], metric="nll").headline
+    assert sentence == "metaperturb: diverged: NLL of metaperturb is not finite in its only run."
 
 
 def test_99_per_cent_of_the_training_images_are_enough_as_float32_holds_them() -> None:

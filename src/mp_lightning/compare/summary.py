@@ -127,7 +127,8 @@ def summarize(
             return nothing_to_compare(f"no run of {BASELINE} is finished, which it is compared with", arm)
         comparison = against_baseline[arm, name]
         if not reached >= OVERFITTED and is_finite(comparison.difference.mean):
-            return underfitted(BASELINE, reached)
+            lost = sum(math.isnan(nll) for nll in _values(runs[BASELINE], "nll"))  # their accuracy is a number
+            return diverged(arm, "nll", BASELINE, lost, len(runs[BASELINE])) if lost else underfitted(BASELINE, reached)
         for whose in (arm, BASELINE):
             bad = sum(not is_finite(value) for value in _values(runs[whose], name))
             if bad and (whose == arm or not is_finite(comparison.difference.mean)):

@@ -108,10 +108,8 @@ def diverged(arm: str, metric: str, whose: str, bad: int, runs: int) -> Verdict:
         whose: the arm or the baseline.
         bad, runs: in how many of its runs.
     """
-    return Verdict(
-        "diverged",
-        f"{arm}: diverged: {METRICS[metric].label} of {whose} is not finite in {bad} of its {_count(runs, 'run')}.",
-    )
+    where = "its only run" if runs == 1 else f"{bad} of its {runs} runs"
+    return Verdict("diverged", f"{arm}: diverged: {METRICS[metric].label} of {whose} is not finite in {where}.")
 
 
 def nothing_to_compare(why: str, arm: str | None = None) -> Verdict:
