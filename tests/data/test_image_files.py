@@ -83,3 +83,11 @@ def test_progress_is_told_for_a_folder_of_the_user(tmp_path: Path) -> None:
     seen: list[tuple[str, int, int]] = []
     load_images(tmp_path, on_progress=lambda *progress: seen.append(progress))
     assert seen == [(f"reading {tmp_path}", 0, 5), (f"reading {tmp_path}", 5, 5)]
+
+
+def test_a_folder_is_called_by_its_name_also_where_it_is_where_one_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_greys(tmp_path / "greys", [1, 2, 3, 4, 5])
+    monkeypatch.chdir(tmp_path / "greys")
+    assert load_images(".")[0].name == load_images(tmp_path / "greys")[0].name == "greys"

@@ -44,7 +44,7 @@ def test_a_part_of_an_activation_by_hand_is_no_site(mish):
     assert find_sites(plain).names == ["5"]
     plan = find_sites(nn.Sequential(conv(3, 8), Block(mish())))
     assert [(site.name, site.rule) for site in plan] == [("1:relu", RESIDUAL)]
-    with pytest.raises(SiteError, match="no activation that counts; .*Mish"):
+    with pytest.raises(SiteError, match=r"no activation that counts; .*Mish"):
         find_sites(nn.Sequential(conv(3, 8), nn.BatchNorm2d(8), mish()))
 
 

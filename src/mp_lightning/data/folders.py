@@ -1,5 +1,6 @@
 """Image files in one folder for each class."""
 
+import os
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -27,16 +28,17 @@ def load_folder(root: Path, size: int | None, on_progress: Progress) -> tuple[Im
     numbered in the order of their names. See :func:`mp_lightning.data.load_images` for the rest.
     """
     check_size(size, str(root))
+    called = os.path.basename(os.path.abspath(root))  # also where it is '.'
     # A folder 'train' without folders inside is a class of that name.
     splits = [folder for folder in _called(root, _TRAIN) if _subfolders(folder)]
     if not splits:
         _refuse_splits(root)
-        return _load_split(root, root.name, _training_files(root), size, on_progress), None
+        return _load_split(root, called, _training_files(root), size, on_progress), None
     if len(splits) > 1:
         raise DataError(f"'{root}' holds both '{splits[0].name}' and '{splits[1].name}': merge or remove one of them")
     (place,) = splits
     files = _training_files(place)
-    train = _load_split(place, root.name, files, size, on_progress)
+    train = _load_split(place, called, files, size, on_progress)
     held_out = _held_out(root)
     if held_out is None:
         return train, None
@@ -44,7 +46,7 @@ def load_folder(root: Path, size: int | None, on_progress: Progress) -> tuple[Im
     if unknown:
         raise DataError(f"class '{unknown[0]}' of '{held_out}' has no folder in '{place}': add or remove it")
     files = {name: _image_files(held_out / name) for name in files}
-    return train, _load_split(held_out, f"{root.name} ({held_out.name})", files, size, on_progress)
+    return train, _load_split(held_out, f"{called} ({held_out.name})", files, size, on_progress)
 
 
 def _called(root: Path, names: tuple[str, ...]) -> list[Path]:
