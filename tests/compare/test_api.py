@@ -11,6 +11,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from rich.console import Console
 from small_runs import PHI, Small, SmallData
 from torch.utils.data import DataLoader
@@ -151,6 +152,8 @@ class NoTest(L.LightningDataModule):
         ({"output": "logit"}, "output='logit' is unknown; use one of logits, probabilities, log_probabilities"),
         ({"arms": "metaperturb"}, "arms='metaperturb': give a list"),
         ({"arms": None}, "arms=None: give a list"),
+        ({"arms": []}, "arms=[] names no arm; give a list"),
+        ({"trainer": {"fast_dev_run": True}}, "trainer= has fast_dev_run=True, which is not taken; for a short run"),
         ({"arms": [mp_lightning.Arm("", lambda seed: [])]}, "arm '' has no name"),
         ({"arms": [mp_lightning.Arm(3, lambda seed: [])]}, "arm 3 has no name"),
         ({"target": 5}, "target=5: give a name, as text"),
@@ -297,3 +300,9 @@ def test_a_label_of_no_class_is_named(tmp_path: Path) -> None:
 def test_a_part_of_the_test_images_is_not_asked_for_in_vain(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="limit_test_batches"):
         compare(tmp_path, trainer={**ONE_EPOCH, "limit_test_batches": 1})
+
+
+def test_checkpoints_are_written_where_a_callback_of_the_trainer_writes_them(tmp_path: Path) -> None:
+    trainer = {**ONE_EPOCH, "callbacks": [ModelCheckpoint(tmp_path / "kept")]}
+    found, _ = compare(tmp_path, trainer=trainer, seeds=1)
+    assert len(found.rows) == 2 and len(list((tmp_path / "kept").glob("*.ckpt"))) == 2

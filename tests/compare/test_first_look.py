@@ -23,6 +23,10 @@ class Trains(Small):
         raise AssertionError("nothing is trained")
 
 
+class ByHand(Trains):
+    automatic_optimization = False
+
+
 class OneLogit(Trains):
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)[:, :1]
@@ -82,6 +86,11 @@ class Streamed(SmallData):
         ),
         ({"datamodule": Streamed()}, ConfigurationError, r"train_dataloader has no length.*trainer=\{'max_steps': "),
         (
+            {"module_factory": ByHand, "trainer": {"max_steps": 3, "accelerator": "cpu"}},
+            ConfigurationError,
+            r"max_steps=3, .* ByHand optimizes by hand, .*give trainer=\{'max_epochs': \.\.\.\} in its place",
+        ),
+        (
             {"module_factory": Small()},
             ConfigurationError,
             r"module_factory is a Small; give a function.*lambda: Small\(",
@@ -118,3 +127,28 @@ def test_what_the_look_cannot_compute_is_left_to_the_runs(tmp_path: Path) -> Non
     assert len(compare(tmp_path, datamodule=OneHot(), arms=["none"], seeds=1)[0].rows) == 1
     found, _ = compare(tmp_path, module_factory=AsksTheTrainer, arms=["none"], seeds=1, folder=tmp_path / "other")
     assert len(found.rows) == 1
+
+
+@pytest.mark.parametrize(
+    ("arm", "use"),
+    [
+        ("dropout", "seed 1000000000, by which hyperparameters are tuned"),
+        ("fixed_noise", "seed 2000000000, by which phi is measured for its controls"),
+    ],
+)
+def test_data_of_a_few_seeds_are_refused_where_other_seeds_are_needed(tmp_path: Path, arm: str, use: str) -> None:
+    folds = [SmallData(), SmallData()]
+    with pytest.raises(
+        ConfigurationError, match=rf"failed with {use} \(IndexError: .*\); let it take any whole number"
+    ):
+        compare(tmp_path, module_factory=Trains, datamodule=lambda seed: folds[seed], arms=["none", arm])
+
+
+@pytest.mark.parametrize("nothing", [None, []])
+def test_a_val_dataloader_that_gives_no_loader_is_no_validation(tmp_path: Path, nothing: Any) -> None:
+    class WithoutValidation(SmallData):
+        def val_dataloader(self) -> Any:
+            return nothing
+
+    found, _ = compare(tmp_path, datamodule=WithoutValidation(), arms=["none", "dropout"], seeds=1, tuning_values=2)
+    assert not found.tuned[0].tried and [row.arm for row in found.rows] == ["none", "dropout"]

@@ -12,12 +12,13 @@ from rich.console import Console
 from torch import nn
 
 from mp_lightning.compare.arms import Arm, NamedArm, parse_arm
+from mp_lightning.compare.calibration import PILOT_SEED
 from mp_lightning.compare.comparison import Plan
 from mp_lightning.compare.conclusion import Comparison, conclude
 from mp_lightning.compare.console import make_console
 from mp_lightning.compare.examine import Predict, predict_pair
 from mp_lightning.compare.fingerprint import described, fingerprint
-from mp_lightning.compare.first_look import check_length, first_batches, look_at
+from mp_lightning.compare.first_look import check_length, first_batches, gives_validation, look_at
 from mp_lightning.compare.given import (
     check_choices,
     check_names,
@@ -27,7 +28,7 @@ from mp_lightning.compare.given import (
     list_of_arms,
 )
 from mp_lightning.compare.run import Experiment, fresh_module
-from mp_lightning.compare.tuning import Budget
+from mp_lightning.compare.tuning import Budget, trials, untuned
 from mp_lightning.compare.user_code import identity
 from mp_lightning.compare.user_data import UserData
 from mp_lightning.errors import ConfigurationError
@@ -82,11 +83,12 @@ def compare(
         module_factory: makes a new LightningModule that classifies images; it is called once for each run, when the
             global generators have been seeded.
         datamodule: is copied for each run with all that it holds, so what is large is better loaded in its ``setup``;
-            or a function from a seed, such as one that draws few labelled images. It
-            needs ``train_dataloader`` and ``test_dataloader``; hyperparameters are tuned on its ``val_dataloader``, if
-            there is one. Test images must not depend on the seed, or those of one seed are trained on with another.
-            With ``train_evaluation_dataloader`` it can give training images without augmentation, on which train
-            accuracy is measured.
+            or a function from a seed, such as one that draws few labelled images. Beside the seeds of the comparison,
+            from 0, the function is called with those of tuning, from 10^9, and with 2 * 10^9 where phi is measured for
+            its controls. It needs ``train_dataloader`` and ``test_dataloader``; hyperparameters are tuned on its
+            ``val_dataloader``, if there is one that gives a loader. Test images must not depend on the seed, or those
+            of one seed are trained on with another. With ``train_evaluation_dataloader`` it can give training images
+            without augmentation, on which train accuracy is measured.
         trainer: arguments of ``lightning.Trainer``, with ``max_epochs`` or the like.
         arms: names as in ``python -m mp_lightning.meta compare --help``, or :class:`Arm`.
         seeds: how many; fewer than five never give a verdict but *underfitted* and *diverged*.
@@ -161,8 +163,16 @@ def compare(
         module, found = fresh_module(experiment, 0), first_batches(experiment)
         shared |= fingerprint(module, found, datamodule, module_factory)
         look_at(experiment, module, found)
-        if any(part.kind.multiplies for arm in parsed if isinstance(arm, NamedArm) for part in arm.parts):
-            check_length(experiment, found)
+        kinds = [part.kind for arm in parsed if isinstance(arm, NamedArm) for part in arm.parts]
+        if any(kind.multiplies for kind in kinds):
+            check_length(experiment, module, found)
+        data.can_validate = data.can_validate and gives_validation(found)
+        budget = Budget(tuning_values, tuning_seeds)
+        tried = [trial for name in untuned(parsed) for trial in trials(name, budget)] if data.can_validate else []
+        data.check_seeds(
+            {seed: "hyperparameters are tuned" for _, seed in tried}
+            | ({PILOT_SEED: "phi is measured for its controls"} if any(kind.needs_moments for kind in kinds) else {})
+        )
     plan = Plan(
         experiment=experiment,
         arms=parsed,
@@ -171,7 +181,7 @@ def compare(
         model=names[1],
         settings=shared,
         metric=metric,
-        budget=Budget(tuning_values, tuning_seeds),
+        budget=budget,
         processes=jobs,
     )
     tuning = [tuning_values, tuning_seeds]

@@ -31,7 +31,7 @@ from mp_lightning.whole import write_json
 
 _WHEN = "at the end of a run"  # before, it was after 100 steps
 _BATCHES = 10
-_SEED = 2 * 10**9  # none of the comparison's, nor of tuning
+PILOT_SEED = 2 * 10**9  # none of the comparison's, nor of tuning
 
 
 def matched_moments(
@@ -108,16 +108,18 @@ def moments_digest(moments: list[SiteMoments]) -> str:
 def _measure(experiment: Experiment, phi: NamedPhi, on_step: OnStep | None) -> list[SiteMoments]:
     arm = parse_arm("metaperturb", phi)
     with isolate_rng():
-        context = Context(derived_seed(_SEED, "noise"), experiment.num_classes, "mc", samples=1, ramp=experiment.ramp)
+        context = Context(
+            derived_seed(PILOT_SEED, "noise"), experiment.num_classes, "mc", samples=1, ramp=experiment.ramp
+        )
         callbacks, _ = callbacks_of(arm, context)
         measuring = _Measuring(experiment.predict)
-        module = fresh_module(experiment, _SEED)
-        job = Job(RunKey("", "", "pilot of the controls", _SEED, ""), arm)
+        module = fresh_module(experiment, PILOT_SEED)
+        job = Job(RunKey("", "", "pilot of the controls", PILOT_SEED, ""), arm)
         train(
             experiment,
             module,
             job,
-            [PairedSteps(derived_seed(_SEED, "steps")), *callbacks, Cost(on_step), measuring],
+            [PairedSteps(derived_seed(PILOT_SEED, "steps")), *callbacks, Cost(on_step), measuring],
         )
     return measuring.found
 
@@ -135,7 +137,7 @@ class _Measuring(Callback):
         assert attachment is not None
         attachment.inference = None
         pl_module.train()
-        seed_all(derived_seed(_SEED, "moments"))
+        seed_all(derived_seed(PILOT_SEED, "moments"))
         with torch.no_grad():
             self.found = site_moments(attachment, self._forwards(trainer, pl_module))
 

@@ -50,6 +50,17 @@ def first_batches(experiment: Experiment) -> FirstBatches:
     return found
 
 
+def gives_validation(found: FirstBatches) -> bool:
+    """Whether the datamodule's val_dataloader gives something, as far as it can be called without a trainer."""
+    if found.data is None:
+        return True
+    try:
+        loaders = found.data.val_dataloader()
+    except Exception:  # as a run will say, or because the trainer is asked
+        return True
+    return loaders is not None and not (isinstance(loaders, list | tuple | dict) and not loaders)
+
+
 def look_at(experiment: Experiment, module: L.LightningModule, found: FirstBatches) -> None:
     """Refuse scores and labels that a run would refuse after its training.
 
@@ -87,12 +98,18 @@ def _look_at_batch(experiment: Experiment, module: L.LightningModule, batch: Any
         check_labels(labels, len(values), values.shape[1], name)
 
 
-def check_length(experiment: Experiment, found: FirstBatches) -> None:
-    """Refuse training data without a length where nothing else says how long a run is.
+def check_length(experiment: Experiment, module: L.LightningModule, found: FirstBatches) -> None:
+    """Refuse training data without a length where nothing else says how long a run is, and steps that say nothing.
 
     Raises:
         ConfigurationError: names what to give.
     """
+    if experiment.steps is not None and not module.automatic_optimization:
+        raise ConfigurationError(
+            f"trainer= has max_steps={experiment.steps}, which counts steps of optimizers, and {type(module).__name__} "
+            "optimizes by hand, any number of times in a batch, so that arms whose strength grows cannot know how long "
+            "a run is; give trainer={'max_epochs': ...} in its place"
+        )
     if experiment.steps is not None or found.data is None:
         return
     for loader in tree_leaves(found.data.train_dataloader()):

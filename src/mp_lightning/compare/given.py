@@ -29,6 +29,11 @@ def check_trainer(trainer: Any) -> None:
     """
     if not isinstance(trainer, Mapping):
         raise ConfigurationError(f"trainer={trainer!r}: give the arguments of lightning.Trainer as a dictionary")
+    if trainer.get("fast_dev_run"):
+        raise ConfigurationError(
+            f"trainer= has fast_dev_run={trainer['fast_dev_run']!r}, which is not taken; for a short run give "
+            "max_epochs=1 and limit_train_batches"
+        )
     ends = {key: trainer[key] for key in _ENDS if trainer.get(key) is not None}
     for key, value in ends.items():
         if isinstance(value, bool) or not isinstance(value, Real) or value == 0:
@@ -60,6 +65,8 @@ def list_of_arms(arms: Any) -> list[str | Arm]:
     if isinstance(arms, str) or not isinstance(arms, Iterable):
         raise ConfigurationError(f"arms={arms!r}: give a list, such as arms=['none', 'metaperturb']")
     listed = list(arms)
+    if not listed:
+        raise ConfigurationError("arms=[] names no arm; give a list, such as arms=['none', 'metaperturb']")
     for arm in listed:
         name = arm.name if isinstance(arm, Arm) else arm
         if not isinstance(name, str) or not name:

@@ -1,14 +1,14 @@
 """A user's DataModule for the runs of a comparison: each gets a copy, whose batches follow from seed and epoch."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from mp_lightning.compare.pairing import paired
-from mp_lightning.errors import ConfigurationError, one_line
+from mp_lightning.errors import ConfigurationError, UserError, one_line
 from mp_lightning.randomness import derived_seed
 
 
@@ -49,6 +49,27 @@ class UserData:
         if validation:
             data.test_dataloader = data.val_dataloader  # type: ignore[method-assign]
         return data
+
+    def check_seeds(self, uses: Mapping[int, str]) -> None:
+        """Call a function of the seed once with seeds that are none of the comparison's.
+
+        Args:
+            uses: what is done with each seed.
+
+        Raises:
+            ConfigurationError: it fails with one of them.
+        """
+        for seed, use in {} if isinstance(self._given, L.LightningDataModule) else uses.items():
+            try:
+                self._fresh(seed)
+            except UserError:
+                raise
+            except Exception as error:  # it is the user's code
+                why = f"{type(error).__name__}: {one_line(error)}"
+                raise ConfigurationError(
+                    f"the function that makes the datamodule failed with seed {seed}, by which {use} ({why}); let it "
+                    "take any whole number, as in lambda seed: folds[seed % len(folds)]"
+                ) from error
 
     def _fresh(self, seed: int) -> L.LightningDataModule:
         given = self._given
