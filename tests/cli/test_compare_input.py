@@ -51,7 +51,7 @@ REFUSED: dict[str, tuple[list[str], list[str]]] = {
     "small images": (["image_size=7"], ["image_size=7 is too small"]),
     # Networks
     "unknown model": (["model=alexnet"], ["architecture 'alexnet'", "conv4, conv6"]),
-    "no site": (["model=timm:resmlp_12_224", "image_size=224"], ["architecture 'timm:resmlp_12_224'", "no site"]),
+    "no site": (["model=timm:repvgg_d2se"], ["architecture 'timm:repvgg_d2se'", "no site"]),
     "weights that are absent": (["weights=nowhere.pt"], ["weights 'nowhere.pt' do not exist"]),
     # phi
     "phi that is absent": (["phi=nowhere.safetensors"], ["phi file 'nowhere.safetensors' does not exist"]),

@@ -63,7 +63,7 @@ def test_what_the_check_accepts_can_be_meta_trained(text: str) -> None:
         ("conv4", 8, "at least 16 pixels"),
         ("torchvision:resnet19", 32, "did you mean resnet18"),
         ("torchvision:vit_b_16", 32, r"takes no images of 32 pixels \(.+\); give image_size=224, or choose another"),
-        ("timm:resmlp_12_224", 224, "no site for a perturbation in MlpMixer: .*; choose another network"),
+        ("timm:repvgg_d2se", 64, "no site for a perturbation in ByobNet: .*; choose another network"),
         ("torchvision:inception_v3", 32, r"takes no images of 32 pixels \(.+\); give image_size=96, or choose another"),
         ("torchvision:maxvit_t", 256, r"takes no images of 256 pixels \(.+\); give image_size=224, or choose another"),
         ("timm:test_resnet", 0, "image_size=0"),
