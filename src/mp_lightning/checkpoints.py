@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mp_lightning.errors import ConfigurationError, UserError
+from mp_lightning.errors import ConfigurationError, SiteError, UserError
 from mp_lightning.perturbation import NamedPhi, Phi
 from mp_lightning.sites import Attachment, SitePlan, attach, attachment_of
 from mp_lightning.sites.attachment import NAME
+from mp_lightning.sites.recording import images_of
 from mp_lightning.sites.saving import check_state
 from mp_lightning.sites.surgery import attachment_to_train, detach_changed
 
@@ -158,10 +159,22 @@ def attach_state(model: nn.Module, state: dict[str, Any]) -> Attachment:
             acts_below=state["fitting"]["acts_below"],
         )
         part = model.get_submodule(state.get("part", ""))  # that was attached by hand
-        attachment = attach(part, phi, sites=SitePlan.from_dict(state["plan"]))
+        attachment = _attach_at(part, phi, SitePlan.from_dict(state["plan"]), int(state["input_size"]))
         attachment.managed = True
     attachment.load_state(state)
     return attachment
+
+
+def _attach_at(part: nn.Module, phi: NamedPhi, plan: SitePlan, input_size: int) -> Attachment:
+    """At the sites of a plan, which were looked for in images of a usual height or of that of the training."""
+    try:
+        return attach(part, phi, sites=plan)
+    except SiteError as error:
+        try:
+            with images_of(input_size):
+                return attach(part, phi, sites=plan)
+        except SiteError:
+            raise error from None
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -1,18 +1,24 @@
 """Results of an experiment that was changed are not shown as its own, and the same script continues its own."""
 
+import logging
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 import torch.nn.functional as F
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, LambdaCallback
 from small_runs import Small
 from test_api import ONE_EPOCH, compare
 from torch import Tensor, nn
 
+from mp_lightning.compare.fingerprint import described
+from mp_lightning.compare.plain_values import layers_of, plain
+from mp_lightning.compare.user_code import code_of, identity
 from mp_lightning.runs import RunFolderError
 
 
@@ -164,3 +170,42 @@ def test_the_same_script_has_the_same_fingerprint_wherever_it_runs(tmp_path: Pat
         for number in (1, 2, 3)
     ]
     assert "'module'" in told[0] and len(set(told)) == 1
+
+
+class Compiled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(nn.Linear(2, 2), backend="eager")
+
+
+class WithCompiledMethod(nn.Module):
+    @torch.compile(backend="eager")
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+def test_what_torch_compiles_is_told_alike_each_time() -> None:
+    assert layers_of(Compiled()) == layers_of(Compiled())
+    before = code_of([WithCompiledMethod])
+    WithCompiledMethod()(torch.ones(2))
+    assert code_of([WithCompiledMethod]) == before
+
+
+def test_arrays_are_told_by_their_content() -> None:
+    one, other = np.zeros((2000, 1000)), np.zeros((2000, 1000))
+    assert plain(one) == plain(other) and len(repr(plain(one))) < 100
+    other[-1, -1] = 1
+    assert plain(one) != plain(other) != plain(other.T)
+    assert identity(lambda: one.mean()) != identity(lambda: other.mean())
+
+
+def test_functions_that_a_callback_is_given_are_told_by_what_they_do() -> None:
+    one, same, other = (LambdaCallback(on_train_start=given) for given in (lambda *_: 1, lambda *_: 1, lambda *_: 2))
+    assert described(one) == described(same) != described(other)
+
+
+def test_loggers_that_a_factory_holds_do_not_tell_it_from_itself() -> None:
+    log = logging.getLogger("factory")
+    before = identity(lambda: log.info("made"))
+    logging.getLogger("another").info("something")
+    assert identity(lambda: log.info("made")) == before

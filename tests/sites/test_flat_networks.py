@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mp_lightning import MonteCarlo, attach
+from mp_lightning import MonteCarlo, attach, reestimate_batch_norm
+from mp_lightning.backbones import build_backbone
 from mp_lightning.errors import SiteError
 
 
@@ -99,3 +100,33 @@ def test_what_torch_fx_traced_is_refused_when_it_runs():
     extractor = fx.symbolic_trace(model)
     with pytest.raises(SiteError, match="leave its perturbation out; take features by forward hooks"):
         extractor(images())
+
+
+class Holder(nn.Module):
+    """A network beside others, and beside numbers of its own; which is called by itself."""
+
+    def __init__(self, kind):
+        super().__init__()
+        if kind == "a scale":
+            self.scale = nn.Parameter(torch.ones(()))
+        if kind == "a frozen teacher":
+            self.teacher = Flat(False).requires_grad_(False).eval()
+        if kind == "a linear layer":
+            self.adapter = nn.Linear(4, 4)
+        self.student = build_backbone("resnet20", 5, width=4)
+
+    def forward(self, x):
+        return self.student(x)
+
+
+@pytest.mark.parametrize("kind", ["a scale", "a frozen teacher", "a linear layer"])
+def test_a_network_in_a_module_is_a_model_of_its_own_whatever_comes_before_it(kind):
+    model = Holder(kind)
+    attachment = attach(model, ramp_steps=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            model.student(torch.rand(2, 3, 32, 32))
+            attachment.step(1.0)
+        reestimate_batch_norm(attachment, [lambda: model.student(torch.rand(2, 3, 32, 32))])
+    assert (int(attachment.forwards), float(attachment.input_size)) == (3, 32)

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from mp_lightning.checkpoints import attach_state
+from mp_lightning.errors import SiteError
 from mp_lightning.sites import SitePlan, attach, find_sites
 
 
@@ -52,6 +54,24 @@ def test_sites_are_found_for_images_of_the_height_that_is_given():
     assert len(read) == len(norms) == 4 and all(torch.equal(x, y) for x, y in zip(read, norms, strict=True))
     assert attach(model, input_size=16, sites=1.0) is attachment
     assert SitePlan.from_dict(attachment.plan.to_dict()) == attachment.plan
+
+
+def test_a_plan_for_images_of_a_height_fits_there_and_is_brought_back():
+    model = LooksAtTheSize()
+    plan = find_sites(model, input_size=16)
+    assert len(plan) == 2 and len(find_sites(model)) == 3
+    attachment = attach(model, sites=plan, ramp_steps=1, input_size=16)
+    assert attach(model, sites=1.0) is attachment
+    model(torch.rand(2, 3, 16, 16))
+    restored = attach_state(LooksAtTheSize(), attachment.state())
+    assert restored.plan == plan
+
+
+def test_a_plan_for_other_images_is_refused_with_the_reason():
+    with pytest.raises(
+        SiteError, match=r"for images of another size; make the plan again with .* the same input_size="
+    ):
+        attach(LooksAtTheSize(), sites=find_sites(LooksAtTheSize()), input_size=16)
 
 
 def test_volumes_may_be_cubes():

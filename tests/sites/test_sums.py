@@ -245,3 +245,48 @@ class Autoencoder(nn.Module):
 
 def test_blocks_behind_a_pooled_code_are_residual():
     assert [(site.name, site.rule) for site in find_sites(Autoencoder())] == [("decoder:relu", RESIDUAL)]
+
+
+class Tokens(nn.Module):
+    """A block of a transformer, of linear layers alone."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm, self.first, self.activation, self.last = (
+            *(nn.LayerNorm(c), nn.Linear(c, 2 * c), nn.GELU()),
+            nn.Linear(2 * c, c),
+        )
+
+    def forward(self, x):
+        return x + self.last(self.activation(self.first(self.norm(x))))
+
+
+class Reader(nn.Module):
+    """Convolutions, whose maps are read as a sequence of columns."""
+
+    def __init__(self, pool):
+        super().__init__()
+        self.layers, self.pool = nn.Sequential(layer(3, 8), layer(8, 8)), pool
+        self.blocks, self.head = nn.Sequential(Tokens(8), Tokens(8)), nn.Linear(8, 5)
+
+    def forward(self, x):
+        return self.head(self.blocks(self.pool(self.layers(x)).transpose(1, 2)))
+
+
+class OverHeight(nn.Module):
+    def forward(self, x):
+        return x.mean(2)
+
+
+class AdaptiveOverHeight(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d((1, None))
+
+    def forward(self, x):
+        return self.pool(x).squeeze(2)
+
+
+@pytest.mark.parametrize("pool", [OverHeight, AdaptiveOverHeight])
+def test_a_mean_over_one_axis_leaves_a_sequence(pool):
+    assert find_sites(Reader(pool())).names == ["blocks.0.activation", "blocks.1.activation"]

@@ -9,7 +9,7 @@ from dataclasses import fields, is_dataclass
 from enum import Enum
 from functools import partial
 from pathlib import PurePath
-from types import BuiltinFunctionType, FunctionType, SimpleNamespace
+from types import BuiltinFunctionType, CodeType, FunctionType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,12 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves
 
+_LIBRARIES = frozenset(
+    (
+        *("builtins", "abc", "torch", "torchvision", "torchmetrics", "lightning", "pytorch_lightning"),
+        *("lightning_fabric", "timm", "transformers", "mp_lightning"),
+    )
+)
 _ADDRESS = re.compile("0x[0-9a-fA-F]{6,}")
 # Tensors and parts, which are told otherwise, and hooks, which are counted through the process.
 _KEPT_BY_TORCH = vars(nn.Module()).keys() - {"training"}
@@ -39,10 +45,23 @@ def digest(values: Iterable[Any]) -> str:
 def layers_of(module: nn.Module) -> list[Any]:
     """Names, classes and plain attributes of a module's parts in their order, and which parameters learn."""
     parts = [
-        [name, type(part).__qualname__, plain({k: v for k, v in vars(part).items() if k not in _KEPT_BY_TORCH})]
+        [name, type(part).__qualname__, plain({k: v for k, v in vars(part).items() if _is_own(k)})]
         for name, part in module.named_modules(remove_duplicate=False)
     ]
     return [parts, [name for name, parameter in module.named_parameters() if parameter.requires_grad]]
+
+
+def _is_own(name: str) -> bool:
+    """Of an attribute of a part; torch.compile adds some that are addresses."""
+    return name not in _KEPT_BY_TORCH and not name.startswith("_torchdynamo")
+
+
+def numbers_of(array: np.ndarray | np.generic) -> list[Any]:
+    """What an array holds, by a digest."""
+    if array.dtype.hasobject:
+        return [str(array.dtype), array.shape, plain(array.tolist())]
+    content = np.ascontiguousarray(array).tobytes()
+    return [str(array.dtype), array.shape, hashlib.sha256(content).hexdigest()[:12]]
 
 
 def plain(value: Any, within: frozenset[int] = frozenset()) -> Any:
@@ -72,8 +91,10 @@ def plain(value: Any, within: frozenset[int] = frozenset()) -> Any:
         case Tensor() | nn.Parameter():
             return digest([value])
         case np.ndarray():
-            return str(value.dtype), value.shape, inner(value.tolist())
-        case type() | FunctionType() | BuiltinFunctionType():
+            return numbers_of(value)
+        case FunctionType():
+            return [value.__qualname__, *_instructions(value)]
+        case type() | BuiltinFunctionType():
             return value.__qualname__
         case partial():
             return [inner(value.func), inner(value.args), inner(value.keywords)]
@@ -91,3 +112,16 @@ def plain(value: Any, within: frozenset[int] = frozenset()) -> Any:
     if is_dataclass(value):
         return [type(value).__qualname__, inner({one.name: getattr(value, one.name, None) for one in fields(value)})]
     return type(value).__qualname__
+
+
+def _instructions(function: FunctionType) -> list[Any]:
+    """Of a function that is no library's, which another version of that may write otherwise."""
+    if is_of_a_library(function):
+        return []
+    code = function.__code__
+    return [code.co_code, code.co_names, plain([value for value in code.co_consts if not isinstance(value, CodeType)])]
+
+
+def is_of_a_library(value: type | FunctionType) -> bool:
+    """Whether a class or function comes from one of those that networks and data are made with."""
+    return (value.__module__ or "").partition(".")[0] in _LIBRARIES

@@ -1,28 +1,23 @@
 """A few characters that tell a user's functions and classes from others of the same names, as far as that goes."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import PurePath
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
+import lightning as L
 import numpy as np
 from torch import Tensor
 
-from mp_lightning.compare.plain_values import digest, plain
-
-_LIBRARIES = frozenset(
-    (
-        *("builtins", "abc", "torch", "torchvision", "torchmetrics", "lightning", "pytorch_lightning"),
-        *("lightning_fabric", "timm", "transformers", "mp_lightning"),
-    )
-)
+from mp_lightning.compare.plain_values import digest, is_of_a_library, numbers_of, plain
 
 
 def code_of(classes: Iterable[type]) -> list[Any]:
     """Of the methods and constants of classes and of those that they inherit from, but of libraries."""
-    every = dict.fromkeys(base for cls in classes for base in cls.__mro__ if _is_of_the_user(base))
+    every = dict.fromkeys(base for cls in classes for base in cls.__mro__ if not is_of_a_library(base))
     return [
         [cls.__qualname__, [[name, told] for name, value in vars(cls).items() if (told := _told(name, value))]]
         for cls in every
@@ -39,13 +34,10 @@ def _told(name: str, value: Any) -> Any:
 
 
 def _function(value: Any) -> FunctionType | None:
-    """That of a method, of whatever kind."""
+    """That of a method, of whatever kind, and as it is written where it is compiled."""
     function = value.fget if isinstance(value, property) else getattr(value, "__func__", value)
+    function = getattr(function, "_torchdynamo_orig_callable", function)
     return function if isinstance(function, FunctionType) else None
-
-
-def _is_of_the_user(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] not in _LIBRARIES
 
 
 def identity(function: Callable[..., Any]) -> str:
@@ -86,9 +78,11 @@ def _code(value: Any, within: frozenset[int] = frozenset()) -> Any:
         case Tensor():
             return digest([value])
         case np.ndarray() | np.generic():
-            return str(value.dtype), value.shape, code(value.tolist())
+            return numbers_of(value)
         case type() | ModuleType():  # not all that is in it
             return getattr(value, "__qualname__", value.__name__)
+        case logging.Logger() | L.Trainer():  # through which much is reached that changes
+            return type(value).__qualname__
         case list() | tuple():
             return [code(one) for one in value]
         case dict():

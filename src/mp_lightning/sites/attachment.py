@@ -82,6 +82,7 @@ class Attachment(GrowingStrength):
         self.plan = plan
         self.perturbation = perturbation
         check_noise_per(self.noise_per)
+        self.found_at: int | None = None  # height of the images for which the sites were looked for, if it was given
         self.phi_name = phi_name
         self.channel_norm = channel_norm
         self.seed = int(seed)

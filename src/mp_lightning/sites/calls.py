@@ -47,6 +47,7 @@ class Block:
         self.active = 0
         self._module_sites = module_sites
         self.functional_sites = functional_sites
+        self._found = max((site.spec.calls for site in functional_sites.values()), default=0)
         self._modes: list[_ActivationMode] = []
         self._activations: dict[bool, tuple[int, ...]] = {}  # called in a forward of the block, in training and not
         self._told = False
@@ -90,8 +91,7 @@ class Block:
     def _note_activations(self, module: nn.Module, counts: tuple[int, ...]) -> None:
         """Sites are told by how many activations were called before them, which must not depend on mode or image."""
         self._activations[self.training] = counts
-        found = max((site.spec.calls for site in self.functional_sites.values()), default=0)
-        as_found = found in (0, counts[0])
+        as_found = self._found in (0, counts[0])
         if self._told or (as_found and len({*self._activations.values()}) < 2):
             return
         self._told = True

@@ -161,7 +161,8 @@ def check_fits(plan: SitePlan, model: nn.Module, target: str | None = None) -> N
         if now is None and spec.scope in scopes:
             raise SiteError(
                 f"site '{spec.name}' does not fit: '{spec.scope or type(model).__name__}' has no such activation call; "
-                "the model was changed after the plan was made, so make the plan again with find_sites(model)"
+                "the model was changed after the plan was made, or is for images of another size; make the plan again "
+                "with find_sites(model), with the same input_size= as here"
             )
         if now is not None and (now.channels, now.layout) != (spec.channels, spec.layout):
             raise SiteError(

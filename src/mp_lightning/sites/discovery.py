@@ -18,14 +18,16 @@ from mp_lightning.perturbation import check_fraction
 from mp_lightning.sites.activations import ACTIVATION_MODULES
 from mp_lightning.sites.arguments import check_model
 from mp_lightning.sites.plan import SitePlan, SiteSpec
-from mp_lightning.sites.recording import NoImageFits
+from mp_lightning.sites.recording import NoImageFits, images_of
 from mp_lightning.sites.rules import END, SiteGraph
 from mp_lightning.sites.tracing import CONVOLUTIONS, Region, is_frozen, record_region, trace_regions
 
 _ROUNDING = 1e-3  # 0.7 of 10 sites are 7, though 0.7 * 10 is more, and 0.334 of 9 are 3
 
 
-def find_sites(model: nn.Module, target: str | None = None, share: float = 1.0) -> SitePlan:
+def find_sites(
+    model: nn.Module, target: str | None = None, share: float = 1.0, input_size: int | None = None
+) -> SitePlan:
     """The sites of ``model``.
 
     Args:
@@ -33,13 +35,15 @@ def find_sites(model: nn.Module, target: str | None = None, share: float = 1.0) 
         target: name of the only submodule in which to look, such as 'student'.
         share: how many of the sites of each network, above 0 and at most 1, counted from the last one and rounded up;
             0.5 is the deeper half.
+        input_size: height of its images in pixels, where its forward does not compute the same for those of any size.
 
     Raises:
         SiteError: there is none; the message says what was found instead.
         ConfigurationError: ``share`` is out of range, or ``model`` is no module.
     """
     check_fraction(share, "sites")
-    plan, graphs = _plan(model, target, partial(_sites_of, model))
+    with images_of(input_size):
+        plan, graphs = _plan(model, target, partial(_sites_of, model))
     return plan if share == 1 else SitePlan(_deepest(list(plan), [graph.region.prefix for graph in graphs], share))
 
 

@@ -22,10 +22,21 @@ class MapGraph(OperationGraph):
 
     def _find_maps(self, node: fx.Node) -> set[fx.Node]:
         """Itself included."""
-        if reads_size(node) or self._pools(node) or self._looks_up(node) or self._spreads(node):
+        if reads_size(node) or self._pools_all(node) or self._looks_up(node) or self._spreads(node):
             return set()
         before = set[fx.Node]().union(*(self._maps[i] for i in node.all_input_nodes))
         return before | {node} if before or node.op == "placeholder" or self._makes_map(node) else before
+
+    def _pools_all(self, node: fx.Node) -> bool:
+        """Whether the node pools over all of space, and not over one of its axes, which leaves a sequence."""
+        if not self._pools(node):
+            return False
+        if name_of(node) == "mean":
+            dims = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
+            of_one = isinstance(dims, int) or (isinstance(dims, list | tuple) and len(dims) == 1)
+            return not of_one or self._dimensions(node.all_input_nodes[0]) == 3
+        size = self._pooled_size(node)
+        return size == 1 or set(size) == {1}
 
     def _makes_map(self, node: fx.Node) -> bool:
         """Whether the node may make a map of a table: by a convolution of more than a pixel, or in another shape."""

@@ -2,6 +2,7 @@
 
 import math
 import operator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -90,13 +91,16 @@ class OperationGraph:
             dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim")
             # The mean over the channels belongs to a normalization.
             return not (dim in _CHANNELS or (isinstance(dim, list | tuple) and set(dim) <= set(_CHANNELS)))
-        if self._is_module(node, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
-            size = self._modules[str(node.target)].output_size
-        elif node.op == "call_function" and node.target in _GLOBAL_POOLS:
-            size = node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
-        else:
-            return False
+        size = self._pooled_size(node)
         return size == 1 or (isinstance(size, list | tuple) and 1 in size)
+
+    def _pooled_size(self, node: fx.Node) -> Any:
+        """What an adaptive pool is asked for; None of any other operation."""
+        if self._is_module(node, (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)):
+            return self._modules[str(node.target)].output_size
+        if node.op == "call_function" and node.target in _GLOBAL_POOLS:
+            return node.args[1] if len(node.args) > 1 else node.kwargs.get("output_size")
+        return None
 
     def _squashes(self, node: fx.Node) -> bool:
         return (

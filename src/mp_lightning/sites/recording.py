@@ -73,8 +73,8 @@ def in_channels(module: nn.Module) -> int:
 
 @contextmanager
 def images_of(side: int | None) -> Iterator[None]:
-    """Within this, images with so many pixels on a side are tried first, if it is known."""
-    token = _KNOWN.set(side)
+    """Within this, images with so many pixels on a side are tried first; None: as outside of it."""
+    token = _KNOWN.set(side or _KNOWN.get())
     try:
         yield
     finally:

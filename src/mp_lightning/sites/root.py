@@ -13,6 +13,7 @@ from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.sites.hooked import check_there
 from mp_lightning.sites.plan import SitePlan
 from mp_lightning.sites.site import in_backward
+from mp_lightning.sites.tracing import CONVOLUTIONS
 
 if TYPE_CHECKING:
     from mp_lightning.sites.attachment import Attachment
@@ -179,9 +180,10 @@ def _holds_networks(model: nn.Module) -> bool:
 
 
 def _begins_with(model: nn.Module, part: nn.Module) -> bool:
-    """Whether no layer that learns comes before this part, as registered."""
-    first = next(model.parameters(), None)
-    return any(parameter is first for parameter in part.parameters())
+    """Whether no convolution that learns, which would give this part feature maps, is registered before it."""
+    layers = (m for m in model.modules() if isinstance(m, CONVOLUTIONS))
+    first = next((m for m in layers if any(p.requires_grad for p in m.parameters())), None)
+    return first is None or any(m is first for m in part.modules())
 
 
 def layer_beside(model: nn.Module, network: nn.Module) -> str | None:

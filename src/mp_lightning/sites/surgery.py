@@ -132,7 +132,7 @@ def attach(
     follows = following(named, full_strength_at, acts_below)
     if existing is not None:
         check_there(existing.model, existing.hooked)
-        with images_of(input_size):
+        with images_of(input_size or existing.found_at):
             wanted = None if sites is None and target is None else choose_sites(existing.model, sites, target)
         asked = {"full_strength_at": full_strength_at, "acts_below": acts_below}
         if phi is not None:
@@ -165,6 +165,7 @@ def attach(
         path=path,
         distributed=distributed,
     )
+    attachment.found_at = input_size
     if parameter is not None:
         attachment.to(parameter.device)
     attachment.train(model.training)
