@@ -172,9 +172,11 @@ def _attach_at(part: nn.Module, phi: NamedPhi, plan: SitePlan, input_size: int) 
     except SiteError as error:
         try:
             with images_of(input_size):
-                return attach(part, phi, sites=plan)
+                attachment = attach(part, phi, sites=plan)
         except SiteError:
             raise error from None
+        attachment.found_at = input_size
+        return attachment
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from mp_lightning.checkpoints import attach_state
-from mp_lightning.errors import SiteError
+from mp_lightning.errors import ConfigurationError, SiteError
 from mp_lightning.sites import SitePlan, attach, find_sites
 
 
@@ -72,6 +72,11 @@ def test_a_plan_for_other_images_is_refused_with_the_reason():
         SiteError, match=r"for images of another size; make the plan again with .* the same input_size="
     ):
         attach(LooksAtTheSize(), sites=find_sites(LooksAtTheSize()), input_size=16)
+
+
+def test_a_height_that_is_none_is_refused():
+    with pytest.raises(ConfigurationError, match="input_size=0"):
+        find_sites(LooksAtTheSize(), input_size=0)
 
 
 def test_volumes_may_be_cubes():

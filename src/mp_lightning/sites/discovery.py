@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from mp_lightning.errors import SiteError
 from mp_lightning.perturbation import check_fraction
 from mp_lightning.sites.activations import ACTIVATION_MODULES
-from mp_lightning.sites.arguments import check_model
+from mp_lightning.sites.arguments import check_model, whole_number
 from mp_lightning.sites.plan import SitePlan, SiteSpec
 from mp_lightning.sites.recording import NoImageFits, images_of
 from mp_lightning.sites.rules import END, SiteGraph
@@ -39,9 +39,11 @@ def find_sites(
 
     Raises:
         SiteError: there is none; the message says what was found instead.
-        ConfigurationError: ``share`` is out of range, or ``model`` is no module.
+        ConfigurationError: ``share`` or ``input_size`` is out of range, or ``model`` is no module.
     """
     check_fraction(share, "sites")
+    if input_size is not None:
+        whole_number(input_size, "input_size", 1, "of pixels, the height of the images")
     with images_of(input_size):
         plan, graphs = _plan(model, target, partial(_sites_of, model))
     return plan if share == 1 else SitePlan(_deepest(list(plan), [graph.region.prefix for graph in graphs], share))
